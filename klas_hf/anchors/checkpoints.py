@@ -1,0 +1,128 @@
+"""An anchor's configuration and its tensors one by one, so that only those used are ever read."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from klas_hf.anchors.families import DecoderFamily, decoder_family
+from klas_hf.anchors.language import explained_access
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class AnchorCheckpoint:
+    """Tensors of a causal LM, from a Hub id, a folder or a model in memory.
+
+    Args:
+        anchor: Hub id, local folder or model.
+        hub: revision, token, cache_dir, local_files_only … for the Hub.
+
+    Raises:
+        OSError: not to be reached, or without safetensors weights (pickled ones are not read).
+        ValueError: its family cannot be stitched.
+    """
+
+    def __init__(self, anchor: str | Path | PreTrainedModel, **hub: Any):
+        self._open_files = ExitStack()
+        self._files: dict[str, Any] = {}
+        self._hub = hub
+        self._anchor = anchor
+        if isinstance(anchor, PreTrainedModel):
+            self.config: PreTrainedConfig = anchor.config
+            self._tensors: Mapping[str, Tensor] = anchor.state_dict()
+            self._shards: dict[str, str] = {}
+            self.name, self.revision = str(anchor.config.name_or_path or "") or None, None
+        else:
+            with explained_access(anchor):
+                self.config = AutoConfig.from_pretrained(anchor, **hub)
+            self.name, self.revision = str(anchor), hub.get("revision")
+        self.family: DecoderFamily = decoder_family(self.config)
+        if not isinstance(anchor, PreTrainedModel):
+            self._tensors = {}
+            with explained_access(anchor):
+                self._shards = self._find_shards()
+        self.keys = set(self._tensors) | set(self._shards)
+
+    def __enter__(self) -> "AnchorCheckpoint":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open_files.close()
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The anchor's own generation config, or None where it has none."""
+        if isinstance(self._anchor, PreTrainedModel):
+            return self._anchor.generation_config
+        try:
+            return GenerationConfig.from_pretrained(self._anchor, **self._hub)
+        except OSError:
+            return None
+
+    @property
+    def tokenizer_vocabulary(self) -> dict[str, int] | None:
+        """The tokenizer's token → id map, or None where the anchor has no tokenizer with it."""
+        if self.name is None:
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(self.name, **self._hub).get_vocab()
+        except (OSError, ValueError, KeyError, TypeError):  # what AutoTokenizer raises where there is no tokenizer
+            return None
+
+    def tensor(self, key: str) -> Any:
+        """A tensor, or the slice of a safetensors file that becomes one when it is read."""
+        if key in self._tensors:
+            return self._tensors[key]
+        shard = self._shards[key]
+        if shard not in self._files:
+            self._files[shard] = self._open_files.enter_context(safe_open(self._path(shard), "pt"))
+        return self._files[shard].get_slice(key)
+
+    def decoder_keys(self) -> Iterator[tuple[str, str]]:
+        """(name within the decoder, key in the checkpoint) of every tensor but the head's."""
+        prefix = f"{self.family.prefix}."
+        heads = tuple(f"{head}." for head in self.family.heads)
+        for key in sorted(self.keys):
+            if key.startswith(prefix) and not key.startswith(heads):
+                yield key.removeprefix(prefix), key
+
+    def head_keys(self) -> dict[str, str]:
+        """Parameter of the head ("weight", "bias") → key in the checkpoint; the embedding's key where tied.
+
+        Raises:
+            ValueError: the checkpoint has no head (it was saved from a model without one).
+        """
+        keys = {
+            key.removeprefix(f"{head}."): key for head in self.family.heads for key in self.keys if key.startswith(f"{head}.")
+        }
+        if "weight" not in keys or self.config.tie_word_embeddings:
+            embedding = f"{self.family.embeddings}.weight"
+            tied = [key for name, key in self.decoder_keys() if name == embedding]
+            if not tied or not self.config.tie_word_embeddings:
+                raise ValueError(
+                    f"got {self.name or 'an anchor'} without the weights of its head ({' or '.join(self.family.heads)}); "
+                    "expected a causal language model. Pass one saved from AutoModelForCausalLM"
+                )
+            keys["weight"] = tied[0]
+        return keys
+
+    def _find_shards(self) -> dict[str, str]:
+        """Tensor name → file name."""
+        index = cached_file(self._anchor, _INDEX, _raise_exceptions_for_missing_entries=False, **self._hub)
+        if index is not None:
+            return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        if cached_file(self._anchor, _SINGLE, _raise_exceptions_for_missing_entries=False, **self._hub) is None:
+            raise OSError(f"found neither {_SINGLE} nor {_INDEX}; only safetensors weights are read, never pickled ones")
+        with safe_open(self._path(_SINGLE), "pt") as file:
+            return dict.fromkeys(file.keys(), _SINGLE)
+
+    def _path(self, shard: str) -> str:
+        with explained_access(str(self._anchor)):
+            return cached_file(self._anchor, shard, **self._hub)

@@ -1,0 +1,78 @@
+"""The decoder families that can be stitched, one line each: where a family keeps its parts.
+
+All parts but the head are named relative to the decoder (the model without its head). A family belongs here when
+its decoder takes `inputs_embeds` as the hidden states of its first block, adds no absolute position embedding to
+them, and passes one hidden state from block to block.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class DecoderFamily:
+    """Where a decoder keeps its parts.
+
+    Attributes:
+        prefix: name of the decoder within the causal LM.
+        blocks: the list of blocks.
+        norm: the norm after the last block.
+        embeddings: the token embedding.
+        heads: names of the unembedding, in a checkpoint and in the model.
+        head_bias: whether the unembedding has a bias.
+        fed_hidden: config fields to set where the decoder is fed hidden states instead of embeddings.
+    """
+
+    prefix: str = "model"
+    blocks: str = "layers"
+    norm: str = "norm"
+    embeddings: str = "embed_tokens"
+    heads: tuple[str, ...] = ("lm_head",)
+    head_bias: bool = False
+    fed_hidden: dict[str, Any] = field(default_factory=dict)
+
+
+_LLAMA_LIKE = DecoderFamily()
+_GRANITE_LIKE = DecoderFamily(fed_hidden={"embedding_multiplier": 1.0})
+
+DECODER_FAMILIES: dict[str, DecoderFamily] = {
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "mixtral": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "gemma": _LLAMA_LIKE,
+    "gemma2": _LLAMA_LIKE,
+    "gemma3_text": _LLAMA_LIKE,
+    "smollm3": _LLAMA_LIKE,
+    "olmo2": _LLAMA_LIKE,
+    "phi3": _LLAMA_LIKE,
+    "phi": DecoderFamily(norm="final_layernorm", head_bias=True),
+    "granite": _GRANITE_LIKE,
+    "starcoder2": _LLAMA_LIKE,
+    "gpt_neox": DecoderFamily(
+        prefix="gpt_neox", norm="final_layer_norm", embeddings="embed_in", heads=("lm_head", "embed_out")
+    ),
+}
+
+_ABSOLUTE_POSITIONS = ("gpt2", "gpt_neo", "gpt_bigcode", "opt", "codegen", "biogpt", "xglm", "imagegpt")
+
+
+def decoder_family(config: PreTrainedConfig) -> DecoderFamily:
+    """The family of a causal language model's configuration.
+
+    Raises:
+        ValueError: the family cannot be stitched, or is not known here; the known ones are named.
+    """
+    model_type = config.model_type
+    if model_type in _ABSOLUTE_POSITIONS:
+        raise ValueError(
+            f"got an anchor of type {model_type!r}, which adds position embeddings to whatever enters its first block "
+            "and so would add them again to stitched hidden states; expected a family with rotary positions, one of "
+            f"{sorted(DECODER_FAMILIES)}"
+        )
+    if model_type not in DECODER_FAMILIES:
+        raise ValueError(f"got an anchor of unknown type {model_type!r}; expected one of {sorted(DECODER_FAMILIES)}")
+    return DECODER_FAMILIES[model_type]

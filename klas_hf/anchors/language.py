@@ -1,0 +1,143 @@
+"""A causal language model as an anchor: its blocks' hidden states, and its head on any of them."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from klas_hf.anchors.batches import TokenBatch
+from klas_hf.anchors.families import decoder_family
+from klas_hf.models.modeling_stitched import scale_logits
+
+
+class LanguageAnchor:
+    """A pretrained causal LM, read by blocks.
+
+    Args:
+        model: the model; it is not changed.
+        revision: its commit on the Hub, where known.
+
+    Raises:
+        ValueError: its family is unknown.
+    """
+
+    def __init__(self, model: PreTrainedModel, revision: str | None = None):
+        self.family = decoder_family(model.config)
+        self.model = model
+        self.config = model.config
+        self.revision = revision
+        self.name = str(model.config.name_or_path or type(model).__name__)
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        return self.model.base_model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.decoder.get_submodule(self.family.blocks)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def width(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @torch.no_grad()
+    def hidden_states(self, batch: TokenBatch) -> list[Tensor]:
+        """Output of every block, `num_blocks` tensors `(batch, tokens, width)`; the last one is not normed.
+
+        Dropout is off meanwhile.
+        """
+        batch = batch.to(self.device)
+        with evaluating(self.model), _captured_outputs(self.blocks) as outputs:
+            self.decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return outputs
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's own head on the output of a block: `(..., width)` → `(..., vocabulary)`, final norm included."""
+        norm = self.decoder.get_submodule(self.family.norm)
+        head = self.model.get_output_embeddings()
+        normed = norm(hidden.to(device=head.weight.device, dtype=head.weight.dtype))
+        return scale_logits(head(normed), self.config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights at bfloat16 precision, so that the dtype a model is loaded in does not matter."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            rounded = tensor.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
+            digest.update(rounded.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def load_anchor(anchor: str | Path | PreTrainedModel | LanguageAnchor, **kwargs: Any) -> LanguageAnchor:
+    """Load an anchor by Hub id or folder, or take a model as it is.
+
+    Args:
+        anchor: Hub id, local folder, model, or an anchor already loaded.
+        kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, …).
+
+    Raises:
+        OSError: neither a folder nor to be had from the Hub.
+    """
+    if isinstance(anchor, LanguageAnchor):
+        return anchor
+    if isinstance(anchor, PreTrainedModel):
+        return LanguageAnchor(anchor)
+    with explained_access(anchor):
+        model = AutoModelForCausalLM.from_pretrained(anchor, **kwargs)
+    return LanguageAnchor(model.eval(), revision=kwargs.get("revision"))
+
+
+@contextmanager
+def explained_access(anchor: str | Path) -> Iterator[None]:
+    """Say, when an anchor cannot be reached, how to pass a local one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"could not load the anchor {str(anchor)!r}: {error}\nIt is neither a local folder with config.json and "
+            "safetensors weights nor to be had from the Hub. Pass the path of a local folder, or check the id, the "
+            "network (HF_HUB_OFFLINE), and for gated models your login (hf auth login)"
+        ) from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and every module back as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _captured_outputs(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

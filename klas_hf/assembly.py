@@ -1,0 +1,273 @@
+"""Stitching: build a stitched model from two anchors, reading only the tensors that it uses.
+
+The two configurations are cut to the kept blocks, the tensors of those blocks are renamed (a block's number
+changes with the cut), and transformers loads them as it would any checkpoint. The stitching layer starts from the
+least-squares map between the two anchors' hidden states (KLAS Sec. 5; SN-Net's pseudo-inverse initialisation).
+"""
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from klas_hf.anchors.batches import TokenBatch, token_batches
+from klas_hf.anchors.checkpoints import AnchorCheckpoint
+from klas_hf.anchors.families import DecoderFamily
+from klas_hf.anchors.language import evaluating
+from klas_hf.least_squares import LeastSquares, LinearFit
+from klas_hf.models import StitchedConfig, StitchedForCausalLM
+from klas_hf.stitches import Stitch
+
+_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
+
+
+def stitch_anchors(
+    source: str | Path | PreTrainedModel,
+    target: str | Path | PreTrainedModel,
+    stitch: Stitch | tuple[int, int],
+    *,
+    calibration: Iterable[Any] | None = None,
+    ridge: float | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    source_revision: str | None = None,
+    target_revision: str | None = None,
+    **kwargs: Any,
+) -> StitchedForCausalLM:
+    """Join `source.blocks[:i]` to `target.blocks[j:]` by a linear stitching layer.
+
+    Args:
+        source, target: Hub id, local folder or model in memory; the anchors are read, never changed.
+        stitch: `Stitch(i, j)` or `(i, j)`.
+        calibration: batches of token ids (see `token_batches`) on which the stitching layer is fitted by least
+            squares; None leaves it random, with a warning.
+        ridge: penalty of that fit; None chooses (see `LeastSquares.solve`).
+        dtype: of the stitched model; None takes the target's.
+        device_map: as for `from_pretrained`; None leaves the model on the CPU.
+        source_revision, target_revision: commits on the Hub.
+        kwargs: for `from_pretrained` (attn_implementation, quantization_config, token, cache_dir, …).
+
+    Returns:
+        The model in eval mode, with the target's generation config.
+
+    Raises:
+        ValueError: stitch out of range or reversed, family unknown, vocabularies differ, no token to calibrate on.
+        OSError: an anchor cannot be reached.
+    """
+    stitch = Stitch.of(stitch)
+    hub = {option: kwargs[option] for option in _HUB_OPTIONS if option in kwargs}
+    with ExitStack() as files:
+        first = files.enter_context(AnchorCheckpoint(source, **_with_revision(hub, source_revision)))
+        last = files.enter_context(AnchorCheckpoint(target, **_with_revision(hub, target_revision)))
+        _check_pair(first, last, stitch)
+        config = stitched_config(first, last, stitch)
+        loading = {"dtype": dtype or last.config.dtype or torch.float32, "device_map": device_map}
+        options = {name: value for name, value in kwargs.items() if name not in _HUB_OPTIONS}
+        state = _stitched_state(first, last, stitch, config)
+        model = _load(StitchedForCausalLM, config, state, **loading, **options)
+        model.generation_config = _generation_config(last)
+        if calibration is None:
+            warnings.warn(
+                "the stitching layer is random: the model is useless until it is trained. Pass calibration=batches "
+                "of token ids for the least-squares start",
+                stacklevel=3,
+            )
+        else:
+            prefix = _target_prefix(last, stitch, **loading)
+            fit = fit_stitch(model.model.source, prefix, calibration, config.bos_token_id, ridge)
+            set_stitch(model, fit)
+    return model.eval()
+
+
+def stitched_config(first: AnchorCheckpoint, last: AnchorCheckpoint, stitch: Stitch) -> StitchedConfig:
+    """The configuration of the stitched model of two anchors."""
+    source_config = cut_config(first.config, 0, stitch.source_stop)
+    target_config = cut_config(last.config, stitch.target_start, last.config.num_hidden_layers)
+    for name, value in last.family.fed_hidden.items():
+        setattr(target_config, name, value)
+    return StitchedConfig(
+        source_config=source_config,
+        target_config=target_config,
+        source_stop=stitch.source_stop,
+        target_start=stitch.target_start,
+        source_blocks=first.config.num_hidden_layers,
+        target_blocks=last.config.num_hidden_layers,
+        source_norm=first.family.norm,
+        head_bias=last.family.head_bias,
+        source_name=first.name,
+        target_name=last.name,
+        source_revision=first.revision,
+        target_revision=last.revision,
+        bos_token_id=last.config.bos_token_id,
+        eos_token_id=last.config.eos_token_id,
+        pad_token_id=last.config.pad_token_id,
+        architectures=["StitchedForCausalLM"],
+    )
+
+
+def cut_config(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedConfig:
+    """The configuration of `blocks[start:stop]`, embeddings untied; every list with an entry per block is cut."""
+    cut, depth = copy.deepcopy(config), config.num_hidden_layers
+    cut.num_hidden_layers = stop - start
+    cut.tie_word_embeddings = False
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == depth and name != "architectures":
+            setattr(cut, name, value[start:stop])
+    return cut
+
+
+@torch.no_grad()
+def fit_stitch(
+    source: PreTrainedModel,
+    target: PreTrainedModel,
+    calibration: Iterable[Any],
+    bos_token_id: int | None,
+    ridge: float | None = None,
+) -> LinearFit:
+    """Least-squares map from the last hidden states of `source` to those of `target`, in one pass.
+
+    Args:
+        source, target: decoders cut at the stitch, without final norms.
+        calibration: batches of token ids; padding and BOS are left out.
+
+    Raises:
+        ValueError: no token left, or activations that are not finite.
+    """
+    device = next(source.parameters()).device
+    equations = LeastSquares(source.config.hidden_size, target.config.hidden_size, device)
+    with evaluating(source), evaluating(target):
+        for batch in tqdm(token_batches(calibration), desc="calibrating", unit="batch", leave=False, disable=None):
+            counted = batch.counted(bos_token_id)
+            x, y = (_last_hidden(side, batch) for side in (source, target))
+            equations.update(x[counted.to(x.device)], y[counted.to(y.device)])
+    if not equations.rows:
+        raise ValueError(
+            "got calibration batches without a token that is neither padding nor BOS; expected text. Check the "
+            "attention masks, and that an iterator was not used up before"
+        )
+    return equations.solve(ridge)
+
+
+@torch.no_grad()
+def set_stitch(model: StitchedForCausalLM, fit: LinearFit) -> None:
+    """Put a fit into the stitching layer, and its figures into the config."""
+    layer = model.stitching_layer()
+    layer.weight.copy_(fit.weight)
+    layer.bias.copy_(fit.bias)
+    model.config.stitch_fit = {"r2": fit.r2, "ridge": fit.ridge, "tokens": fit.rows}
+
+
+def _last_hidden(decoder: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    batch = batch.to(decoder.get_input_embeddings().weight.device)
+    return decoder(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+
+
+def _check_pair(first: AnchorCheckpoint, last: AnchorCheckpoint, stitch: Stitch) -> None:
+    stitch.check(first.config.num_hidden_layers, last.config.num_hidden_layers)
+    if _size(first.config) > _size(last.config):
+        raise ValueError(
+            f"got the source {first.name} larger than the target {last.name}: reversed; expected the cheaper anchor "
+            "as the source. Swap source and target"
+        )
+    check_vocabularies(first, last)
+
+
+def check_vocabularies(first: AnchorCheckpoint, last: AnchorCheckpoint) -> None:
+    """Compare the tokenizers' token → id maps; sizes only where an anchor has no tokenizer with it.
+
+    Raises:
+        ValueError: they differ.
+    """
+    one, other = first.tokenizer_vocabulary, last.tokenizer_vocabulary
+    if one is not None and other is not None:
+        differing = sorted(token for token in one.keys() | other.keys() if one.get(token) != other.get(token))
+        if differing:
+            raise ValueError(
+                f"got vocabularies that differ in {len(differing):,} tokens (such as {differing[:3]}): the same id means "
+                f"different text to {first.name} and {last.name}; expected anchors that share a tokenizer"
+            )
+    elif first.config.vocab_size != last.config.vocab_size:
+        raise ValueError(
+            f"got vocabularies of {first.config.vocab_size:,} and {last.config.vocab_size:,} entries, and no tokenizers "
+            "to compare; expected anchors that share a tokenizer"
+        )
+
+
+def _size(config: PreTrainedConfig) -> int:
+    """Parameters of the blocks, without allocating them."""
+    with torch.device("meta"):
+        model = MODEL_MAPPING[type(config)](cut_config(config, 0, 1))
+    embedding = model.get_input_embeddings().weight.numel()
+    return (sum(p.numel() for p in model.parameters()) - embedding) * config.num_hidden_layers
+
+
+def _stitched_state(
+    first: AnchorCheckpoint, last: AnchorCheckpoint, stitch: Stitch, config: StitchedConfig
+) -> dict[str, Any]:
+    state = _side(first, 0, stitch.source_stop, "model.source.", without=(f"{first.family.norm}.",))
+    state |= _side(
+        last, stitch.target_start, config.target_blocks, "model.target.", without=(f"{last.family.embeddings}.",)
+    )
+    state |= {f"lm_head.{name}": last.tensor(key) for name, key in last.head_keys().items()}
+    layer = nn.Linear(config.embedding_size, config.hidden_size, bias=config.stitch_bias)
+    return state | {f"model.stitch.{name}": tensor for name, tensor in layer.state_dict().items()}
+
+
+def _side(
+    anchor: AnchorCheckpoint, start: int, stop: int, prefix: str, without: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Name in the stitched model → tensor, for the parts of one anchor that are kept."""
+    state = {}
+    for name, key in anchor.decoder_keys():
+        renamed = _renumber(name, anchor.family, start, stop)
+        if renamed is not None and not name.startswith(without):
+            state[prefix + renamed] = anchor.tensor(key)
+    return state
+
+
+def _renumber(name: str, family: DecoderFamily, start: int, stop: int) -> str | None:
+    """The name of a tensor after the cut; None if its block is cut away."""
+    block = re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", name)
+    if block is None:
+        return name
+    number = int(block[1])
+    return f"{family.blocks}.{number - start}.{name[block.end():]}" if start <= number < stop else None
+
+
+def _target_prefix(anchor: AnchorCheckpoint, stitch: Stitch, **loading: Any) -> PreTrainedModel:
+    """`target.blocks[:j]` without its final norm: what the stitching layer has to imitate."""
+    config = cut_config(anchor.config, 0, stitch.target_start)
+    state = _side(anchor, 0, stitch.target_start, "")
+    model = _load(MODEL_MAPPING[type(config)], config, state, **loading)
+    model.set_submodule(anchor.family.norm, nn.Identity())
+    return model
+
+
+def _load(model_class: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Any], **options: Any) -> Any:
+    model, info = model_class.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
+    problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") if info[kind]}
+    if problems:
+        raise ValueError(
+            f"the anchors' tensors do not fit {model_class.__name__}: {problems}; expected complete checkpoints of "
+            f"{config.model_type}. Load the anchors with AutoModelForCausalLM first to see whether they are whole"
+        )
+    return model
+
+
+def _generation_config(anchor: AnchorCheckpoint) -> GenerationConfig:
+    """The target's generation config, with its list of EOS tokens."""
+    if anchor.generation_config is not None:
+        return copy.deepcopy(anchor.generation_config)
+    return GenerationConfig.from_model_config(anchor.config)
+
+
+def _with_revision(hub: dict[str, Any], revision: str | None) -> dict[str, Any]:
+    return hub if revision is None else hub | {"revision": revision}

@@ -1,0 +1,140 @@
+"""Trade-off curves: quality against cost, its area, its Pareto front, and how well a score foretells it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from klas_hf import plotting
+from klas_hf.rows import ResultRow
+from klas_hf.scores import StitchScores
+from klas_hf.stitches import Stitch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class TradeoffCurve:
+    """Quality of several models against their MACs.
+
+    Args:
+        rows: measured models; several rows of one cost (several seeds, say) count with their mean.
+        metric: key of `ResultRow.metrics`.
+        higher_is_better: False for losses.
+        label: name in plots.
+
+    Raises:
+        ValueError: no rows, or a row that lacks the metric.
+    """
+
+    def __init__(self, rows: Iterable[ResultRow], metric: str, *, higher_is_better: bool = True, label: str = ""):
+        self.rows = tuple(sorted(rows, key=lambda row: row.macs))
+        self.metric, self.higher_is_better, self.label = metric, higher_is_better, label
+        if not self.rows:
+            raise ValueError("got no rows; expected at least one measured model")
+        for row in self.rows:
+            if metric not in row.metrics:
+                raise ValueError(f"got a row without {metric!r}; it has {sorted(row.metrics)}")
+        self.macs = np.unique([row.macs for row in self.rows])
+        self.values = np.array([self._mean_at(macs) for macs in self.macs])
+
+    def _mean_at(self, macs: float) -> float:
+        return float(np.mean([row.metrics[self.metric] for row in self.rows if row.macs == macs]))
+
+    def auc(self, interval: tuple[float, float] | None = None) -> float:
+        """Area under the curve over normalised MACs, which is the mean quality over the interval of costs.
+
+        Args:
+            interval: MACs from and to; None takes the curve's own span. Compare curves on a common interval
+                (`common_interval`) only: the paper does not say which one its figures are over.
+
+        Raises:
+            ValueError: the interval reaches outside the measured costs, or is empty.
+        """
+        low, high = interval or (self.macs[0], self.macs[-1])
+        if not self.macs[0] <= low < high <= self.macs[-1]:
+            raise ValueError(
+                f"got the interval {low:,} to {high:,} MACs; expected a non-empty one within the measured "
+                f"costs {self.macs[0]:,} to {self.macs[-1]:,}"
+            )
+        inner = self.macs[(self.macs > low) & (self.macs < high)]
+        x = np.concatenate([[low], inner, [high]]).astype(float)
+        return float(np.trapezoid(np.interp(x, self.macs, self.values), x) / (high - low))
+
+    def pareto(self) -> "TradeoffCurve":
+        """The Pareto front: rows that no cheaper (or equally cheap) row matches."""
+        front: list[ResultRow] = []
+        sign = 1 if self.higher_is_better else -1
+        for row in sorted(self.rows, key=lambda row: (row.macs, -sign * row.metrics[self.metric])):
+            if not front or sign * row.metrics[self.metric] > sign * front[-1].metrics[self.metric]:
+                front.append(row)
+        return TradeoffCurve(front, self.metric, higher_is_better=self.higher_is_better, label=self.label)
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draw the curve; writes PNG and SVG if `path` is given."""
+        return plot_curves([self], path=path)
+
+
+def common_interval(curves: Sequence[TradeoffCurve]) -> tuple[float, float]:
+    """MACs over which all curves are measured.
+
+    Raises:
+        ValueError: there are none.
+    """
+    low, high = max(float(c.macs[0]) for c in curves), min(float(c.macs[-1]) for c in curves)
+    if low >= high:
+        raise ValueError(f"got curves with no common costs (from {low:,.0f} to {high:,.0f} MACs); expected an overlap")
+    return low, high
+
+
+def plot_curves(curves: Sequence[TradeoffCurve], *, title: str = "", path: str | Path | None = None) -> "Figure":
+    """Several curves in one figure, quality against millions of MACs."""
+    series = [plotting.Series(curve.label or curve.metric, list(curve.macs / 1e6), list(curve.values)) for curve in curves]
+    return plotting.tradeoff(series, "MACs (millions)", curves[0].metric, title, path)
+
+
+@dataclass(frozen=True)
+class CorrelationReport:
+    """How well a score foretells the quality that a stitch reaches (KLAS App. D, Tab. 9).
+
+    Attributes:
+        pearson, spearman: correlation of the score (lower is better) with the drop below the best anchor.
+        stitches: number of stitches compared.
+    """
+
+    pearson: float
+    spearman: float
+    stitches: int
+
+
+def correlation_report(
+    scores: StitchScores, rows: Iterable[ResultRow], metric: str, *, higher_is_better: bool = True
+) -> CorrelationReport:
+    """Correlate scores with measured quality over all rows that have a stitch and a finite score.
+
+    Raises:
+        ValueError: fewer than three such rows.
+    """
+    sign = -1.0 if higher_is_better else 1.0
+    pairs = [
+        (scores.value_of(Stitch(*row.stitch)), sign * row.metrics[metric]) for row in rows if row.stitch is not None
+    ]
+    table = np.array([pair for pair in pairs if np.isfinite(pair[0])]).reshape(-1, 2)
+    if len(table) < 3:
+        raise ValueError(f"got {len(table)} rows with a finite score; expected at least three to correlate")
+    return CorrelationReport(_pearson(table), _pearson(np.apply_along_axis(_ranks, 0, table)), len(table))
+
+
+def _pearson(table: NDArray) -> float:
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(table[:, 0], table[:, 1])[0, 1])
+
+
+def _ranks(values: NDArray) -> NDArray:
+    """Ranks from 1, ties sharing their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]

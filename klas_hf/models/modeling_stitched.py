@@ -1,0 +1,243 @@
+"""Stitched models: two native transformers models, cut short and joined by a linear stitching layer.
+
+    tokens ─► source.embed ─► source.blocks[:i] ─► stitch ─► target.blocks[j:] ─► target's norm and head
+
+Each side is a model of its own family running its own forward, so masks, rotary embeddings and kernels are the
+family's. Both sides keep their keys and values in one cache: each sees the slice that holds its own layers, and
+so its own length, though `layer_idx` of the target's blocks counts on from the source's.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_stitched import StitchedConfig
+
+
+class StitchedModel(PreTrainedModel):
+    """Base of all stitched models; makes them from anchors and loads them.
+
+    `from_anchors` and `from_pretrained` of this class return the class for the task: a `StitchedForCausalLM` for
+    language models.
+    """
+
+    config_class = StitchedConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _fsdp_plan = {"stitch": "keep_full_weight"}
+
+    @classmethod
+    def from_anchors(cls, source: Any, target: Any, stitch: Any, **kwargs: Any) -> "StitchedModel":
+        """Join the first blocks of `source` to the last blocks of `target`; see `klas_hf.assembly.stitch_anchors`.
+
+        Args:
+            source, target: Hub id, local folder or PreTrainedModel; the source is the cheaper one.
+            stitch: `Stitch(i, j)` or `(i, j)`.
+            calibration: batches for the least-squares start of the stitching layer; None leaves it random.
+            dtype, device_map: as for `from_pretrained`.
+
+        Example:
+            >>> model = StitchedModel.from_anchors(
+            ...     "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", stitch=(8, 14), calibration=batches
+            ... )  # doctest: +SKIP
+        """
+        from importlib import import_module  # the assembly stays out of the files a checkpoint carries as its code
+
+        return import_module("klas_hf.assembly").stitch_anchors(source, target, stitch, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "StitchedModel":
+        """Load a stitched checkpoint; `StitchedModel` itself loads the class that the checkpoint names."""
+        if cls is not StitchedModel:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
+        config = kwargs.get("config") or StitchedConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        (name,) = config.architectures or ["StitchedForCausalLM"]
+        by_name = {subclass.__name__: subclass for subclass in StitchedModel.__subclasses__()}
+        if name not in by_name:
+            raise ValueError(f"got a checkpoint of {name!r}; expected one of {sorted(by_name)}")
+        return by_name[name].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def stitching_layer(self) -> nn.Linear:
+        """The linear layer from the source's width to the target's."""
+        return self.get_submodule("stitch" if self.base_model is self else "model.stitch")
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """Leave the 2D mask as it is: each side makes its own 4D masks from its own slice of the cache."""
+        return attention_mask
+
+
+class StitchedTextModel(StitchedModel):
+    """A stitched decoder without its head: token ids to the target's last hidden states."""
+
+    def __init__(self, config: StitchedConfig):
+        super().__init__(config)
+        self.source = AutoModel.from_config(config.source_config)
+        self.stitch = nn.Linear(
+            config.source_config.hidden_size, config.target_config.hidden_size, bias=config.stitch_bias
+        )
+        self.target = AutoModel.from_config(config.target_config)
+        self.source.set_submodule(config.source_norm, nn.Identity())
+        self.target.set_input_embeddings(None)
+        for module in self.target.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx += config.source_config.num_hidden_layers
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.source.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.source.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Run both sides.
+
+        Args:
+            input_ids: `(batch, tokens)`; or `inputs_embeds`: `(batch, tokens, source width)`.
+            attention_mask: `(batch, past + tokens)`, 0 at padding.
+            past_key_values: one cache for both sides, source layers first.
+
+        Returns:
+            last_hidden_state `(batch, tokens, target width)`. `hidden_states` holds the input of every block and
+            then the normed output; its width changes at the stitch.
+        """
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        depth = self.config.source_config.num_hidden_layers
+        common = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, **kwargs}
+        first = self.source(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=_slice_cache(past_key_values, 0, depth, self.config),
+            return_dict=True,
+            **common,
+        )
+        last = self.target(
+            inputs_embeds=self.stitch(first.last_hidden_state),
+            past_key_values=_slice_cache(past_key_values, depth, None, self.config),
+            return_dict=True,
+            **common,
+        )
+        output = BaseModelOutputWithPast(
+            last_hidden_state=last.last_hidden_state,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=None if last.hidden_states is None else (*first.hidden_states[:-1], *last.hidden_states),
+            attentions=None if last.attentions is None else (*first.attentions, *last.attentions),
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+class StitchedForCausalLM(StitchedModel, GenerationMixin):
+    """A stitched language model: generates, saves, loads and trains as any causal LM of transformers."""
+
+    _fsdp_plan = {"model.stitch": "keep_full_weight", "lm_head": "keep_full_weight"}
+
+    def __init__(self, config: StitchedConfig):
+        super().__init__(config)
+        self.model = StitchedTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Next-token logits, and their cross-entropy where labels are given.
+
+        Args:
+            input_ids: `(batch, tokens)`.
+            labels: `(batch, tokens)` token ids, -100 where no loss is taken; they are shifted here.
+            logits_to_keep: only the last so many positions (0: all), or their indices.
+
+        Returns:
+            logits `(batch, kept tokens, vocabulary)`, loss in nats per token.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden = outputs.last_hidden_state[:, kept, :]
+        logits = scale_logits(self.lm_head(hidden), self.config.target_config)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+def scale_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """What some families do to their logits: Granite divides, Cohere multiplies, Gemma 2 caps."""
+    settings = config.to_dict()
+    if divisor := settings.get("logits_scaling"):
+        logits = logits / divisor
+    if factor := settings.get("logit_scale"):
+        logits = logits * factor
+    if cap := settings.get("final_logit_softcapping"):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+class _CacheSlice(Cache):
+    """The layers of one side inside the cache of both: own lengths and masks, shared storage."""
+
+    def __init__(self, parent: Cache, start: int, stop: int | None):
+        super().__init__(layers=parent.layers[start:stop])
+        self.parent = parent
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        return self.parent.update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def _slice_cache(cache: Cache | None, start: int, stop: int | None, config: StitchedConfig) -> Cache | None:
+    if cache is None:
+        return None
+    if not cache.layers:  # DynamicCache() without a config makes its layers one by one, too late for a slice
+        cache.layers.extend(DynamicCache(config=config).layers)
+    return _CacheSlice(cache, start, stop)

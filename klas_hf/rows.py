@@ -1,0 +1,135 @@
+"""Result rows and the JSONL file that holds them: what a run measured, written as it goes, resumable."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from klas_hf.stitches import Stitch
+
+_REPORTED = ("klas_hf", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers")
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One measured model.
+
+    Attributes:
+        rule: how the model was chosen: a selection rule, or "source" / "target" for an anchor itself.
+        stitch: `(i, j)`, or None for an anchor.
+        seed: the seed that the row's random choices came from.
+        macs: MACs of one sequence (or image) of the run's stated length.
+        parameters: number of parameters.
+        metrics: name → value.
+        details: anything else worth keeping, as JSON values (training losses, R² of the stitching layer, …).
+    """
+
+    rule: str
+    stitch: tuple[int, int] | None
+    seed: int
+    macs: int
+    parameters: int
+    metrics: Mapping[str, float]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, tuple[int, int] | None, int]:
+        """What makes a row one of its kind in a run."""
+        return self.rule, self.stitch, self.seed
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on."""
+    versions = {}
+    for name in _REPORTED:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+class RowFile:
+    """A JSONL file of rows of one run; opening it again resumes it.
+
+    The first line holds the run's settings (with anchors, revisions and library versions); each further line a
+    row. A line that an interruption cut short is dropped.
+
+    Args:
+        path: the file; parents are made with the first row.
+        run: the settings that all rows share, as JSON values. A later run must have the same.
+
+    Raises:
+        ValueError: the file holds another run's rows, or is no row file.
+    """
+
+    def __init__(self, path: str | Path, run: Mapping[str, Any]):
+        self.path = Path(path)
+        self.run = json.loads(json.dumps(dict(run)))
+        self.rows: list[ResultRow] = []
+        if self.path.exists():
+            self._read()
+
+    def __iter__(self) -> Iterator[ResultRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def find(self, rule: str, stitch: Stitch | None, seed: int) -> ResultRow | None:
+        """The row of this key, or None when it is still to be measured."""
+        pair = None if stitch is None else (stitch.source_stop, stitch.target_start)
+        return next((row for row in self.rows if row.key == (rule, pair, seed)), None)
+
+    def append(self, row: ResultRow) -> None:
+        """Write a row; it is on disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not self.path.exists() or not self.path.stat().st_size
+        with self.path.open("a", encoding="utf-8") as file:
+            if is_new:
+                file.write(_line({"run": self.run, "versions": library_versions()}))
+            file.write(_line(asdict(row)))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.append(row)
+
+    def _read(self) -> None:
+        whole, cut = _whole_lines(self.path)
+        if not whole and not cut:
+            return
+        header = whole[0].get("run") if whole else None
+        if header is None and whole:
+            raise ValueError(f"got {self.path}, whose first line has no run settings; expected a file of this program")
+        if header is not None and header != self.run:
+            changed = sorted(k for k in header.keys() | self.run.keys() if header.get(k) != self.run.get(k))
+            raise ValueError(
+                f"{self.path} holds the rows of another run, which differs in {', '.join(changed)} "
+                f"(there: {({k: header.get(k) for k in changed})}; now: {({k: self.run.get(k) for k in changed})}). "
+                "Name another output folder, or repeat the settings of that run to resume it"
+            )
+        self.rows = [_row(line) for line in whole[1:]]
+        if cut:
+            with self.path.open("r+b") as file:
+                file.truncate(file.seek(0, os.SEEK_END) - cut)
+
+
+def _row(line: dict[str, Any]) -> ResultRow:
+    stitch = line.pop("stitch")
+    return ResultRow(stitch=None if stitch is None else (stitch[0], stitch[1]), **line)
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The JSON lines of a file, and the length in bytes of an unfinished last line."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    try:
+        return [json.loads(line) for line in content[:end].splitlines()], len(content) - end
+    except json.JSONDecodeError as error:
+        raise ValueError(f"got {path}, which is not JSONL: {error}. Name another output folder") from error

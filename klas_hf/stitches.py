@@ -1,0 +1,120 @@
+"""Values that name a stitch and say what it costs.
+
+`Stitch(source_stop=i, target_start=j)` runs `source.blocks[:i]`, the stitching layer, then `target.blocks[j:]`
+and the target's head. The stitching layer maps the output of the i-th source block to the output of the j-th
+target block (both 1-indexed), so (i, j) is the pair (i, j) of KLAS (Eq. 1 and 2). `target_start=0` feeds the
+target's first block: SN-Net uses it, KLAS has no score for it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True, order=True)
+class Stitch:
+    """One way to join two anchors.
+
+    Attributes:
+        source_stop: number of source blocks that run, counted from the first; at least 1.
+        target_start: number of target blocks that are skipped; 0 runs them all.
+        source, target: positions of the two anchors in a list of more than two.
+    """
+
+    source_stop: int
+    target_start: int
+    source: int = 0
+    target: int = 1
+
+    def __post_init__(self) -> None:
+        if self.source_stop < 1 or self.target_start < 0:
+            raise ValueError(
+                f"got Stitch(source_stop={self.source_stop}, target_start={self.target_start}); expected "
+                "source_stop >= 1 (at least one source block runs) and target_start >= 0"
+            )
+
+    def __str__(self) -> str:
+        return f"({self.source_stop}, {self.target_start})"
+
+    @classmethod
+    def of(cls, stitch: "Stitch | tuple[int, int]") -> "Stitch":
+        """Accept a pair `(i, j)` where a stitch is expected."""
+        if isinstance(stitch, Stitch):
+            return stitch
+        try:
+            source_stop, target_start = (int(index) for index in stitch)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"got stitch={stitch!r}; expected Stitch(i, j) or a pair (i, j)") from error
+        return cls(source_stop, target_start)
+
+    def check(self, source_blocks: int, target_blocks: int) -> None:
+        """Raise ValueError unless the stitch fits anchors of these depths (in blocks)."""
+        if self.source_stop > source_blocks or self.target_start >= target_blocks:
+            raise ValueError(
+                f"got stitch {self}, out of range for a source of {source_blocks} and a target of "
+                f"{target_blocks} blocks; expected 1 <= i <= {source_blocks} and 0 <= j <= {target_blocks - 1}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class StitchCosts:
+    """MACs and parameters of every stitched model between two anchors, without building one.
+
+    A stitched model costs the source's input part, the source blocks it keeps, the stitching layer, the target
+    blocks it keeps and the target's head.
+
+    Attributes:
+        tokens: length of the sequence that the MACs are for.
+        source_blocks, target_blocks: `(m,)` and `(n,)` MACs of each block.
+        stitch: MACs of the stitching layer.
+        source_total, target_total: MACs of the anchors themselves.
+        ends: MACs of the source's input part and the target's head.
+        source_parameters, target_parameters: `(m,)` and `(n,)` parameters of each block.
+        stitch_parameters, ends_parameters: parameters of the stitching layer, and of both ends.
+    """
+
+    tokens: int
+    source_blocks: np.ndarray
+    target_blocks: np.ndarray
+    stitch: int
+    source_total: int
+    target_total: int
+    ends: int
+    source_parameters: np.ndarray
+    target_parameters: np.ndarray
+    stitch_parameters: int
+    ends_parameters: int
+
+    @cached_property
+    def macs(self) -> np.ndarray:
+        """`(m, n)` MACs; row i - 1 and column j hold the stitch (i, j), for i = 1…m and j = 0…n-1."""
+        return _prefixes(self.source_blocks) + _suffixes(self.target_blocks) + self.ends + self.stitch
+
+    @cached_property
+    def parameters(self) -> np.ndarray:
+        """`(m, n)` parameters, laid out as `macs`."""
+        blocks = _prefixes(self.source_parameters) + _suffixes(self.target_parameters)
+        return blocks + self.ends_parameters + self.stitch_parameters
+
+    def of(self, stitch: Stitch) -> tuple[int, int]:
+        """MACs and parameters of one stitch."""
+        stitch.check(len(self.source_blocks), len(self.target_blocks))
+        place = stitch.source_stop - 1, stitch.target_start
+        return int(self.macs[place]), int(self.parameters[place])
+
+    def check_direction(self) -> None:
+        """Raise ValueError when the source costs more than the target (KLAS stitches cheap to dear only)."""
+        if self.source_total > self.target_total:
+            raise ValueError(
+                f"got a source of {self.source_total:,} MACs and a target of {self.target_total:,}: reversed; "
+                "expected the cheaper anchor as the source. Swap source and target"
+            )
+
+
+def _prefixes(blocks: np.ndarray) -> np.ndarray:
+    return np.cumsum(blocks)[:, None]
+
+
+def _suffixes(blocks: np.ndarray) -> np.ndarray:
+    return np.cumsum(blocks[::-1])[::-1][None, :]
