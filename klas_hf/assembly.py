@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.checkpoints import AnchorCheckpoint
 from klas_hf.anchors.families import DecoderFamily
 from klas_hf.anchors.language import evaluating
+from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.least_squares import LeastSquares, LinearFit
 from klas_hf.models import StitchedConfig, StitchedForCausalLM
+from klas_hf.processes import progress, shared_out, sum_over_processes
 from klas_hf.stitches import Stitch
 
 _HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
@@ -67,7 +68,7 @@ def stitch_anchors(
     with ExitStack() as files:
         first = files.enter_context(AnchorCheckpoint(source, **_with_revision(hub, source_revision)))
         last = files.enter_context(AnchorCheckpoint(target, **_with_revision(hub, target_revision)))
-        _check_pair(first, last, stitch)
+        _check_pair(first, last, stitch, hub)
         config = stitched_config(first, last, stitch)
         loading = {"dtype": dtype or last.config.dtype or torch.float32, "device_map": device_map}
         options = {name: value for name, value in kwargs.items() if name not in _HUB_OPTIONS}
@@ -144,10 +145,11 @@ def fit_stitch(
     device = next(source.parameters()).device
     equations = LeastSquares(source.config.hidden_size, target.config.hidden_size, device)
     with evaluating(source), evaluating(target):
-        for batch in tqdm(token_batches(calibration), desc="calibrating", unit="batch", leave=False, disable=None):
+        for batch in progress(shared_out(token_batches(calibration)), "calibrating the stitching layer"):
             counted = batch.counted(bos_token_id)
             x, y = (_last_hidden(side, batch) for side in (source, target))
             equations.update(x[counted.to(x.device)], y[counted.to(y.device)])
+    equations.combine(sum_over_processes)
     if not equations.rows:
         raise ValueError(
             "got calibration batches without a token that is neither padding nor BOS; expected text. Check the "
@@ -170,35 +172,14 @@ def _last_hidden(decoder: PreTrainedModel, batch: TokenBatch) -> Tensor:
     return decoder(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
 
 
-def _check_pair(first: AnchorCheckpoint, last: AnchorCheckpoint, stitch: Stitch) -> None:
+def _check_pair(first: AnchorCheckpoint, last: AnchorCheckpoint, stitch: Stitch, hub: dict[str, Any]) -> None:
     stitch.check(first.config.num_hidden_layers, last.config.num_hidden_layers)
     if _size(first.config) > _size(last.config):
         raise ValueError(
             f"got the source {first.name} larger than the target {last.name}: reversed; expected the cheaper anchor "
             "as the source. Swap source and target"
         )
-    check_vocabularies(first, last)
-
-
-def check_vocabularies(first: AnchorCheckpoint, last: AnchorCheckpoint) -> None:
-    """Compare the tokenizers' token → id maps; sizes only where an anchor has no tokenizer with it.
-
-    Raises:
-        ValueError: they differ.
-    """
-    one, other = first.tokenizer_vocabulary, last.tokenizer_vocabulary
-    if one is not None and other is not None:
-        differing = sorted(token for token in one.keys() | other.keys() if one.get(token) != other.get(token))
-        if differing:
-            raise ValueError(
-                f"got vocabularies that differ in {len(differing):,} tokens (such as {differing[:3]}): the same id means "
-                f"different text to {first.name} and {last.name}; expected anchors that share a tokenizer"
-            )
-    elif first.config.vocab_size != last.config.vocab_size:
-        raise ValueError(
-            f"got vocabularies of {first.config.vocab_size:,} and {last.config.vocab_size:,} entries, and no tokenizers "
-            "to compare; expected anchors that share a tokenizer"
-        )
+    check_vocabularies(first.name, first.config, last.name, last.config, **hub)
 
 
 def _size(config: PreTrainedConfig) -> int:

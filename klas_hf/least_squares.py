@@ -7,6 +7,7 @@ hidden states of language models have both.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +49,7 @@ class LeastSquares:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
         self.rows = 0
-        self._shift_x: Tensor | None = None
-        self._shift_y: Tensor | None = None
+        self._shift_x, self._shift_y = zeros(in_features), zeros(out_features)
         self._sum_x, self._sum_y = zeros(in_features), zeros(out_features)
         self._gram, self._cross = zeros(in_features, in_features), zeros(in_features, out_features)
         self._square_y = zeros(())
@@ -63,7 +63,7 @@ class LeastSquares:
         if not len(x):
             return
         x, y = x.to(self._gram), y.to(self._gram)
-        if self._shift_x is None or self._shift_y is None:
+        if not self.rows:
             self._shift_x, self._shift_y = x.mean(0), y.mean(0)
         x, y = x - self._shift_x, y - self._shift_y
         square_y = y.square().sum()
@@ -79,6 +79,35 @@ class LeastSquares:
         self._cross += x.T @ y
         self._square_y += square_y
 
+    def combine(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Make these the equations of all processes, each of which has seen other rows.
+
+        Args:
+            total: sums a tensor over processes.
+        """
+        rows = int(total(torch.tensor(self.rows, dtype=torch.float64, device=self._gram.device)))
+        if not rows:
+            return
+        for shift, sums in ((self._shift_x, self._sum_x), (self._shift_y, self._sum_y)):
+            common = total(shift * self.rows + sums) / rows  # the mean over all processes
+            moved = shift - common
+            self._move(shift is self._shift_x, moved)
+            shift.copy_(common)
+        self._sum_x, self._sum_y = total(self._sum_x), total(self._sum_y)
+        self._gram, self._cross, self._square_y = total(self._gram), total(self._cross), total(self._square_y)
+        self.rows = rows
+
+    def _move(self, is_x: bool, by: Tensor) -> None:
+        """Take the sums about another shift: every row of x (or y) grows by `by`."""
+        if is_x:
+            self._gram += torch.outer(self._sum_x, by) + torch.outer(by, self._sum_x) + self.rows * torch.outer(by, by)
+            self._cross += torch.outer(by, self._sum_y)
+            self._sum_x += self.rows * by
+        else:
+            self._square_y += 2 * (by * self._sum_y).sum() + self.rows * by.square().sum()
+            self._cross += torch.outer(self._sum_x, by)
+            self._sum_y += self.rows * by
+
     def solve(self, ridge: float | None = None) -> LinearFit:
         """Solve for W and b.
 
@@ -89,7 +118,7 @@ class LeastSquares:
         Raises:
             ValueError: no row was added.
         """
-        if self._shift_x is None or self._shift_y is None:
+        if not self.rows:
             raise ValueError("got no rows to fit; expected at least one token that is neither padding nor BOS")
         mean_x, mean_y = self._sum_x / self.rows, self._sum_y / self.rows
         gram = self._gram / self.rows - torch.outer(mean_x, mean_x)

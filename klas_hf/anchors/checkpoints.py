@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from klas_hf.anchors.families import DecoderFamily, decoder_family
@@ -32,7 +32,7 @@ class AnchorCheckpoint:
     def __init__(self, anchor: str | Path | PreTrainedModel, **hub: Any):
         self._open_files = ExitStack()
         self._files: dict[str, Any] = {}
-        self._hub = hub
+        self.hub = hub
         self._anchor = anchor
         if isinstance(anchor, PreTrainedModel):
             self.config: PreTrainedConfig = anchor.config
@@ -62,18 +62,8 @@ class AnchorCheckpoint:
         if isinstance(self._anchor, PreTrainedModel):
             return self._anchor.generation_config
         try:
-            return GenerationConfig.from_pretrained(self._anchor, **self._hub)
+            return GenerationConfig.from_pretrained(self._anchor, **self.hub)
         except OSError:
-            return None
-
-    @property
-    def tokenizer_vocabulary(self) -> dict[str, int] | None:
-        """The tokenizer's token → id map, or None where the anchor has no tokenizer with it."""
-        if self.name is None:
-            return None
-        try:
-            return AutoTokenizer.from_pretrained(self.name, **self._hub).get_vocab()
-        except (OSError, ValueError, KeyError, TypeError):  # what AutoTokenizer raises where there is no tokenizer
             return None
 
     def tensor(self, key: str) -> Any:
@@ -115,14 +105,14 @@ class AnchorCheckpoint:
 
     def _find_shards(self) -> dict[str, str]:
         """Tensor name → file name."""
-        index = cached_file(self._anchor, _INDEX, _raise_exceptions_for_missing_entries=False, **self._hub)
+        index = cached_file(self._anchor, _INDEX, _raise_exceptions_for_missing_entries=False, **self.hub)
         if index is not None:
             return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        if cached_file(self._anchor, _SINGLE, _raise_exceptions_for_missing_entries=False, **self._hub) is None:
+        if cached_file(self._anchor, _SINGLE, _raise_exceptions_for_missing_entries=False, **self.hub) is None:
             raise OSError(f"found neither {_SINGLE} nor {_INDEX}; only safetensors weights are read, never pickled ones")
         with safe_open(self._path(_SINGLE), "pt") as file:
             return dict.fromkeys(file.keys(), _SINGLE)
 
     def _path(self, shard: str) -> str:
         with explained_access(str(self._anchor)):
-            return cached_file(self._anchor, shard, **self._hub)
+            return cached_file(self._anchor, shard, **self.hub)

@@ -32,7 +32,8 @@ class LanguageAnchor:
         self.model = model
         self.config = model.config
         self.revision = revision
-        self.name = str(model.config.name_or_path or type(model).__name__)
+        self.path: str | None = str(model.config.name_or_path) or None
+        self.name = self.path or type(model).__name__
 
     @property
     def decoder(self) -> PreTrainedModel:

@@ -1,0 +1,177 @@
+"""Probes: what each block of an anchor already says about the next token (KLAS Alg. 1, in logit-lens form).
+
+A full linear probe per block would have width × vocabulary parameters, 15 billion for Llama 3.2 1B and 3B. A probe
+here is a translator in hidden space, followed by the anchor's own frozen final norm and unembedding:
+
+    logits = unembed(norm(h + W h + b))
+
+Three kinds: `logit` has W = b = 0 (the logit lens); `ridge` is the least-squares map to the last block's output,
+in closed form from one pass; `tuned` starts there and is trained (the tuned lens; `klas_hf.training.train_probes`).
+The last block needs no translator.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from klas_hf.anchors.batches import token_batches
+from klas_hf.anchors.language import LanguageAnchor, load_anchor
+from klas_hf.least_squares import LeastSquares
+from klas_hf.processes import progress, shared_out, sum_over_processes
+
+KINDS = ("logit", "ridge", "tuned")
+
+
+class ProbeConfig(PreTrainedConfig):
+    """How probes are made, and of which anchor they are.
+
+    Args:
+        kind: "ridge" (default), "logit" or "tuned".
+        ridge: penalty on W, relative to the variance of a standardised hidden unit; None leaves it to the fit.
+        tuned_loss: what tuned probes learn: "kl" to the anchor's own output distribution, or "ce" of the next token.
+        tuned_start: "ridge" or "zero" (the logit lens).
+        epochs, learning_rate: of the tuning, AdamW with a linear decay.
+        anchor_name, anchor_revision, anchor_fingerprint, num_blocks, width: filled in by the fit.
+        r2: share of the last block's variance that each ridge translator explains on its own training data.
+    """
+
+    model_type = "klas_probes"
+
+    kind: str = "ridge"
+    ridge: float | None = 1e-4
+    tuned_loss: str = "kl"
+    tuned_start: str = "ridge"
+    epochs: int = 1
+    learning_rate: float = 1e-3
+    anchor_name: str | None = None
+    anchor_revision: str | None = None
+    anchor_fingerprint: str | None = None
+    num_blocks: int = 1
+    width: int = 1
+    r2: list[float] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name, value, known in (
+            ("kind", self.kind, KINDS),
+            ("tuned_loss", self.tuned_loss, ("kl", "ce")),
+            ("tuned_start", self.tuned_start, ("ridge", "zero")),
+        ):
+            if value not in known:
+                raise ValueError(f"got {name}={value!r}; expected one of {known}")
+        super().__post_init__(**kwargs)
+
+
+class ProbeNet(PreTrainedModel):
+    """One probe per block of an anchor (Alg. 1); saves, loads and goes to the Hub as any model.
+
+    The anchor's norm and unembedding are not part of it: they are used where the anchor is at hand.
+    """
+
+    config_class = ProbeConfig
+    base_model_prefix = ""
+    main_input_name = "hidden"
+
+    def __init__(self, config: ProbeConfig):
+        super().__init__(config)
+        translated = config.num_blocks - 1
+        self.offsets = nn.Parameter(torch.zeros(translated, config.width))
+        self.translators = nn.ModuleList(
+            nn.Linear(config.width, config.width, bias=False)
+            for _ in range(0 if config.kind == "logit" else translated)
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+
+    def translate(self, block: int, hidden: Tensor) -> Tensor:
+        """Hidden states as the last block would have them: h + W h + b.
+
+        Args:
+            block: which block `hidden` is the output of, from 0.
+            hidden: `(..., width)`.
+        """
+        if block == self.config.num_blocks - 1:
+            return hidden
+        moved = hidden.to(self.offsets) + self.offsets[block]
+        return moved + self.translators[block](hidden.to(self.offsets)) if self.translators else moved
+
+    def log_probs(self, anchor: LanguageAnchor, hidden: Tensor) -> Tensor:
+        """Next-token log-probabilities of all probes, fp32, in nats.
+
+        Args:
+            anchor: the anchor that the probes are of.
+            hidden: `(blocks, tokens, width)` output of every block.
+
+        Returns:
+            `(blocks, tokens, vocabulary)`.
+        """
+        translated = torch.stack([self.translate(block, h) for block, h in enumerate(hidden)])
+        return anchor.logits(translated).float().log_softmax(-1)
+
+    def check(self, anchor: LanguageAnchor) -> None:
+        """Raise ValueError unless these are the probes of this anchor's very weights."""
+        config = self.config
+        if (config.num_blocks, config.width) != (anchor.num_blocks, anchor.width):
+            raise ValueError(
+                f"got probes of {config.num_blocks} blocks {config.width} wide ({config.anchor_name}) for "
+                f"{anchor.name}, which has {anchor.num_blocks} blocks {anchor.width} wide; train probes for this anchor"
+            )
+        if config.anchor_fingerprint != anchor.fingerprint:
+            raise ValueError(
+                f"got probes of {config.anchor_name} (weights {str(config.anchor_fingerprint)[:12]}) for {anchor.name} "
+                f"(weights {anchor.fingerprint[:12]}): other weights; expected the model they were trained on. "
+                "Train probes for this anchor with train_probes"
+            )
+
+
+@torch.no_grad()
+def fit_probes(anchor: Any, data: Iterable[Any], config: ProbeConfig | None = None) -> ProbeNet:
+    """Probes in closed form (`logit`, `ridge`, or the start of `tuned`), from one pass over the data.
+
+    Args:
+        anchor: Hub id, folder or model.
+        data: batches of token ids; padding and BOS are left out.
+        config: kind and ridge; None takes the defaults.
+
+    Raises:
+        ValueError: no token to fit to, or activations that are not finite.
+    """
+    anchor = load_anchor(anchor)
+    config = described(config or ProbeConfig(), anchor)
+    probes = ProbeNet(config).to(anchor.device)
+    if config.kind == "logit" or (config.kind == "tuned" and config.tuned_start == "zero"):
+        return probes.eval()
+    equations = [LeastSquares(anchor.width, anchor.width, anchor.device) for _ in probes.translators]
+    for batch in progress(shared_out(token_batches(data)), f"ridge probes of {anchor.name}"):
+        counted = batch.counted(anchor.config.bos_token_id)
+        *earlier, last = (h[counted.to(h.device)].double() for h in anchor.hidden_states(batch))
+        for equation, h in zip(equations, earlier, strict=True):
+            equation.update(h, last.to(h.device) - h)
+    config.r2 = []
+    for block, equation in enumerate(equations):
+        equation.combine(sum_over_processes)
+        fit = equation.solve(config.ridge)
+        probes.translators[block].weight.copy_(fit.weight)
+        probes.offsets[block].copy_(fit.bias)
+        config.r2.append(fit.r2)
+    return probes.eval()
+
+
+def described(config: ProbeConfig, anchor: LanguageAnchor) -> ProbeConfig:
+    """A copy of the settings with the anchor's identity filled in."""
+    return ProbeConfig(
+        **{
+            **config.to_dict(),
+            "anchor_name": anchor.name,
+            "anchor_revision": anchor.revision,
+            "anchor_fingerprint": anchor.fingerprint,
+            "num_blocks": anchor.num_blocks,
+            "width": anchor.width,
+        }
+    )
