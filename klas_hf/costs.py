@@ -45,7 +45,8 @@ def measure_costs(model: PreTrainedModel | PreTrainedConfig, *, tokens: int = 12
     meta = _on_meta(config)
     macs = sum(_macs_by_module(meta, tokens).values())
     parameters = sum(p.numel() for p in meta.parameters())
-    return Cost(macs, parameters, _kv_bytes_per_token(config), tokens)
+    dtype = model.dtype if isinstance(model, PreTrainedModel) else config.dtype or torch.float32
+    return Cost(macs, parameters, _kv_numbers_per_token(config) * dtype.itemsize, tokens)
 
 
 def measure_stitch_costs(
@@ -114,7 +115,11 @@ def _parameters(module: nn.Module) -> int:
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        # batched_mm runs as many experts for each token as it is routed to, and asks for no values to do it.
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", experts_implementation="batched_mm"
+        )
+    return model.eval()
 
 
 @torch.no_grad()
@@ -136,12 +141,10 @@ def _macs_by_module(model: PreTrainedModel, tokens: int) -> dict[nn.Module, int]
     return own
 
 
-def _kv_bytes_per_token(config: PreTrainedConfig) -> int:
-    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
-    heads = [
-        getattr(layer, "num_key_value_heads", layer.num_attention_heads)
-        * getattr(layer, "head_dim", layer.hidden_size // layer.num_attention_heads)
-        for layer in layers
-    ]
-    size = torch.finfo(config.dtype or torch.float32).bits // 8
-    return 2 * sum(heads) * size
+def _kv_numbers_per_token(config: PreTrainedConfig) -> int:
+    numbers = 0
+    for layer in config.per_layer_config:
+        heads = layer.num_attention_heads
+        kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+        numbers += 2 * kv_heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+    return numbers

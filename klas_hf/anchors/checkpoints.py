@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -25,8 +26,8 @@ class AnchorCheckpoint:
         hub: revision, token, cache_dir, local_files_only … for the Hub.
 
     Raises:
-        OSError: not to be reached, or without safetensors weights (pickled ones are not read).
-        ValueError: its family cannot be stitched.
+        OSError: not to be reached, damaged, or without safetensors weights (pickled ones are not read).
+        ValueError: its family cannot be stitched, or it was saved without its head.
     """
 
     def __init__(self, anchor: str | Path | PreTrainedModel, **hub: Any):
@@ -36,12 +37,14 @@ class AnchorCheckpoint:
         self._anchor = anchor
         if isinstance(anchor, PreTrainedModel):
             self.config: PreTrainedConfig = anchor.config
+            self.dtype = anchor.dtype
             self._tensors: Mapping[str, Tensor] = anchor.state_dict()
             self._shards: dict[str, str] = {}
             self.name, self.revision = str(anchor.config.name_or_path or "") or None, None
         else:
             with explained_access(anchor):
                 self.config = AutoConfig.from_pretrained(anchor, **hub)
+            self.dtype = self.config.dtype or torch.float32
             self.name, self.revision = str(anchor), hub.get("revision")
         self.family: DecoderFamily = decoder_family(self.config)
         if not isinstance(anchor, PreTrainedModel):
@@ -49,6 +52,8 @@ class AnchorCheckpoint:
             with explained_access(anchor):
                 self._shards = self._find_shards()
         self.keys = set(self._tensors) | set(self._shards)
+        if not any(key.startswith(f"{self.family.prefix}.") for key in self.keys):
+            raise ValueError(self._headless())
 
     def __enter__(self) -> "AnchorCheckpoint":
         return self
@@ -69,10 +74,10 @@ class AnchorCheckpoint:
     def tensor(self, key: str) -> Any:
         """A tensor, or the slice of a safetensors file that becomes one when it is read."""
         if key in self._tensors:
-            return self._tensors[key]
+            return self._tensors[key].detach().clone()  # transformers would share it with the anchor
         shard = self._shards[key]
         if shard not in self._files:
-            self._files[shard] = self._open_files.enter_context(safe_open(self._path(shard), "pt"))
+            self._files[shard] = self._open_files.enter_context(_open(self._path(shard)))
         return self._files[shard].get_slice(key)
 
     def decoder_keys(self) -> Iterator[tuple[str, str]]:
@@ -96,23 +101,34 @@ class AnchorCheckpoint:
             embedding = f"{self.family.embeddings}.weight"
             tied = [key for name, key in self.decoder_keys() if name == embedding]
             if not tied or not self.config.tie_word_embeddings:
-                raise ValueError(
-                    f"got {self.name or 'an anchor'} without the weights of its head ({' or '.join(self.family.heads)}); "
-                    "expected a causal language model. Pass one saved from AutoModelForCausalLM"
-                )
+                raise ValueError(self._headless())
             keys["weight"] = tied[0]
         return keys
 
+    def _headless(self) -> str:
+        return (
+            f"got {self.name or 'an anchor'} without the weights of its head ({' or '.join(self.family.heads)}); "
+            "expected a causal language model. Pass one saved from AutoModelForCausalLM"
+        )
+
     def _find_shards(self) -> dict[str, str]:
         """Tensor name → file name."""
+        single = cached_file(self._anchor, _SINGLE, _raise_exceptions_for_missing_entries=False, **self.hub)
+        if single is not None:
+            with _open(single) as file:
+                return dict.fromkeys(file.keys(), _SINGLE)
         index = cached_file(self._anchor, _INDEX, _raise_exceptions_for_missing_entries=False, **self.hub)
-        if index is not None:
-            return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        if cached_file(self._anchor, _SINGLE, _raise_exceptions_for_missing_entries=False, **self.hub) is None:
+        if index is None:
             raise OSError(f"found neither {_SINGLE} nor {_INDEX}; only safetensors weights are read, never pickled ones")
-        with safe_open(self._path(_SINGLE), "pt") as file:
-            return dict.fromkeys(file.keys(), _SINGLE)
+        return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
 
     def _path(self, shard: str) -> str:
         with explained_access(str(self._anchor)):
             return cached_file(self._anchor, shard, **self.hub)
+
+
+def _open(path: str) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise OSError(f"{path} is damaged ({error}); expected a whole safetensors file. Download or save it again") from error

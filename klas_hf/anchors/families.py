@@ -22,7 +22,8 @@ class DecoderFamily:
         embeddings: the token embedding.
         heads: names of the unembedding, in a checkpoint and in the model.
         head_bias: whether the unembedding has a bias.
-        fed_hidden: config fields to set where the decoder is fed hidden states instead of embeddings.
+        fed_hidden: config fields to set where the decoder is fed hidden states instead of embeddings, so that it
+            neither scales nor drops them.
     """
 
     prefix: str = "model"
@@ -49,9 +50,9 @@ DECODER_FAMILIES: dict[str, DecoderFamily] = {
     "smollm3": _LLAMA_LIKE,
     "olmo2": _LLAMA_LIKE,
     "phi3": _LLAMA_LIKE,
-    "phi": DecoderFamily(norm="final_layernorm", head_bias=True),
+    "phi": DecoderFamily(norm="final_layernorm", head_bias=True, fed_hidden={"embd_pdrop": 0.0}),
     "granite": _GRANITE_LIKE,
-    "starcoder2": _LLAMA_LIKE,
+    "starcoder2": DecoderFamily(fed_hidden={"embedding_dropout": 0.0}),
     "gpt_neox": DecoderFamily(
         prefix="gpt_neox", norm="final_layer_norm", embeddings="embed_in", heads=("lm_head", "embed_out")
     ),

@@ -3,6 +3,9 @@
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.utils import cached_file
+
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def tokenizer_vocabulary(name: str | None, **hub: Any) -> dict[str, int] | None:
@@ -10,6 +13,9 @@ def tokenizer_vocabulary(name: str | None, **hub: Any) -> dict[str, int] | None:
     if not name:
         return None
     try:
+        files = (cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub) for file in _VOCABULARY_FILES)
+        if not any(files):  # AutoTokenizer would make up an empty one
+            return None
         return AutoTokenizer.from_pretrained(name, **hub).get_vocab()
     except (OSError, ValueError, KeyError, TypeError):  # what AutoTokenizer raises where there is no tokenizer
         return None

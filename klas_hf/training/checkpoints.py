@@ -1,0 +1,110 @@
+"""Training checkpoints: the trained tensors, the optimiser's state and the place in the run, in safetensors.
+
+A checkpoint is complete or absent: it is written beside the last one and renamed. Only what trains is stored; the
+frozen weights come from the anchors again.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: optimiser steps done, and the loss of each in nats per label."""
+
+    step: int = 0
+    losses: tuple[float, ...] = ()
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder.
+
+    Args:
+        folder: where `checkpoint-<step>` folders go; None keeps none.
+        run: what the run is (settings, model, data size); a checkpoint of another run is refused.
+    """
+
+    def __init__(self, folder: str | Path | None, run: Mapping[str, Any]):
+        self.folder = None if folder is None else Path(folder)
+        self.run = json.loads(json.dumps(dict(run)))
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint.
+
+        Raises:
+            ValueError: it belongs to another run.
+        """
+        if self.folder is None or not self.folder.exists():
+            return None
+        numbered = {
+            int(match[1]): path for path in self.folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        }
+        if not numbered:
+            return None
+        path = numbered[max(numbered)]
+        there = json.loads((path / "state.json").read_text(encoding="utf-8"))["run"]
+        if there != self.run:
+            changed = sorted(k for k in there.keys() | self.run.keys() if there.get(k) != self.run.get(k))
+            raise ValueError(
+                f"{path} is a checkpoint of another run, which differs in {', '.join(changed)}; name another output "
+                "folder, or repeat the settings of that run to resume it"
+            )
+        return path
+
+    def save(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
+        """Write a checkpoint, then remove older ones. Every process must call this."""
+        if self.folder is None:
+            return
+        weights = get_model_state_dict(model, options=_OPTIONS)
+        state = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+        if accelerator.is_main_process:
+            self._write(weights, state, progress)
+        accelerator.wait_for_everyone()
+
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
+        """Put a checkpoint's tensors and optimiser state in place. Every process must call this."""
+        set_model_state_dict(model, load_file(path / "weights.safetensors"), options=_OPTIONS)
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        moments: dict[str, dict[str, Any]] = {}
+        for key, tensor in load_file(path / "optimizer.safetensors").items():
+            parameter, moment = key.rsplit(".", 1)
+            moments.setdefault(parameter, {})[moment] = tensor
+        groups = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)["param_groups"]
+        set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups}, options=_OPTIONS)
+        return Progress(content["step"], tuple(content["losses"]))
+
+    def _write(self, weights: Mapping[str, Any], state: Mapping[str, Any], progress: Progress) -> None:
+        assert self.folder is not None
+        final = self.folder / f"checkpoint-{progress.step}"
+        part = self.folder / f".{final.name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file({k: v.contiguous() for k, v in weights.items()}, part / "weights.safetensors")
+        moments = {f"{name}.{k}": v.contiguous() for name, named in state["state"].items() for k, v in named.items()}
+        save_file(moments, part / "optimizer.safetensors")
+        content = {"run": self.run, "step": progress.step, "losses": list(progress.losses)}
+        (part / "state.json").write_text(json.dumps(content), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        for older in self.folder.glob("checkpoint-*"):
+            if older != final:
+                shutil.rmtree(older)

@@ -1,0 +1,96 @@
+"""Training of probes (KLAS Alg. 1): features once per batch, one block's backward at a time."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from torch import Tensor
+from torch.optim import AdamW
+
+from klas_hf.anchors.batches import TokenBatch, token_batches
+from klas_hf.anchors.language import LanguageAnchor, load_anchor
+from klas_hf.divergences import kl_divergence
+from klas_hf.probes import ProbeConfig, ProbeNet, fit_probes
+from klas_hf.processes import progress, sum_over_processes
+from klas_hf.training.loop import TrainingDiverged
+
+
+def train_probes(anchor: Any, data: Iterable[Any], config: ProbeConfig | None = None) -> ProbeNet:
+    """Probes of every block of an anchor (Alg. 1): in closed form, or tuned by gradient descent.
+
+    Args:
+        anchor: Hub id, folder or model; it is frozen.
+        data: batches of token ids of the train split; a list where `config.epochs` or a ridge start needs more than
+            one pass.
+        config: kind ("ridge", "logit", "tuned") and its settings; None takes the defaults.
+
+    Returns:
+        The probes, marked as this anchor's.
+
+    Raises:
+        ValueError: unknown family, no token to learn from, or activations that are not finite.
+        TrainingDiverged: a tuned probe's loss is not finite.
+
+    Example:
+        >>> probes = train_probes("meta-llama/Llama-3.2-1B", batches)  # doctest: +SKIP
+        >>> probes.save_pretrained("llama-3.2-1b-probes")  # doctest: +SKIP
+    """
+    config = config or ProbeConfig()
+    anchor = load_anchor(anchor)
+    batches = data if config.kind != "tuned" else list(token_batches(data))
+    probes = fit_probes(anchor, batches, config)
+    if config.kind == "tuned":
+        _tune(probes.float(), anchor, batches)
+    return probes
+
+
+def _tune(probes: ProbeNet, anchor: LanguageAnchor, batches: list[TokenBatch]) -> None:
+    config = probes.config
+    optimizer = AdamW(probes.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    total = max(1, config.epochs * len(batches))
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total)
+    for epoch in range(config.epochs):
+        for batch in progress(batches, f"tuning probes of {anchor.name}, epoch {epoch + 1}"):
+            _tuning_step(probes, anchor, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            decay.step()
+
+
+def _tuning_step(probes: ProbeNet, anchor: LanguageAnchor, batch: TokenBatch) -> None:
+    """Put the gradients of all probes on one batch in place; each process takes its share of the sequences."""
+    state = PartialState()
+    rows = slice(state.process_index, None, state.num_processes)
+    counted = batch.counted(anchor.config.bos_token_id)
+    counted[:, :-1] &= batch.attention_mask[:, 1:].bool()  # a token whose next one is known, for either loss
+    counted[:, -1] = False
+    total = int(counted.sum())
+    gradients = [torch.zeros_like(parameter) for parameter in probes.parameters()]
+    if total and counted[rows].any():
+        share = TokenBatch(batch.input_ids[rows], batch.attention_mask[rows])
+        *earlier, last = (h[counted[rows].to(h.device)] for h in anchor.hidden_states(share))
+        following = share.input_ids[:, 1:][counted[rows][:, :-1]].to(last.device)
+        for block, hidden in enumerate(earlier):
+            loss = _block_loss(probes, anchor, block, hidden, last, following) / total
+            if not loss.isfinite():
+                raise TrainingDiverged(f"got a loss of {float(loss)} for the probe of block {block + 1}; lower learning_rate")
+            found = torch.autograd.grad(loss, list(probes.parameters()), allow_unused=True)
+            for gradient, part in zip(gradients, found, strict=True):
+                if part is not None:
+                    gradient += part
+    for parameter, gradient in zip(probes.parameters(), gradients, strict=True):
+        parameter.grad = sum_over_processes(gradient)
+
+
+def _block_loss(
+    probes: ProbeNet, anchor: LanguageAnchor, block: int, hidden: Tensor, last: Tensor, following: Tensor
+) -> Tensor:
+    """Loss of one probe summed over tokens, in nats: `hidden` and `last` are `(tokens, width)`."""
+    log_q = anchor.logits(probes.translate(block, hidden)).float().log_softmax(-1)
+    if probes.config.tuned_loss == "ce":
+        return F.nll_loss(log_q, following, reduction="sum")
+    with torch.no_grad():
+        log_p = anchor.logits(last).float().log_softmax(-1)
+    return kl_divergence(log_p, log_q).sum()
