@@ -68,7 +68,7 @@ def paired_bootstrap(
     means = _resampled_means(sums, counts, samples, np.random.default_rng(seed))
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
-    rarer_side = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
+    rarer_side = int(min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0)))
     return BootstrapResult(
         difference=float(differences.mean()),
         low=float(low),

@@ -2,12 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
+from klas_hf.files import write_atomically
 from klas_hf.stitches import Stitch
 
 _REPORTED = ("klas_hf", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers")
@@ -84,26 +86,31 @@ class RowFile:
         pair = None if stitch is None else (stitch.source_stop, stitch.target_start)
         return next((row for row in self.rows if row.key == (rule, pair, seed)), None)
 
-    def append(self, row: ResultRow) -> None:
-        """Write a row; it is on disk when this returns."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not self.path.exists() or not self.path.stat().st_size
+    def append(self, row: ResultRow, *, to_disk: bool = True) -> None:
+        """Write a row; it is on disk when this returns, unless another process writes it (`to_disk=False`)."""
+        line = _line(asdict(row))
+        self.rows.append(row)
+        if not to_disk:
+            return
+        if not self.path.exists() or not self.path.stat().st_size:
+            header = _line({"run": self.run, "versions": library_versions()})
+            write_atomically(self.path, lambda part: part.write_text(header, encoding="utf-8"))
         with self.path.open("a", encoding="utf-8") as file:
-            if is_new:
-                file.write(_line({"run": self.run, "versions": library_versions()}))
-            file.write(_line(asdict(row)))
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self.rows.append(row)
 
     def _read(self) -> None:
         whole, cut = _whole_lines(self.path)
         if not whole and not cut:
             return
-        header = whole[0].get("run") if whole else None
-        if header is None and whole:
-            raise ValueError(f"got {self.path}, whose first line has no run settings; expected a file of this program")
-        if header is not None and header != self.run:
+        # The header is written whole, so a file that begins with anything else is someone else's: it is left alone.
+        if not whole or not isinstance(whole[0], dict) or not isinstance(header := whole[0].get("run"), dict):
+            raise ValueError(
+                f"got {self.path}, whose first line has no run settings; expected a file of this program. "
+                "Name another output folder"
+            )
+        if header != self.run:
             changed = sorted(k for k in header.keys() | self.run.keys() if header.get(k) != self.run.get(k))
             raise ValueError(
                 f"{self.path} holds the rows of another run, which differs in {', '.join(changed)} "
@@ -131,5 +138,33 @@ def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     end = content.rfind(b"\n") + 1
     try:
         return [json.loads(line) for line in content[:end].splitlines()], len(content) - end
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"got {path}, which is not JSONL: {error}. Name another output folder") from error
+
+
+def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: int | None = None) -> str:
+    """Rows as a Markdown table, cheapest first; the mean and its standard error where seeds repeat a row.
+
+    Args:
+        metrics: which figures to show.
+        total_macs: MACs that count as 100 %; None leaves that column out.
+    """
+    groups: dict[tuple[int, str, Any], list[ResultRow]] = {}
+    for row in rows:
+        groups.setdefault((row.macs, row.rule, row.stitch), []).append(row)
+    share = ["of target"] if total_macs else []
+    lines = [["rule", "stitch", "M parameters", "M MACs", *share, *metrics]]
+    for (macs, rule, stitch), group in sorted(groups.items(), key=lambda item: item[0][:2]):
+        cells = [rule, "–" if stitch is None else str(tuple(stitch)), f"{group[0].parameters / 1e6:.2f}", f"{macs / 1e6:,.1f}"]
+        cells += [f"{macs / total_macs:.0%}"] if total_macs else []
+        lines.append(cells + [_mean_and_error([row.metrics[name] for row in group]) for name in metrics])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    padded = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
+    rule_line = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([padded[0], rule_line, *padded[1:]])
+
+
+def _mean_and_error(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{fmean(values):.4f} ± {stdev(values) / len(values) ** 0.5:.4f}"

@@ -57,6 +57,11 @@ class StitchSelection:
                 best[bucket] = place
         return self._take(sorted(best.values()))
 
+    def spread(self, count: int) -> "StitchSelection":
+        """Keep `count` stitches, evenly spaced in rank by cost; all where there are fewer."""
+        places = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
+        return self._take(sorted(set(places.tolist())))
+
     def _take(self, places: list[int]) -> "StitchSelection":
         def pick(field: tuple) -> tuple:
             return tuple(field[place] for place in places)
@@ -92,17 +97,40 @@ def select_stitches(
     Raises:
         ValueError: fewer than one bucket, a negative threshold, or no candidate between the anchors' costs.
     """
-    if buckets < 1 or threshold < 0:
-        raise ValueError(f"got buckets={buckets}, threshold={threshold}; expected buckets >= 1 and threshold >= 0")
+    if not threshold >= 0:
+        raise ValueError(f"got threshold={threshold}; expected 0 or more")
     rows, columns, outside = _inside(scores.costs, np.isfinite(scores.values))
     macs, values = scores.costs.macs[rows, columns], scores.values[rows, columns]
     bucket = bucket_of(macs, scores.costs.source_total, scores.costs.target_total, buckets, spacing)
     keep = near_bucket_minimum(values, bucket, threshold, absolute)
-    return _selection(scores.score, rows[keep], columns[keep], macs[keep], values[keep], bucket[keep], len(rows), outside)
+    places = rows[keep], columns[keep]
+    return _selection(scores.score, *places, macs[keep], values[keep], bucket[keep], len(rows), outside)
+
+
+def match_stitches(scores: StitchScores, reference: StitchSelection, *, tolerance: float = 0.05) -> StitchSelection:
+    """For each stitch of another rule, the best-scored one of about its size: a comparison at equal cost.
+
+    Args:
+        scores: scores and costs of all candidates.
+        reference: what to match, such as ESTA's stitches.
+        tolerance: a match costs at most what the reference costs, and at least (1 - tolerance) times that.
+
+    Returns:
+        One match per reference stitch, cheapest first, a stitch twice where it matches two. The reference stitch
+        itself is among the candidates.
+    """
+    rows, columns, outside = _inside(scores.costs, np.isfinite(scores.values))
+    macs, values = scores.costs.macs[rows, columns], scores.values[rows, columns]
+    near = [np.flatnonzero((macs <= cost) & (macs >= (1 - tolerance) * cost)) for cost in reference.macs]
+    keep = np.array([places[np.argmin(values[places])] for places in near if len(places)], dtype=np.int64)
+    none = np.full(len(keep), -1)
+    return _selection(scores.score, rows[keep], columns[keep], macs[keep], values[keep], none, len(rows), outside)
 
 
 def min_kl_stitches(scores: StitchScores, count: int) -> StitchSelection:
     """Min-KL, the paper's ablation (App. C): the `count` stitches of lowest Θ, with no capacity and no buckets."""
+    if count < 1:
+        raise ValueError(f"got count={count}; expected at least 1")
     theta = scores.cross[:, :-1]
     rows, columns, outside = _inside(scores.costs, np.isfinite(_after_first(theta)))
     values = _after_first(theta)[rows, columns]
@@ -141,8 +169,10 @@ def random_stitches(
 ) -> StitchSelection:
     """Uniform choice of `per_bucket` stitches in each cost bucket, the floor that any rule must beat.
 
-    Only stitches with target_start >= 1 are drawn: the candidates of KLAS.
+    Only stitches with target_start >= 1 are drawn: the candidates of KLAS. A bucket that holds fewer gives all it has.
     """
+    if per_bucket < 1:
+        raise ValueError(f"got per_bucket={per_bucket}; expected at least 1")
     rows, columns, outside = _inside(costs, _after_first(np.ones((costs.macs.shape[0], costs.macs.shape[1] - 1))) == 1)
     macs = costs.macs[rows, columns]
     bucket = bucket_of(macs, costs.source_total, costs.target_total, buckets, spacing)
@@ -159,15 +189,20 @@ def bucket_of(macs: NDArray, low: int, high: int, buckets: int, spacing: Spacing
     """Bucket index (0 … buckets - 1) of each cost; the last bucket contains `high`. Buckets may be empty.
 
     Args:
-        macs: `(candidates,)`, each between `low` and `high`.
+        macs: `(candidates,)` integers, each between `low` and `high`.
+
+    Raises:
+        ValueError: fewer than one bucket, or an unknown spacing.
     """
+    if buckets < 1:
+        raise ValueError(f"got buckets={buckets}; expected at least 1")
     if spacing == "width":
-        place = (macs - low) / max(high - low, 1) * buckets
+        bucket = (macs - low) * buckets // max(high - low, 1)
     elif spacing == "quantile":
-        place = np.searchsorted(np.sort(macs), macs, side="left") / len(macs) * buckets
+        bucket = np.searchsorted(np.sort(macs), macs, side="left") * buckets // len(macs)
     else:
         raise ValueError(f"got spacing={spacing!r}; expected 'width' or 'quantile'")
-    return np.minimum(place.astype(np.int64), buckets - 1)
+    return np.minimum(bucket, buckets - 1)
 
 
 def near_bucket_minimum(
@@ -176,8 +211,9 @@ def near_bucket_minimum(
     """Eq. 3: positions of the values within the threshold of the lowest value of their bucket."""
     lowest = np.full(bucket.max(initial=-1) + 1, np.inf)
     np.minimum.at(lowest, bucket, values)
+    lowest = lowest[bucket]
     limit = lowest + threshold if absolute else lowest + threshold * np.abs(lowest)
-    return np.flatnonzero(values <= limit[bucket])
+    return np.flatnonzero(values <= limit)
 
 
 def _inside(costs: StitchCosts, candidates: NDArray[np.bool_]) -> tuple[NDArray, NDArray, int]:

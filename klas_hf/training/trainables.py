@@ -21,10 +21,10 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
         ValueError: the model has no stitching layer to train.
     """
     has_stitch = any(name.split(".")[-1] == STITCH for name, _ in model.named_modules())
-    if config.trainable != "full" and not has_stitch:
+    if config.trainable == "stitch" and not has_stitch:
         raise ValueError(
-            f"got trainable={config.trainable!r} for {type(model).__name__}, which has no stitching layer; expected a "
-            "stitched model, or trainable='full'"
+            f"got trainable='stitch' for {type(model).__name__}, which has no stitching layer; expected a stitched "
+            "model, or trainable='lora' or 'full'"
         )
     dtype = model.dtype
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -54,8 +54,9 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
 
 
 def lora_config(model: PreTrainedModel, config: TrainingConfig) -> LoraConfig:
-    """LoRA on every linear layer of both sides; the stitching layer itself is trained whole."""
+    """LoRA on every linear layer but the head; the stitching layer, where there is one, is trained whole."""
     head = model.get_output_embeddings()
+    stitches = [name for name, _ in model.named_modules() if name.split(".")[-1] == STITCH]
     targets = [
         name
         for name, module in model.named_modules()
@@ -66,7 +67,7 @@ def lora_config(model: PreTrainedModel, config: TrainingConfig) -> LoraConfig:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        modules_to_save=[STITCH],
+        modules_to_save=stitches or None,
     )
 
 

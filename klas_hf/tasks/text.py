@@ -1,0 +1,79 @@
+"""Plain text as a task: sequences of one length for training, calibration and scoring."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from klas_hf.training.data import collate
+
+
+def text_sequences(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
+    """Cut texts into sequences of at most `length` tokens, each beginning with BOS where the tokenizer has one.
+
+    A text never shares a sequence with another. Pieces shorter than two tokens are left out.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    sequences = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        step = length - len(bos)
+        pieces = (bos + ids[start : start + step] for start in range(0, len(ids), step))
+        sequences += [piece for piece in pieces if len(piece) >= len(bos) + 2]
+    return sequences
+
+
+def text_examples(sequences: Iterable[Sequence[int]]) -> list[dict[str, list[int]]]:
+    """Training examples in which every token after the first is a label."""
+    return [{"input_ids": list(sequence), "labels": list(sequence)} for sequence in sequences]
+
+
+class TextBatches:
+    """Padded batches of sequences; iterates as often as one likes.
+
+    Args:
+        sequences: token ids.
+        batch_size: sequences per batch.
+    """
+
+    def __init__(self, sequences: Iterable[Sequence[int]], batch_size: int = 16):
+        self.examples = text_examples(sequences)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Mappings with `input_ids`, `attention_mask` and `labels`, each `(batch, tokens)`."""
+        for start in range(0, len(self.examples), self.batch_size):
+            yield collate(self.examples[start : start + self.batch_size])
+
+
+def python_documentation() -> list[str]:
+    """The topics of Python's language reference, as they ship with every CPython: some 0.7 MB of English prose."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def held_out(texts: Sequence[str], every: int = 10) -> tuple[list[str], list[str]]:
+    """Split texts into those to train on and every `every`-th one, which is held out."""
+    return [t for n, t in enumerate(texts) if n % every], [t for n, t in enumerate(texts) if not n % every]
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with BOS, EOS and padding, trained on texts in seconds."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

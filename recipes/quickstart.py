@@ -1,0 +1,200 @@
+"""The whole of klas_hf on one page: two small Llamas, their probes, scores, stitches, and a curve. Offline, minutes.
+
+    accelerate launch recipes/quickstart.py
+
+1. Trains two small Llamas on Python's own documentation (once; they are cached).
+2. Fits probes to every block and scores all stitches (KLAS, Alg. 1 and 2).
+3. Picks stitches by KLAS and by ESTA's layer count, at matched size (Alg. 3).
+4. Stitches (least-squares start), fine-tunes and measures each on held-out text.
+5. Draws heatmap and curve, saves the best stitched model, loads it again and lets it write.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from klas_hf import (
+    Measurement,
+    RowFile,
+    Stitch,
+    StitchedModel,
+    TradeoffCurve,
+    TrainingConfig,
+    common_interval,
+    esta_stitches,
+    evaluate_anchor,
+    evaluate_loss,
+    evaluate_stitches,
+    format_table,
+    generate_greedily,
+    match_stitches,
+    plot_curves,
+    score_stitches,
+    train_probes,
+    train_stitches,
+)
+from klas_hf.tasks.text import TextBatches, held_out, python_documentation, text_examples, text_sequences, train_tokenizer
+
+LENGTH = 64  # tokens of a sequence
+VOCABULARY = 1024
+SMALL = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+LARGE = dict(
+    hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=48
+)
+
+
+@dataclass
+class QuickstartArguments:
+    output_dir: str = field(default="outputs/quickstart", metadata={"help": "where pictures, rows and the model go"})
+    cache_dir: str = field(
+        default="~/.cache/klas_hf/quickstart", metadata={"help": "where the two anchors are kept for the next run"}
+    )
+    stitches: int = field(default=4, metadata={"help": "sizes at which KLAS and ESTA are compared"})
+    anchor_epochs: float = field(default=6.0, metadata={"help": "passes over the text when the anchors are trained"})
+    steps: int = field(default=60, metadata={"help": "optimiser steps of fine-tuning per stitch"})
+    seed: int = field(default=0, metadata={"help": "of everything random"})
+    smoke: bool = field(default=False, metadata={"help": "barely trained anchors and stitches: seconds, no result"})
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses()
+    if args.smoke:
+        args.stitches, args.anchor_epochs, args.steps = 2, 0.1, 2
+    state = PartialState()
+    say = state.print
+    output = Path(args.output_dir)
+    say(f"klas_hf quickstart: {state.num_processes} process(es) on {state.device}")
+
+    train_texts, test_texts = held_out(python_documentation())
+    say(f"\n[1/5] Anchors: two Llamas trained on Python's documentation ({sum(map(len, train_texts)) / 1e6:.1f} MB)")
+    source, target, tokenizer = anchors(args, train_texts, state)
+    train = text_sequences(train_texts, tokenizer, LENGTH)
+    validation, test = (text_sequences(texts, tokenizer, LENGTH) for texts in (test_texts[::2], test_texts[1::2]))
+    test_batches = TextBatches(test, 32)
+
+    def measure(model: PreTrainedModel) -> Measurement:
+        return Measurement({"loss": evaluate_loss(model.to(state.device), test_batches)})
+
+    settings = {"recipe": "quickstart", "steps": args.steps, "anchor_epochs": args.anchor_epochs, "stitches": args.stitches}
+    rows = RowFile(output / "rows.jsonl", settings)
+    ends = [
+        evaluate_anchor(model, measure, rule=name, rows=rows, seed=args.seed, tokens=LENGTH)
+        for name, model in (("source", source), ("target", target))
+    ]
+    for row in ends:
+        say(f"  {row.rule}: {row.parameters / 1e6:.2f} M parameters, {row.metrics['loss']:.3f} nats/token on held-out text")
+
+    say("\n[2/5] Probes (ridge, logit-lens style) on the training text; scores of all stitches on held-out text")
+    fitting = TextBatches(train, 32)
+    probes = train_probes(source, fitting), train_probes(target, fitting)
+    scores = score_stitches(source, target, TextBatches(validation, 32), probes=probes, tokens=LENGTH)
+    scores.save(output / "scores.safetensors")
+    scores.plot(output / "heatmap")
+    say(f"  {len(scores.stitches)} stitches scored over {scores.tokens:,} tokens")
+
+    say("\n[3/5] Selection: KLAS's lowest stitch score against ESTA's layer count, at matched size")
+    esta = esta_stitches(scores.costs).spread(args.stitches)
+    klas = match_stitches(scores, esta, tolerance=0.1)
+    for one, other in zip(esta, klas, strict=True):
+        say(f"  ESTA {one}: Γ = {scores.value_of(one):.3f}    KLAS {other}: Γ = {scores.value_of(other):.3f}")
+
+    say(f"\n[4/5] Stitching (least-squares start) and {args.steps} steps of fine-tuning each")
+    examples = text_examples(train)
+    training = TrainingConfig(
+        trainable="full", max_steps=args.steps, per_device_batch_size=16 // state.num_processes or 1,
+        gradient_accumulation_steps=1, learning_rate=5e-4, seed=args.seed,
+    )  # fmt: skip
+    models: dict[Stitch, PreTrainedModel] = {}
+
+    def make(stitch: Stitch) -> PreTrainedModel:
+        models[stitch] = StitchedModel.from_anchors(source, target, stitch, calibration=fitting)
+        train_stitches(models[stitch].to(state.device), examples, training)
+        return models[stitch]
+
+    by_rule = {
+        rule: evaluate_stitches(chosen, make, measure, rule=rule, rows=rows, seed=args.seed, tokens=LENGTH)
+        for rule, chosen in (("klas", klas), ("esta", esta))
+    }
+    say("\n" + format_table([*ends, *by_rule["klas"], *by_rule["esta"]], ["loss"], ends[1].macs))
+    curves = [
+        TradeoffCurve([ends[0], *chosen, ends[1]], "loss", higher_is_better=False, label=rule)
+        for rule, chosen in by_rule.items()
+    ]
+    plot_curves(curves, title="Stitched models between two Llamas", path=output / "curve")
+    low_high = common_interval(curves)
+    say("\nmean loss over the curve (lower is better): " + ", ".join(f"{c.label} {c.auc(low_high):.4f}" for c in curves))
+
+    say("\n[5/5] The best stitched model, saved, loaded through AutoModelForCausalLM and writing")
+    best = min((row for chosen in by_rule.values() for row in chosen), key=lambda row: row.metrics["loss"])
+    stitch = Stitch(*best.stitch)
+    folder = output / "model"
+    model = models[stitch] if stitch in models else make(stitch)  # a resumed run has rows, but no models
+    if state.is_main_process:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    state.wait_for_everyone()
+    loaded = AutoModelForCausalLM.from_pretrained(folder).to(state.device)
+    reader = AutoTokenizer.from_pretrained(folder)
+    prompt = [reader.bos_token_id, *reader("The “for” statement is used to", add_special_tokens=False)["input_ids"]]
+    (answer,) = generate_greedily(loaded, [prompt], max_new_tokens=40)[:1]
+    say(f"  stitch {stitch} ({best.rule}), {best.metrics['loss']:.3f} nats/token")
+    say(f"  {reader.decode(prompt + answer, skip_special_tokens=True)!r}")
+
+    say("\nMade:")
+    for name in ("heatmap.png", "curve.png", "rows.jsonl", "scores.safetensors", "model"):
+        say(f"  {output / name}")
+    say("\nNext: the paper's language experiment, with your own Llamas:")
+    say(
+        "  accelerate launch recipes/truthfulqa.py --source meta-llama/Llama-3.2-1B-Instruct "
+        "--target meta-llama/Llama-3.2-3B-Instruct"
+    )
+
+
+def anchors(
+    args: QuickstartArguments, texts: list[str], state: PartialState
+) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Both anchors and their tokenizer, from the cache or trained now."""
+    cache = Path(args.cache_dir).expanduser() / f"epochs-{args.anchor_epochs:g}-seed-{args.seed}"
+    if not (cache / "large" / "config.json").exists():
+        tokenizer = train_tokenizer(texts, VOCABULARY)
+        examples = text_examples(text_sequences(texts, tokenizer, LENGTH))
+        for name, shape in (("small", SMALL), ("large", LARGE)):
+            set_seed(args.seed)
+            config = LlamaConfig(
+                vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=True,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id, **shape,
+            )  # fmt: skip
+            model = LlamaForCausalLM(config).to(state.device)
+            training = TrainingConfig(
+                trainable="full", epochs=args.anchor_epochs, per_device_batch_size=8 // state.num_processes or 1,
+                gradient_accumulation_steps=1, learning_rate=2e-3, weight_decay=0.1, seed=args.seed,
+            )  # fmt: skip
+            result = train_stitches(model, examples, training)
+            state.print(f"  trained the {name} one: {result.steps} steps in {result.seconds:.0f} s")
+            if state.is_main_process:
+                tokenizer.save_pretrained(cache / name)
+                model.save_pretrained(cache / name)
+            state.wait_for_everyone()
+    else:
+        state.print(f"  from the cache at {cache}")
+    load = AutoModelForCausalLM.from_pretrained
+    tokenizer = AutoTokenizer.from_pretrained(cache / "small")
+    return load(cache / "small").to(state.device), load(cache / "large").to(state.device), tokenizer
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    main()
