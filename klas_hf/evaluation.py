@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from klas_hf.anchors.language import evaluating
 from klas_hf.costs import measure_costs
-from klas_hf.processes import progress, shared_out, sum_over_processes
+from klas_hf.processes import process_state, progress, shared_out, sum_over_processes
 from klas_hf.rows import ResultRow, RowFile
 from klas_hf.stitches import Stitch
 from klas_hf.training.losses import cross_entropy_sum, label_count
@@ -120,7 +119,7 @@ def evaluate_stitches(
                 model = make(stitch)
                 row = _row(rule, pair, seed, model, measure(model), tokens)
             row = replace(row, rule=rule)
-            rows.append(row, to_disk=PartialState().is_main_process)
+            rows.append(row, to_disk=process_state().is_main_process)
         done.append(row)
     return done
 
@@ -138,7 +137,7 @@ def evaluate_anchor(
     row = rows.find(rule, None, seed)
     if row is None:
         row = _row(rule, None, seed, model, measure(model), tokens)
-        rows.append(row, to_disk=PartialState().is_main_process)
+        rows.append(row, to_disk=process_state().is_main_process)
     return row
 
 

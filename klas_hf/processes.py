@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import parse_flag_from_env, reduce
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,9 +18,19 @@ from tqdm.auto import tqdm
 T = TypeVar("T")
 
 
+def process_state() -> PartialState:
+    """This process among those of the launch: number, device, whether it is the main one.
+
+    Where there is no accelerator the processes are CPU processes; left to itself, accelerate would run each as if it
+    were alone unless ACCELERATE_USE_CPU is set.
+    """
+    wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=wants_cpu)
+
+
 def shared_out(items: Iterable[T]) -> Iterator[T]:
     """The items whose number falls to this process; all of them where there is one process."""
-    state = PartialState()
+    state = process_state()
     for number, item in enumerate(items):
         if number % state.num_processes == state.process_index:
             yield item
@@ -28,9 +38,8 @@ def shared_out(items: Iterable[T]) -> Iterator[T]:
 
 def sum_over_processes(value: Tensor) -> Tensor:
     """Sum a tensor over processes; every process gets the sum. Shapes must agree."""
-    if PartialState().num_processes == 1:
-        return value
-    return reduce(value.to(PartialState().device), "sum").to(value.device)
+    state = process_state()
+    return value if state.num_processes == 1 else reduce(value.to(state.device), "sum").to(value.device)
 
 
 def sum_array_over_processes(value: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -40,4 +49,4 @@ def sum_array_over_processes(value: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def progress(items: Iterable[T], description: str, unit: str = "batch") -> Iterable[T]:
     """A progress bar on the main process."""
-    return tqdm(items, desc=description, unit=unit, leave=False, disable=not PartialState().is_main_process)
+    return tqdm(items, desc=description, unit=unit, leave=False, disable=not process_state().is_main_process)

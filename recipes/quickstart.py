@@ -45,6 +45,7 @@ from klas_hf import (
     train_probes,
     train_stitches,
 )
+from klas_hf.processes import process_state
 from klas_hf.tasks.text import TextBatches, held_out, python_documentation, text_examples, text_sequences, train_tokenizer
 
 LENGTH = 64  # tokens of a sequence
@@ -72,7 +73,7 @@ def main() -> None:
     (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses()
     if args.smoke:
         args.stitches, args.anchor_epochs, args.steps = 2, 0.1, 2
-    state = PartialState()
+    state = process_state()
     say = state.print
     output = Path(args.output_dir)
     say(f"klas_hf quickstart: {state.num_processes} process(es) on {state.device}")

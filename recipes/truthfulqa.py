@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel
 
 from klas_hf import (
@@ -38,6 +37,7 @@ from klas_hf import (
 )
 from klas_hf.anchors import load_anchor
 from klas_hf.options import parse_options
+from klas_hf.processes import process_state
 from klas_hf.scores import StitchScores
 from klas_hf.tasks.answering import compare_rules, measure_answers, measured
 from klas_hf.tasks.text import TextBatches
@@ -89,7 +89,7 @@ def main() -> None:
     for seed in args.seeds:
         for rule, chosen in experiment.run(questions, seed).items():
             by_rule[rule][seed] = chosen
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         report(rows, by_rule, questions, args, output)
 
 
@@ -98,7 +98,7 @@ class Experiment:
 
     def __init__(self, args: TruthfulQAArguments, training: TrainingConfig, rows: RowFile):
         self.args, self.training, self.rows = args, training, rows
-        self.state = PartialState()
+        self.state = process_state()
         self.output = Path(args.output_dir)
         self.source = load_anchor(args.source, dtype=args.dtype).model.to(self.state.device)
         self.target = load_anchor(args.target, dtype=args.dtype).model.to(self.state.device)

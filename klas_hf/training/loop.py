@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from klas_hf.anchors.language import evaluating
+from klas_hf.processes import process_state
 from klas_hf.training.checkpoints import Checkpoints, Progress
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import batches_of
@@ -75,7 +76,8 @@ def train_stitches(
     config = config or TrainingConfig()
     if config.distillation_weight and teacher is None:
         raise ValueError("got distillation_weight > 0 and no teacher; expected teacher=the target anchor")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    process_state()  # before the Accelerator, which would not see CPU processes
+    accelerator = Accelerator()
     multiple = accelerator.num_processes * config.gradient_accumulation_steps
     loader, order = batches_of(data, config.per_device_batch_size, multiple, config.seed)
     steps_per_epoch = len(loader) // multiple
@@ -167,7 +169,10 @@ class _Run:
 
     def _loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        logits = self.model(**inputs).logits
+        # Not left to the Accelerator, whose precision is one for the life of the process.
+        is_bf16 = self.config.mixed_precision == "bf16"
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16):
+            logits = self.model(**inputs).logits
         loss = cross_entropy_sum(logits, batch["labels"])
         weight = self.config.distillation_weight
         if self.teacher is None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -13,7 +12,7 @@ from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.language import LanguageAnchor, load_anchor
 from klas_hf.divergences import kl_divergence
 from klas_hf.probes import ProbeConfig, ProbeNet, fit_probes
-from klas_hf.processes import progress, sum_over_processes
+from klas_hf.processes import process_state, progress, sum_over_processes
 from klas_hf.training.loop import TrainingDiverged
 
 
@@ -61,7 +60,7 @@ def _tune(probes: ProbeNet, anchor: LanguageAnchor, batches: list[TokenBatch]) -
 
 def _tuning_step(probes: ProbeNet, anchor: LanguageAnchor, batch: TokenBatch) -> None:
     """Put the gradients of all probes on one batch in place; each process takes its share of the sequences."""
-    state = PartialState()
+    state = process_state()
     rows = slice(state.process_index, None, state.num_processes)
     counted = batch.counted(anchor.config.bos_token_id)
     counted[:, :-1] &= batch.attention_mask[:, 1:].bool()  # a token whose next one is known, for either loss
