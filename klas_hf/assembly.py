@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,12 @@ from transformers import MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreT
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.checkpoints import AnchorCheckpoint
 from klas_hf.anchors.families import DecoderFamily
-from klas_hf.anchors.language import evaluating
+from klas_hf.anchors.language import HUB_OPTIONS, evaluating
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.least_squares import LeastSquares, LinearFit
 from klas_hf.models import StitchedConfig, StitchedForCausalLM
 from klas_hf.processes import progress, shared_out, sum_over_processes
 from klas_hf.stitches import Stitch
-
-_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 
 
 def stitch_anchors(
@@ -64,18 +63,19 @@ def stitch_anchors(
         OSError: an anchor cannot be reached.
     """
     stitch = Stitch.of(stitch)
-    hub = {option: kwargs[option] for option in _HUB_OPTIONS if option in kwargs}
+    hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
     with ExitStack() as files:
         first = files.enter_context(AnchorCheckpoint(source, **_with_revision(hub, source_revision)))
         last = files.enter_context(AnchorCheckpoint(target, **_with_revision(hub, target_revision)))
         _check_pair(first, last, stitch, hub)
         config = stitched_config(first, last, stitch)
-        loading = {"dtype": dtype or last.config.dtype or torch.float32, "device_map": device_map}
-        options = {name: value for name, value in kwargs.items() if name not in _HUB_OPTIONS}
+        batches = None if calibration is None else usable_batches(calibration, config.bos_token_id)
+        loading = {"dtype": last.dtype if dtype in (None, "auto") else dtype, "device_map": device_map}
+        options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         state = _stitched_state(first, last, stitch, config)
         model = _load(StitchedForCausalLM, config, state, **loading, **options)
         model.generation_config = _generation_config(last)
-        if calibration is None:
+        if batches is None:
             warnings.warn(
                 "the stitching layer is random: the model is useless until it is trained. Pass calibration=batches "
                 "of token ids for the least-squares start",
@@ -83,7 +83,7 @@ def stitch_anchors(
             )
         else:
             prefix = _target_prefix(last, stitch, **loading)
-            fit = fit_stitch(model.model.source, prefix, calibration, config.bos_token_id, ridge)
+            fit = fit_stitch(model.model.source, prefix, batches, config.bos_token_id, ridge)
             set_stitch(model, fit)
     return model.eval()
 
@@ -120,9 +120,26 @@ def cut_config(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedCon
     cut.num_hidden_layers = stop - start
     cut.tie_word_embeddings = False
     for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == depth and name != "architectures":
+        per_block = isinstance(value, list) and len(value) == depth
+        if per_block and name not in ("architectures", "eos_token_id"):
             setattr(cut, name, value[start:stop])
     return cut
+
+
+def usable_batches(calibration: Iterable[Any], bos_token_id: int | None) -> Iterable[TokenBatch]:
+    """The batches from the first with a counted token on; reads that far, so that empty data fail before long work.
+
+    Raises:
+        ValueError: no batch has a token that is neither padding nor BOS.
+    """
+    batches = token_batches(calibration)
+    for batch in batches:
+        if batch.counted(bos_token_id).any():
+            return chain([batch], batches)
+    raise ValueError(
+        "got calibration batches without a token that is neither padding nor BOS; expected text. Check the "
+        "attention masks, and that an iterator was not used up before"
+    )
 
 
 @torch.no_grad()
@@ -150,11 +167,6 @@ def fit_stitch(
             x, y = (_last_hidden(side, batch) for side in (source, target))
             equations.update(x[counted.to(x.device)], y[counted.to(y.device)])
     equations.combine(sum_over_processes)
-    if not equations.rows:
-        raise ValueError(
-            "got calibration batches without a token that is neither padding nor BOS; expected text. Check the "
-            "attention masks, and that an iterator was not used up before"
-        )
     return equations.solve(ridge)
 
 
@@ -220,7 +232,7 @@ def _renumber(name: str, family: DecoderFamily, start: int, stop: int) -> str | 
     if block is None:
         return name
     number = int(block[1])
-    return f"{family.blocks}.{number - start}.{name[block.end():]}" if start <= number < stop else None
+    return f"{family.blocks}.{number - start}.{name[block.end() :]}" if start <= number < stop else None
 
 
 def _target_prefix(anchor: AnchorCheckpoint, stitch: Stitch, **loading: Any) -> PreTrainedModel:
@@ -233,13 +245,18 @@ def _target_prefix(anchor: AnchorCheckpoint, stitch: Stitch, **loading: Any) -> 
 
 
 def _load(model_class: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Any], **options: Any) -> Any:
-    model, info = model_class.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
-    problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") if info[kind]}
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, **options
+    )
+    problems = {
+        kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") if info[kind]
+    }
     if problems:
         raise ValueError(
             f"the anchors' tensors do not fit {model_class.__name__}: {problems}; expected complete checkpoints of "
             f"{config.model_type}. Load the anchors with AutoModelForCausalLM first to see whether they are whole"
         )
+    model.config.name_or_path = model.name_or_path = ""  # transformers writes "None"
     return model
 
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.families import decoder_family
+from klas_hf.models.configuration_stitched import StitchedConfig, kv_shape
 from klas_hf.stitches import StitchCosts
 
 
@@ -142,9 +143,5 @@ def _macs_by_module(model: PreTrainedModel, tokens: int) -> dict[nn.Module, int]
 
 
 def _kv_numbers_per_token(config: PreTrainedConfig) -> int:
-    numbers = 0
-    for layer in config.per_layer_config:
-        heads = layer.num_attention_heads
-        kv_heads = getattr(layer, "num_key_value_heads", None) or heads
-        numbers += 2 * kv_heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
-    return numbers
+    layers = config.per_layer_config if isinstance(config, StitchedConfig) else [config] * config.num_hidden_layers
+    return sum(2 * heads * width for heads, width in map(kv_shape, layers))

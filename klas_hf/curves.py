@@ -92,7 +92,7 @@ def common_interval(curves: Sequence[TradeoffCurve]) -> tuple[float, float]:
 
 def plot_curves(curves: Sequence[TradeoffCurve], *, title: str = "", path: str | Path | None = None) -> "Figure":
     """Several curves in one figure, quality against millions of MACs."""
-    series = [plotting.Series(curve.label or curve.metric, list(curve.macs / 1e6), list(curve.values)) for curve in curves]
+    series = [plotting.Series(c.label or c.metric, list(c.macs / 1e6), list(c.values)) for c in curves]
     return plotting.tradeoff(series, "MACs (millions)", curves[0].metric, title, path)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 RANK_TOLERANCE = 1e-10  # least share of a feature's variance that the features before it may leave unexplained
+CONSTANT = 1e-24  # variance, relative to the squared mean, at which float64 can no longer tell a unit from a constant
 RIDGE = 1e-6  # used where the Gram matrix is singular, relative to a standardised feature's variance
 
 
@@ -115,25 +116,34 @@ class LeastSquares:
             ridge: penalty on the weights of standardised features. None: 0, or `RIDGE` with a warning where
                 the rows do not determine the map.
 
+        A feature that is constant gets the weight 0.
+
         Raises:
-            ValueError: no row was added.
+            ValueError: no row was added, or the rows do not determine the map at the ridge asked for.
         """
         if not self.rows:
             raise ValueError("got no rows to fit; expected at least one token that is neither padding nor BOS")
         mean_x, mean_y = self._sum_x / self.rows, self._sum_y / self.rows
         gram = self._gram / self.rows - torch.outer(mean_x, mean_x)
         cross = self._cross / self.rows - torch.outer(mean_x, mean_y)
-        scale = gram.diagonal().clamp_min(0).sqrt()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        constant = gram.diagonal() <= CONSTANT * (self._shift_x + mean_x).square()
+        scale = gram.diagonal().sqrt().masked_fill(constant, torch.inf)
         standardised = gram / scale / scale[:, None]
+        standardised.diagonal()[constant] = 1.0
         ridge = self._choose_ridge(standardised) if ridge is None else ridge
         standardised.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(standardised)
+        factor, failed = torch.linalg.cholesky_ex(standardised)
+        if failed:
+            raise ValueError(
+                f"got ridge={ridge:g}, at which {self.rows} rows do not determine a linear map of {len(gram)} "
+                "features; expected more rows or a larger ridge. Pass ridge=None to leave it to the fit"
+            )
         weight = (torch.cholesky_solve(cross / scale[:, None], factor) / scale[:, None]).T
         bias = self._shift_y + mean_y - weight @ (self._shift_x + mean_x)
         variance = self._square_y / self.rows - mean_y.square().sum()
         residual = variance - 2 * (weight * cross.T).sum() + ((weight @ gram) * weight).sum()
-        r2 = 1 - float(residual / variance) if variance > 0 else 1.0
+        is_constant = variance <= CONSTANT * (self._shift_y + mean_y).square().sum()
+        r2 = 1.0 if is_constant else 1 - float(residual / variance)
         return LinearFit(weight, bias, r2, ridge, self.rows)
 
     def _choose_ridge(self, standardised: Tensor) -> float:

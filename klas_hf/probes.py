@@ -11,7 +11,7 @@ The last block needs no translator.
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ class ProbeConfig(PreTrainedConfig):
         tuned_start: "ridge" or "zero" (the logit lens).
         epochs, learning_rate: of the tuning, AdamW with a linear decay.
         anchor_name, anchor_revision, anchor_fingerprint, num_blocks, width: filled in by the fit.
-        r2: share of the last block's variance that each ridge translator explains on its own training data.
+        r2: share that each ridge translator explains of what is still to come after its block, the variance of
+            last block's output - h, on its own training data.
     """
 
     model_type = "klas_probes"
@@ -96,10 +97,11 @@ class ProbeNet(PreTrainedModel):
             block: which block `hidden` is the output of, from 0.
             hidden: `(..., width)`.
         """
+        hidden = hidden.to(self.offsets)
         if block == self.config.num_blocks - 1:
             return hidden
-        moved = hidden.to(self.offsets) + self.offsets[block]
-        return moved + self.translators[block](hidden.to(self.offsets)) if self.translators else moved
+        moved = hidden + self.offsets[block]
+        return moved + self.translators[block](hidden) if self.translators else moved
 
     def log_probs(self, anchor: LanguageAnchor, hidden: Tensor) -> Tensor:
         """Next-token log-probabilities of all probes, fp32, in nats.
@@ -112,7 +114,10 @@ class ProbeNet(PreTrainedModel):
             `(blocks, tokens, vocabulary)`.
         """
         translated = torch.stack([self.translate(block, h) for block, h in enumerate(hidden)])
-        return anchor.logits(translated).float().log_softmax(-1)
+        logits = anchor.logits(translated).float()
+        for block in range(len(logits)):  # in place: these are the largest tensors of a pass
+            logits[block] = logits[block].log_softmax(-1)
+        return logits
 
     def check(self, anchor: LanguageAnchor) -> None:
         """Raise ValueError unless these are the probes of this anchor's very weights."""

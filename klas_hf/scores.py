@@ -46,10 +46,17 @@ class StitchScores:
     costs: StitchCosts
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_score(self.score)
+
     @property
     def gamma(self) -> Array:
-        """`(m, n - 1)` Γ(i, j) = Θ(i, j) / capacity(j), KLAS Eq. 2; lower is better."""
-        return self.cross[:, :-1] / self.capacity
+        """`(m, n - 1)` Γ(i, j) = Θ(i, j) / capacity(j), KLAS Eq. 2; lower is better.
+
+        Not finite, and so no candidate of a selection, where target block j + 1 has no capacity at all.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.cross[:, :-1] / self.capacity
 
     @property
     def values(self) -> Array:

@@ -16,7 +16,7 @@ from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.language import LanguageAnchor, load_anchor
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.costs import measure_stitch_costs
-from klas_hf.divergences import consecutive_kl_sums, pairwise_kl_sums
+from klas_hf.divergences import consecutive_kl, pairwise_kl
 from klas_hf.estimates import RatioSums
 from klas_hf.probes import ProbeNet, fit_probes
 from klas_hf.processes import progress, shared_out, sum_array_over_processes
@@ -68,7 +68,7 @@ def score_stitches(
                 f"got {len(every)} batches; expected at least two, one to fit probes and one to score on. Pass smaller "
                 "batches, or probes=(…, …) trained on other data"
             )
-        probes = fit_probes(first, every[:half]), fit_probes(last, every[half:])
+        probes = fit_probes(first, every[:half]), fit_probes(last, every[:half])
         batches = iter(every[half:])
     for probe, anchor in zip(probes, (first, last), strict=True):
         probe.check(anchor)
@@ -101,31 +101,26 @@ class _PairSums:
         self.cross, self.capacity, self.gamma = RatioSums((m, n)), RatioSums((n - 1,)), RatioSums((m, n - 1))
         self.tokens = 0
         vocabulary = max(first.config.vocab_size, last.config.vocab_size)
-        # Alive at once: logits, log-probabilities and probabilities of the source, the first two of the target.
-        self.chunk = max(1, workspace_bytes // (4 * vocabulary * (3 * m + 2 * n + 2)))
+        # Alive at once: log-probabilities of the source; logits of the target in two precisions.
+        self.chunk = max(1, workspace_bytes // (4 * vocabulary * (m + 2 * max(m, n))))
 
     @torch.no_grad()
     def update(self, batch: TokenBatch) -> None:
         """Add the sequences of a batch."""
-        counted = batch.counted(self.last.config.bos_token_id)
+        counted = batch.counted(self.last.config.bos_token_id).cpu()
         first, last = self._hidden(self.first, batch, counted), self._hidden(self.last, batch, counted)
         sequence = counted.nonzero()[:, 0]
         cross = torch.zeros(len(counted), first.shape[0], last.shape[0], dtype=torch.float64)
         capacity = torch.zeros(len(counted), last.shape[0] - 1, dtype=torch.float64)
         for start in range(0, len(sequence), self.chunk):
             part = slice(start, start + self.chunk)
-            log_p, log_q = self._distributions(first[:, part], last[:, part])
-            # A chunk may hold the end of one sequence and the start of others: each gets its own sums.
-            numbers, counts = sequence[part].unique_consecutive(return_counts=True)
-            for number, p, q in zip(
-                numbers.tolist(), log_p.split(counts.tolist(), 1), log_q.split(counts.tolist(), 1), strict=True
-            ):
-                cross[number] += pairwise_kl_sums(p, q).double().cpu()
-                capacity[number] += consecutive_kl_sums(q).double().cpu()
+            # A chunk may hold the end of one sequence and the start of others.
+            for sums, terms in zip((cross, capacity), self._divergences(first[:, part], last[:, part]), strict=True):
+                sums.index_add_(0, sequence[part], terms.cpu())
         if not (cross.isfinite().all() and capacity.isfinite().all()):
             raise ValueError(
-                "got probe distributions with NaN or infinite divergences; expected finite activations. Load the anchors "
-                "in bfloat16 or float32 and check their weights and probes"
+                "got probe distributions with NaN or infinite divergences; expected finite activations. Load the "
+                "anchors in bfloat16 or float32 and check their weights and probes"
             )
         self._add(cross.numpy(), capacity.numpy(), counted.sum(1).numpy())
 
@@ -152,10 +147,11 @@ class _PairSums:
         self.capacity.update(capacity, tokens[:, None])
         self.gamma.update(cross[:, :, :-1], capacity[:, None, :])
 
-    def _distributions(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    def _divergences(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross `(tokens, m, n)` and capacity `(tokens, n - 1)` terms of a few tokens; their distributions end here."""
         log_p = self.probes[0].log_probs(self.first, first)
-        log_q = self.probes[1].log_probs(self.last, last)
-        return log_p, log_q.to(log_p.device)
+        log_q = self.probes[1].log_probs(self.last, last).to(log_p.device)
+        return pairwise_kl(log_p, log_q), consecutive_kl(log_q)
 
     @staticmethod
     def _hidden(anchor: LanguageAnchor, batch: TokenBatch, counted: Tensor) -> Tensor:

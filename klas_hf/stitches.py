@@ -6,6 +6,7 @@ target block (both 1-indexed), so (i, j) is the pair (i, j) of KLAS (Eq. 1 and 2
 target's first block: SN-Net uses it, KLAS has no score for it.
 """
 
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,7 +44,7 @@ class Stitch:
         if isinstance(stitch, Stitch):
             return stitch
         try:
-            source_stop, target_start = (int(index) for index in stitch)
+            source_stop, target_start = map(operator.index, stitch)
         except (TypeError, ValueError) as error:
             raise TypeError(f"got stitch={stitch!r}; expected Stitch(i, j) or a pair (i, j)") from error
         return cls(source_stop, target_start)

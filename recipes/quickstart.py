@@ -10,9 +10,9 @@
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
@@ -45,15 +45,24 @@ from klas_hf import (
     train_probes,
     train_stitches,
 )
-from klas_hf.processes import process_state
-from klas_hf.tasks.text import TextBatches, held_out, python_documentation, text_examples, text_sequences, train_tokenizer
+from klas_hf.processes import process_state, use_all_cores
+from klas_hf.tasks.text import (
+    TextBatches,
+    held_out,
+    python_documentation,
+    text_examples,
+    text_sequences,
+    train_tokenizer,
+)
 
 LENGTH = 64  # tokens of a sequence
 VOCABULARY = 1024
-SMALL = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+SMALL = dict(
+    hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+)  # fmt: skip
 LARGE = dict(
-    hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=48
-)
+    hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2
+)  # fmt: skip
 
 
 @dataclass
@@ -63,7 +72,8 @@ class QuickstartArguments:
         default="~/.cache/klas_hf/quickstart", metadata={"help": "where the two anchors are kept for the next run"}
     )
     stitches: int = field(default=4, metadata={"help": "sizes at which KLAS and ESTA are compared"})
-    anchor_epochs: float = field(default=6.0, metadata={"help": "passes over the text when the anchors are trained"})
+    small_steps: int = field(default=800, metadata={"help": "optimiser steps of the small anchor's training"})
+    large_steps: int = field(default=1700, metadata={"help": "optimiser steps of the large anchor's training"})
     steps: int = field(default=60, metadata={"help": "optimiser steps of fine-tuning per stitch"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
     smoke: bool = field(default=False, metadata={"help": "barely trained anchors and stitches: seconds, no result"})
@@ -72,14 +82,17 @@ class QuickstartArguments:
 def main() -> None:
     (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses()
     if args.smoke:
-        args.stitches, args.anchor_epochs, args.steps = 2, 0.1, 2
+        args.stitches, args.small_steps, args.large_steps, args.steps = 2, 10, 20, 2
     state = process_state()
-    say = state.print
+    say = partial(state.print, flush=True)
     output = Path(args.output_dir)
     say(f"klas_hf quickstart: {state.num_processes} process(es) on {state.device}")
 
+    say("\n[1/5] Anchors: two Llamas trained on Python's own documentation")
     train_texts, test_texts = held_out(python_documentation())
-    say(f"\n[1/5] Anchors: two Llamas trained on Python's documentation ({sum(map(len, train_texts)) / 1e6:.1f} MB)")
+    say(
+        f"  {sum(map(len, train_texts)) / 1e6:.1f} MB of it to train on, {sum(map(len, test_texts)) / 1e6:.1f} MB held out"
+    )
     source, target, tokenizer = anchors(args, train_texts, state)
     train = text_sequences(train_texts, tokenizer, LENGTH)
     validation, test = (text_sequences(texts, tokenizer, LENGTH) for texts in (test_texts[::2], test_texts[1::2]))
@@ -88,14 +101,16 @@ def main() -> None:
     def measure(model: PreTrainedModel) -> Measurement:
         return Measurement({"loss": evaluate_loss(model.to(state.device), test_batches)})
 
-    settings = {"recipe": "quickstart", "steps": args.steps, "anchor_epochs": args.anchor_epochs, "stitches": args.stitches}
-    rows = RowFile(output / "rows.jsonl", settings)
+    settings = {name: getattr(args, name) for name in ("small_steps", "large_steps", "steps", "stitches")}
+    rows = RowFile(output / "rows.jsonl", {"recipe": "quickstart", **settings})
     ends = [
         evaluate_anchor(model, measure, rule=name, rows=rows, seed=args.seed, tokens=LENGTH)
         for name, model in (("source", source), ("target", target))
     ]
     for row in ends:
-        say(f"  {row.rule}: {row.parameters / 1e6:.2f} M parameters, {row.metrics['loss']:.3f} nats/token on held-out text")
+        say(
+            f"  {row.rule}: {row.parameters / 1e6:.2f} M parameters, {row.metrics['loss']:.3f} nats/token on held-out text"
+        )
 
     say("\n[2/5] Probes (ridge, logit-lens style) on the training text; scores of all stitches on held-out text")
     fitting = TextBatches(train, 32)
@@ -135,7 +150,9 @@ def main() -> None:
     ]
     plot_curves(curves, title="Stitched models between two Llamas", path=output / "curve")
     low_high = common_interval(curves)
-    say("\nmean loss over the curve (lower is better): " + ", ".join(f"{c.label} {c.auc(low_high):.4f}" for c in curves))
+    say(
+        "\nmean loss over the curve (lower is better): " + ", ".join(f"{c.label} {c.auc(low_high):.4f}" for c in curves)
+    )
 
     say("\n[5/5] The best stitched model, saved, loaded through AutoModelForCausalLM and writing")
     best = min((row for chosen in by_rule.values() for row in chosen), key=lambda row: row.metrics["loss"])
@@ -167,21 +184,24 @@ def anchors(
     args: QuickstartArguments, texts: list[str], state: PartialState
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """Both anchors and their tokenizer, from the cache or trained now."""
-    cache = Path(args.cache_dir).expanduser() / f"epochs-{args.anchor_epochs:g}-seed-{args.seed}"
+    cache = Path(args.cache_dir).expanduser() / f"steps-{args.small_steps}-{args.large_steps}-seed-{args.seed}"
     if not (cache / "large" / "config.json").exists():
         tokenizer = train_tokenizer(texts, VOCABULARY)
         examples = text_examples(text_sequences(texts, tokenizer, LENGTH))
-        for name, shape in (("small", SMALL), ("large", LARGE)):
+        for name, shape, steps, rate in (
+            ("small", SMALL, args.small_steps, 5e-3),
+            ("large", LARGE, args.large_steps, 3e-3),
+        ):
             set_seed(args.seed)
             config = LlamaConfig(
-                vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=True,
+                vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.05,
                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id, **shape,
             )  # fmt: skip
             model = LlamaForCausalLM(config).to(state.device)
             training = TrainingConfig(
-                trainable="full", epochs=args.anchor_epochs, per_device_batch_size=8 // state.num_processes or 1,
-                gradient_accumulation_steps=1, learning_rate=2e-3, weight_decay=0.1, seed=args.seed,
+                trainable="full", max_steps=steps, per_device_batch_size=8 // state.num_processes or 1,
+                gradient_accumulation_steps=1, learning_rate=rate, weight_decay=0.1, seed=args.seed,
             )  # fmt: skip
             result = train_stitches(model, examples, training)
             state.print(f"  trained the {name} one: {result.steps} steps in {result.seconds:.0f} s")
@@ -197,5 +217,5 @@ def anchors(
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
+    use_all_cores()
     main()

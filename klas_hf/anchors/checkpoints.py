@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from klas_hf.anchors.families import DecoderFamily, decoder_family
-from klas_hf.anchors.language import explained_access
+from klas_hf.anchors.language import anchor_config, explained_access
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -42,8 +42,7 @@ class AnchorCheckpoint:
             self._shards: dict[str, str] = {}
             self.name, self.revision = str(anchor.config.name_or_path or "") or None, None
         else:
-            with explained_access(anchor):
-                self.config = AutoConfig.from_pretrained(anchor, **hub)
+            self.config = anchor_config(anchor, **hub)
             self.dtype = self.config.dtype or torch.float32
             self.name, self.revision = str(anchor), hub.get("revision")
         self.family: DecoderFamily = decoder_family(self.config)
@@ -95,7 +94,10 @@ class AnchorCheckpoint:
             ValueError: the checkpoint has no head (it was saved from a model without one).
         """
         keys = {
-            key.removeprefix(f"{head}."): key for head in self.family.heads for key in self.keys if key.startswith(f"{head}.")
+            key.removeprefix(f"{head}."): key
+            for head in self.family.heads
+            for key in self.keys
+            if key.startswith(f"{head}.")
         }
         if "weight" not in keys or self.config.tie_word_embeddings:
             embedding = f"{self.family.embeddings}.weight"
@@ -119,7 +121,9 @@ class AnchorCheckpoint:
                 return dict.fromkeys(file.keys(), _SINGLE)
         index = cached_file(self._anchor, _INDEX, _raise_exceptions_for_missing_entries=False, **self.hub)
         if index is None:
-            raise OSError(f"found neither {_SINGLE} nor {_INDEX}; only safetensors weights are read, never pickled ones")
+            raise OSError(
+                f"found neither {_SINGLE} nor {_INDEX}; only safetensors weights are read, never pickled ones"
+            )
         return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
 
     def _path(self, shard: str) -> str:
@@ -131,4 +135,6 @@ def _open(path: str) -> Any:
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
-        raise OSError(f"{path} is damaged ({error}); expected a whole safetensors file. Download or save it again") from error
+        raise OSError(
+            f"{path} is damaged ({error}); expected a whole safetensors file. Download or save it again"
+        ) from error

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.batches import TokenBatch
-from klas_hf.anchors.families import decoder_family
+from klas_hf.anchors.families import DECODER_FAMILIES, decoder_family
 from klas_hf.models.modeling_stitched import scale_logits
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 class LanguageAnchor:
@@ -94,14 +96,30 @@ def load_anchor(anchor: str | Path | PreTrainedModel | LanguageAnchor, **kwargs:
 
     Raises:
         OSError: neither a folder nor to be had from the Hub.
+        ValueError: its family is unknown.
     """
     if isinstance(anchor, LanguageAnchor):
         return anchor
     if isinstance(anchor, PreTrainedModel):
         return LanguageAnchor(anchor)
+    decoder_family(anchor_config(anchor, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}))
     with explained_access(anchor):
         model = AutoModelForCausalLM.from_pretrained(anchor, **kwargs)
     return LanguageAnchor(model.eval(), revision=kwargs.get("revision"))
+
+
+def anchor_config(anchor: str | Path, **hub: Any) -> PreTrainedConfig:
+    """The configuration of an anchor, by Hub id or folder.
+
+    Raises:
+        OSError: neither a folder nor to be had from the Hub.
+        ValueError: transformers does not know its type.
+    """
+    with explained_access(anchor):
+        try:
+            return AutoConfig.from_pretrained(anchor, **hub)
+        except ValueError as error:
+            raise ValueError(f"{error}\nExpected an anchor of one of {sorted(DECODER_FAMILIES)}") from error
 
 
 @contextmanager

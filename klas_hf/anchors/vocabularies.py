@@ -13,7 +13,9 @@ def tokenizer_vocabulary(name: str | None, **hub: Any) -> dict[str, int] | None:
     if not name:
         return None
     try:
-        files = (cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub) for file in _VOCABULARY_FILES)
+        files = (
+            cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub) for file in _VOCABULARY_FILES
+        )
         if not any(files):  # AutoTokenizer would make up an empty one
             return None
         return AutoTokenizer.from_pretrained(name, **hub).get_vocab()
@@ -34,8 +36,8 @@ def check_vocabularies(
         differing = sorted(token for token in one.keys() | other.keys() if one.get(token) != other.get(token))
         if differing:
             raise ValueError(
-                f"got vocabularies that differ in {len(differing):,} tokens (such as {differing[:3]}): the same id means "
-                f"different text to {first} and {last}; expected anchors that share a tokenizer"
+                f"got vocabularies that differ in {len(differing):,} tokens (such as {differing[:3]}): the same id "
+                f"means different text to {first} and {last}; expected anchors that share a tokenizer"
             )
     if first_config.vocab_size != last_config.vocab_size:
         raise ValueError(

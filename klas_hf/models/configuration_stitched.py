@@ -5,11 +5,31 @@
 layer types) is derived from the two.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-_DERIVED = ("num_hidden_layers", "vocab_size", "hidden_size", "embedding_size", "layer_types", "max_position_embeddings")
+_DERIVED = (
+    "num_hidden_layers",
+    "vocab_size",
+    "hidden_size",
+    "embedding_size",
+    "layer_types",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+)
+
+
+def _derived(value: Callable[["StitchedConfig"], Any]) -> Any:
+    """A property that follows from the two sides.
+
+    It has a setter because PreTrainedConfig assigns every key of a JSON file: what stands there is the same value.
+    """
+    return property(value, lambda self, same: None)
 
 
 class StitchedConfig(PreTrainedConfig):
@@ -31,10 +51,10 @@ class StitchedConfig(PreTrainedConfig):
     model_type = "stitched"
     sub_configs = {"source_config": AutoConfig, "target_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
-    base_model_fsdp_plan = {}
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
 
-    source_config: PreTrainedConfig | dict[str, Any] | None = None
-    target_config: PreTrainedConfig | dict[str, Any] | None = None
+    source_config: Any = None
+    target_config: Any = None
     source_stop: int = 1
     target_start: int = 0
     source_blocks: int = 1
@@ -67,66 +87,36 @@ class StitchedConfig(PreTrainedConfig):
         """What is written to config.json: differences from the defaults, and the derived fields."""
         return super().to_diff_dict() | {name: getattr(self, name) for name in _DERIVED}
 
-    # Derived values have setters because PreTrainedConfig assigns every key of a JSON file: what stands there is
-    # the same value, so it is ignored (except vocab_size, which resizing the embeddings really changes).
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.source_config.num_hidden_layers + self.target_config.num_hidden_layers
-
-    @num_hidden_layers.setter
-    def num_hidden_layers(self, value: int) -> None:
-        pass
-
     @property
     def vocab_size(self) -> int:
         return self.target_config.vocab_size
 
     @vocab_size.setter
-    def vocab_size(self, value: int) -> None:
-        self.target_config.vocab_size = value
-        if value > self.source_config.vocab_size:
-            self.source_config.vocab_size = value
+    def vocab_size(self, value: int) -> None:  # resizing the embeddings sets it
+        self.source_config.vocab_size = self.target_config.vocab_size = value
 
-    @property
-    def hidden_size(self) -> int:
-        return self.target_config.hidden_size
+    per_layer_config = _derived(lambda self: [*_layers(self.source_config), *_layers(self.target_config)])
+    num_hidden_layers = _derived(lambda self: len(self.per_layer_config))
+    hidden_size = _derived(lambda self: self.target_config.hidden_size)
+    embedding_size = _derived(lambda self: self.source_config.hidden_size)
+    max_position_embeddings = _derived(
+        lambda self: min(self.source_config.max_position_embeddings, self.target_config.max_position_embeddings)
+    )
+    layer_types = _derived(lambda self: _layer_types(self.source_config) + _layer_types(self.target_config))
+    num_attention_heads = _derived(lambda self: self.target_config.num_attention_heads)
+    # What must be alike in all layers to have a place at the top; None where it is not.
+    num_key_value_heads = _derived(lambda self: _only({kv_shape(layer)[0] for layer in self.per_layer_config}))
+    head_dim = _derived(lambda self: _only({kv_shape(layer)[1] for layer in self.per_layer_config}))
+    sliding_window = _derived(lambda self: _only(self.sliding_windows()))
 
-    @hidden_size.setter
-    def hidden_size(self, value: int) -> None:
-        pass
+    def sliding_windows(self) -> set[int]:
+        """The windows, in tokens, of the layers that have one."""
+        layers = zip(self.layer_types, self.per_layer_config, strict=True)
+        return {layer.sliding_window for kind, layer in layers if kind == "sliding_attention"}
 
-    @property
-    def embedding_size(self) -> int:
-        return self.source_config.hidden_size
-
-    @embedding_size.setter
-    def embedding_size(self, value: int) -> None:
-        pass
-
-    @property
-    def max_position_embeddings(self) -> int:
-        return min(self.source_config.max_position_embeddings, self.target_config.max_position_embeddings)
-
-    @max_position_embeddings.setter
-    def max_position_embeddings(self, value: int) -> None:
-        pass
-
-    @property
-    def layer_types(self) -> list[str]:
-        return _layer_types(self.source_config) + _layer_types(self.target_config)
-
-    @layer_types.setter
-    def layer_types(self, value: list[str]) -> None:
-        pass
-
-    @property
-    def per_layer_config(self) -> list[PreTrainedConfig]:
-        return [*_layers(self.source_config), *_layers(self.target_config)]
-
-    @per_layer_config.setter
-    def per_layer_config(self, value: Any) -> None:
-        pass
+    def kv_shapes(self) -> set[tuple[int, int]]:
+        """The (KV heads, head width) that occur among the layers."""
+        return {kv_shape(layer) for layer in self.per_layer_config}
 
 
 def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
@@ -150,3 +140,16 @@ def _layer_types(config: PreTrainedConfig) -> list[str]:
 def _layers(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """The configuration as each block sees it (alike for all blocks of a side)."""
     return [config] * config.num_hidden_layers
+
+
+def kv_shape(layer: PreTrainedConfig) -> tuple[int, int]:
+    """(KV heads, head width) of a block; families that have no field for one of them take it from the heads."""
+    heads = layer.num_attention_heads
+    return (
+        getattr(layer, "num_key_value_heads", None) or heads,
+        getattr(layer, "head_dim", None) or layer.hidden_size // heads,
+    )
+
+
+def _only(values: set[Any]) -> Any:
+    return next(iter(values)) if len(values) == 1 else None

@@ -211,6 +211,20 @@ class StitchedForCausalLM(StitchedModel, GenerationMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching (`generate_batch`), whose cache holds one shape of keys and values for all layers.
+
+        Raises:
+            ValueError: the two sides differ in it, or in their sliding windows.
+        """
+        shapes, windows = self.config.kv_shapes(), self.config.sliding_windows()
+        if len(shapes) > 1 or len(windows) > 1:
+            raise ValueError(
+                f"got layers with (KV heads, head width) of {sorted(shapes)} and sliding windows of {sorted(windows)} "
+                "tokens; continuous batching needs one of each for all layers. Use generate, which has no such limit"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
 
 def scale_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
     """What some families do to their logits: Granite divides, Cohere multiplies, Gemma 2 caps."""
@@ -231,7 +245,9 @@ class _CacheSlice(Cache):
         super().__init__(layers=parent.layers[start:stop])
         self.parent = parent
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         return self.parent.update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
