@@ -47,13 +47,13 @@ class LeastSquares:
 
     def __init__(self, in_features: int, out_features: int, device: torch.device | str = "cpu"):
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.rows = 0
         self._shift_x, self._shift_y = zeros(in_features), zeros(out_features)
         self._sum_x, self._sum_y = zeros(in_features), zeros(out_features)
         self._gram, self._cross = zeros(in_features, in_features), zeros(in_features, out_features)
-        self._square_y = zeros(())
+        self._square_y = zeros()
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add rows: `x` is `(rows, in_features)`, `y` is `(rows, out_features)`.

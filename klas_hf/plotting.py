@@ -65,8 +65,17 @@ def tradeoff(
     figure = _figure(width=6.4, height=4.2)
     axes = figure.subplots()
     for index, one in enumerate(series):
-        style = {"marker": "os^Dvp"[index % 6], "linestyle": "-" if one.line else "none", "capsize": 3}
-        axes.errorbar(one.x, one.y, yerr=one.error, label=one.label, markersize=5, linewidth=1.3, **style)
+        axes.errorbar(
+            one.x,
+            one.y,
+            yerr=one.error,
+            label=one.label,
+            marker="os^Dvp"[index % 6],
+            linestyle="-" if one.line else "none",
+            markersize=5,
+            linewidth=1.3,
+            capsize=3,
+        )
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()

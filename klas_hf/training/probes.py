@@ -38,10 +38,11 @@ def train_probes(anchor: Any, data: Iterable[Any], config: ProbeConfig | None = 
     """
     config = config or ProbeConfig()
     anchor = load_anchor(anchor)
-    batches = data if config.kind != "tuned" else list(token_batches(data))
-    probes = fit_probes(anchor, batches, config)
-    if config.kind == "tuned":
-        _tune(probes.float(), anchor, batches)
+    if config.kind != "tuned":
+        return fit_probes(anchor, data, config)
+    batches = list(token_batches(data))
+    probes = fit_probes(anchor, batches, config).float()
+    _tune(probes, anchor, batches)
     return probes
 
 

@@ -19,7 +19,12 @@ from klas_hf.training.data import batches_of, collate
 from klas_hf.training.losses import cross_entropy_sum, distillation_sum, label_count
 
 QUICK = TrainingConfig(
-    trainable="full", max_steps=6, per_device_batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2, save_steps=2
+    trainable="full",
+    max_steps=6,
+    per_device_batch_size=4,
+    gradient_accumulation_steps=1,
+    learning_rate=1e-2,
+    save_steps=2,
 )
 
 
@@ -112,7 +117,9 @@ def test_gradient_checkpointing_changes_nothing(stitched: PreTrainedModel) -> No
 def test_bf16_keeps_the_dtype_and_follows_fp32(stitched: PreTrainedModel) -> None:
     one, other = copy.deepcopy(stitched), copy.deepcopy(stitched).to(torch.bfloat16)
     exact = train_stitches(one, examples(), replace(QUICK, trainable="lora", learning_rate=1e-3))
-    coarse = train_stitches(other, examples(), replace(QUICK, trainable="lora", learning_rate=1e-3, mixed_precision="bf16"))
+    coarse = train_stitches(
+        other, examples(), replace(QUICK, trainable="lora", learning_rate=1e-3, mixed_precision="bf16")
+    )
     assert coarse.losses == pytest.approx(exact.losses, rel=0.1)
     assert {parameter.dtype for parameter in other.parameters()} == {torch.bfloat16}
     assert other(**collate(examples(2))).logits.dtype == torch.bfloat16  # no autocast is left on the forward
@@ -166,7 +173,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert result.losses == expected.losses
     assert_same(resumed, whole)
     again = copy.deepcopy(stitched)
-    assert train_stitches(again, examples(), config, output_dir=tmp_path).losses == expected.losses  # nothing left to do
+    assert (
+        train_stitches(again, examples(), config, output_dir=tmp_path).losses == expected.losses
+    )  # nothing left to do
     assert_same(again, whole)
 
 
@@ -207,7 +216,9 @@ def test_distillation_loss_is_the_mixture(stitched: PreTrainedModel) -> None:
     with torch.no_grad():
         p = F.softmax(target(**inputs).logits[:, :-1][kept] / 2, -1)
         q = F.softmax(stitched(**inputs).logits[:, :-1][kept] / 2, -1)
-        expected = torch.distributions.kl_divergence(torch.distributions.Categorical(p), torch.distributions.Categorical(q))
+        expected = torch.distributions.kl_divergence(
+            torch.distributions.Categorical(p), torch.distributions.Categorical(q)
+        )
         hard = stitched(**batch).loss
     config = replace(QUICK, max_steps=1, distillation_weight=0.25, distillation_temperature=2.0)
     result = train_stitches(copy.deepcopy(stitched), data, config, teacher=target)
