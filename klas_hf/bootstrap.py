@@ -110,9 +110,7 @@ def _cluster_totals(differences: Array, clusters: ArrayLike | None) -> tuple[Arr
         np.add.at(sums, place, differences)
         np.add.at(counts, place, 1)
     if len(sums) < 2:
-        raise ValueError(
-            f"got {len(sums)} questions; expected at least 2, since whole questions are resampled"
-        )
+        raise ValueError(f"got {len(sums)} questions; expected at least 2, since whole questions are resampled")
     return sums, counts
 
 

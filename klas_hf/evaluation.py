@@ -81,7 +81,9 @@ def generate_greedily(
             inputs = _left_padded([prompts[number] for number in part], pad)
             device = model.get_input_embeddings().weight.device
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-            out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad)
+            out = model.generate(
+                **inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad
+            )
             answers += list(zip(part, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True))
     return [answer for _, answer in sorted(gather_object(answers))]
 

@@ -33,9 +33,7 @@ class Series:
     line: bool = True
 
 
-def heatmaps(
-    panels: Mapping[str, NDArray], xlabel: str, ylabel: str, path: str | Path | None = None
-) -> "Figure":
+def heatmaps(panels: Mapping[str, NDArray], xlabel: str, ylabel: str, path: str | Path | None = None) -> "Figure":
     """Heatmaps side by side, rows and columns counted from 1; dark is low; the lowest cell carries a cross.
 
     Args:

@@ -103,21 +103,25 @@ class ProbeNet(PreTrainedModel):
         moved = hidden + self.offsets[block]
         return moved + self.translators[block](hidden) if self.translators else moved
 
-    def log_probs(self, anchor: LanguageAnchor, hidden: Tensor) -> Tensor:
+    def log_probs(self, anchor: LanguageAnchor, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Next-token log-probabilities of all probes, fp32, in nats.
 
         Args:
             anchor: the anchor that the probes are of.
             hidden: `(blocks, tokens, width)` output of every block.
+            out: fp32 tensor to write to; None makes one. Taking new memory for a large vocabulary costs a CPU more
+                than filling it.
 
         Returns:
             `(blocks, tokens, vocabulary)`.
         """
         translated = torch.stack([self.translate(block, h) for block, h in enumerate(hidden)])
-        logits = anchor.logits(translated).float()
-        for block in range(len(logits)):  # in place: these are the largest tensors of a pass
-            logits[block] = logits[block].log_softmax(-1)
-        return logits
+        logits = anchor.logits(translated)
+        if out is None:
+            return logits.float().log_softmax(-1)
+        for block, block_logits in enumerate(logits):
+            out[block] = block_logits.float().log_softmax(-1)
+        return out
 
     def check(self, anchor: LanguageAnchor) -> None:
         """Raise ValueError unless these are the probes of this anchor's very weights."""

@@ -112,9 +112,10 @@ class RowFile:
             )
         if header != self.run:
             changed = sorted(k for k in header.keys() | self.run.keys() if header.get(k) != self.run.get(k))
+            there, now = ({k: run.get(k) for k in changed} for run in (header, self.run))
             raise ValueError(
                 f"{self.path} holds the rows of another run, which differs in {', '.join(changed)} "
-                f"(there: {({k: header.get(k) for k in changed})}; now: {({k: self.run.get(k) for k in changed})}). "
+                f"(there: {there}; now: {now}). "
                 "Name another output folder, or repeat the settings of that run to resume it"
             )
         self.rows = [_row(line) for line in whole[1:]]
@@ -155,11 +156,18 @@ def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: 
     share = ["of target"] if total_macs else []
     lines = [["rule", "stitch", "M parameters", "M MACs", *share, *metrics]]
     for (macs, rule, stitch), group in sorted(groups.items(), key=lambda item: item[0][:2]):
-        cells = [rule, "–" if stitch is None else str(tuple(stitch)), f"{group[0].parameters / 1e6:.2f}", f"{macs / 1e6:,.1f}"]
+        cells = [
+            rule,
+            "–" if stitch is None else str(tuple(stitch)),
+            f"{group[0].parameters / 1e6:.2f}",
+            f"{macs / 1e6:,.1f}",
+        ]
         cells += [f"{macs / total_macs:.0%}"] if total_macs else []
         lines.append(cells + [_mean_and_error([row.metrics[name] for row in group]) for name in metrics])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    padded = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
+    padded = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
     rule_line = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([padded[0], rule_line, *padded[1:]])
 

@@ -100,9 +100,10 @@ class _PairSums:
         m, n = first.num_blocks, last.num_blocks
         self.cross, self.capacity, self.gamma = RatioSums((m, n)), RatioSums((n - 1,)), RatioSums((m, n - 1))
         self.tokens = 0
-        vocabulary = max(first.config.vocab_size, last.config.vocab_size)
-        # Alive at once: log-probabilities of the source; logits of the target in two precisions.
-        self.chunk = max(1, workspace_bytes // (4 * vocabulary * (m + 2 * max(m, n))))
+        self.vocabulary = last.config.vocab_size
+        # Alive at once: log-probabilities of both, the logits of one and a block's log-probabilities on their way.
+        self.chunk = max(1, workspace_bytes // (4 * self.vocabulary * (m + n + max(m, n) + 1)))
+        self._log_probs: tuple[Tensor, ...] = ()
 
     @torch.no_grad()
     def update(self, batch: TokenBatch) -> None:
@@ -148,10 +149,21 @@ class _PairSums:
         self.gamma.update(cross[:, :, :-1], capacity[:, None, :])
 
     def _divergences(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross `(tokens, m, n)` and capacity `(tokens, n - 1)` terms of a few tokens; their distributions end here."""
-        log_p = self.probes[0].log_probs(self.first, first)
-        log_q = self.probes[1].log_probs(self.last, last).to(log_p.device)
+        """Cross `(tokens, m, n)` and capacity `(tokens, n - 1)` terms of a few tokens."""
+        log_p, log_q = self._workspace(first.shape[1])
+        self.probes[0].log_probs(self.first, first, out=log_p)
+        self.probes[1].log_probs(self.last, last, out=log_q)
         return pairwise_kl(log_p, log_q), consecutive_kl(log_q)
+
+    def _workspace(self, tokens: int) -> tuple[Tensor, ...]:
+        """Where the log-probabilities of so many tokens go, the same memory for every chunk."""
+        if not self._log_probs or self._log_probs[0].shape[1] < tokens:
+            self._log_probs = ()  # let go before taking more
+            self._log_probs = tuple(
+                torch.empty(anchor.num_blocks, tokens, self.vocabulary, device=self.first.device)
+                for anchor in (self.first, self.last)
+            )
+        return tuple(log_probs[:, :tokens] for log_probs in self._log_probs)
 
     @staticmethod
     def _hidden(anchor: LanguageAnchor, batch: TokenBatch, counted: Tensor) -> Tensor:

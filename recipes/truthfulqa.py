@@ -56,13 +56,17 @@ SHOWN = ["best_rouge1", "best_rouge2", "best_rougeL", "max_correct_rouge1", "lm_
 class TruthfulQAArguments:
     source: str = field(metadata={"help": "the cheaper anchor: Hub id or folder"})
     target: str = field(metadata={"help": "the dearer anchor: Hub id or folder"})
-    data: str | None = field(default=None, metadata={"help": "TruthfulQA.csv; default: truthfulqa/truthful_qa on the Hub"})
+    data: str | None = field(
+        default=None, metadata={"help": "TruthfulQA.csv; default: truthfulqa/truthful_qa on the Hub"}
+    )
     output_dir: str = field(default="outputs/truthfulqa", metadata={"help": "where rows, scores and pictures go"})
     rules: list[str] = field(
         default_factory=lambda: ["klas", "esta_proportional"], metadata={"help": f"selection rules to compare: {RULES}"}
     )
     sizes: int = field(default=4, metadata={"help": "how many of ESTA's sizes to compare at"})
-    tolerance: float = field(default=0.05, metadata={"help": "a match costs at most ESTA's MACs, at least so much less"})
+    tolerance: float = field(
+        default=0.05, metadata={"help": "a match costs at most ESTA's MACs, at least so much less"}
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of the 60/40 split"})
     max_length: int = field(default=128, metadata={"help": "longest training sequence in tokens"})
     max_new_tokens: int = field(default=64, metadata={"help": "longest answer in tokens"})

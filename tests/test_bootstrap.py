@@ -76,9 +76,7 @@ def test_p_value_agrees_with_a_t_test_on_normal_scores(gap: float) -> None:
 def test_swapping_the_systems_flips_the_sign(a: Array, data: st.DataObject) -> None:
     b = data.draw(hnp.arrays(np.float64, len(a), elements=st.floats(-100, 100, width=32)))
     one, other = paired_bootstrap(a, b, samples=50), paired_bootstrap(b, a, samples=50)
-    assert (one.difference, one.low, one.high) == pytest.approx(
-        (-other.difference, -other.high, -other.low), abs=1e-9
-    )
+    assert (one.difference, one.low, one.high) == pytest.approx((-other.difference, -other.high, -other.low), abs=1e-9)
     assert one.p_value == other.p_value
 
 

@@ -114,7 +114,7 @@ def test_an_unknown_score_is_refused_and_the_known_ones_named(tmp_path: Path) ->
         with pytest.raises(ValueError, match=r"got score='cka'; expected one of \['klas', 'theta'\]"):
             call()
     path = scores().save(tmp_path / "scores.safetensors")
-    content = path.read_bytes().replace(rb'\"score\": \"klas\"', rb'\"score\": \"spam\"')
+    content = path.read_bytes().replace(rb"\"score\": \"klas\"", rb"\"score\": \"spam\"")
     assert b"spam" in content
     path.write_bytes(content)
     with pytest.raises(ValueError, match="got score='spam'"):
@@ -158,5 +158,3 @@ def test_scores_with_a_zero_are_drawn(recwarn: pytest.WarningsRecorder) -> None:
     theta, _ = (axes for axes in made.plot().axes if axes.get_title())
     assert theta.images[0].get_array().mask.tolist() == [[True, False], [False, True]]
     assert not recwarn.list
-
-

@@ -339,7 +339,6 @@ def test_random_choice_is_even() -> None:
     assert ((drawn - expected) ** 2 / expected).sum() < 2.5 * len(candidates)  # chi-squared, mean len - 1
 
 
-
 def test_wrong_options_are_refused() -> None:
     made = scores()
     for call, message in (

@@ -114,9 +114,7 @@ def rouge_lm_eval(answers: Sequence[str], questions: Sequence[Question]) -> LmEv
     """ROUGE as lm-evaluation-harness computes it for `truthfulqa_gen`: max, diff and acc."""
     scorer = _lm_eval_scorer()
     correct = _maxima(answers, [lm_eval_correct(question) for question in questions], scorer)
-    incorrect = _maxima(
-        answers, [_with_periods(question.incorrect_answers) for question in questions], scorer
-    )
+    incorrect = _maxima(answers, [_with_periods(question.incorrect_answers) for question in questions], scorer)
     return LmEvalScores(
         max=correct,
         diff=_combine(correct, incorrect, lambda high, low: high - low),

@@ -190,17 +190,13 @@ def _hub_rows() -> list[Mapping[str, Any]]:
 
 def _csv_rows(path: Path) -> list[Mapping[str, Any]]:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"got data={str(path)!r}, which is not a file; expected a CSV file of TruthfulQA"
-        )
+        raise FileNotFoundError(f"got data={str(path)!r}, which is not a file; expected a CSV file of TruthfulQA")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="")
             columns, rows = reader.fieldnames or [], list(reader)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"got {path}, which is not UTF-8 ({error}); expected a CSV file saved as UTF-8"
-        ) from error
+        raise ValueError(f"got {path}, which is not UTF-8 ({error}); expected a CSV file saved as UTF-8") from error
     _check_columns(_CSV_COLUMNS.values(), columns, str(path))
     named = [{field: row[column] for field, column in _CSV_COLUMNS.items()} for row in rows]
     lists = ("correct_answers", "incorrect_answers")
@@ -305,7 +301,5 @@ def _completion_ids(question: Question, tokenizer: PreTrainedTokenizerBase, prom
 
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "got a tokenizer without EOS; expected one to end answers with. Set tokenizer.eos_token"
-        )
+        raise ValueError("got a tokenizer without EOS; expected one to end answers with. Set tokenizer.eos_token")
     return int(tokenizer.eos_token_id)

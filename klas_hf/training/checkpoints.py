@@ -56,7 +56,9 @@ class Checkpoints:
         if self.folder is None or not self.folder.exists():
             return None
         numbered = {
-            int(match[1]): path for path in self.folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+            int(match[1]): path
+            for path in self.folder.iterdir()
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
         }
         if not numbered:
             return None

@@ -12,7 +12,9 @@ class TrainingConfig:
 
     trainable: str = field(
         default="lora",
-        metadata={"help": "what learns: 'stitch' the stitching layer alone, 'lora' that and LoRA on both sides, 'full'"},
+        metadata={
+            "help": "what learns: 'stitch' the stitching layer alone, 'lora' that and LoRA on both sides, 'full'"
+        },
     )
     epochs: float = field(default=10.0, metadata={"help": "passes over the data"})
     max_steps: int | None = field(default=None, metadata={"help": "stop after so many optimiser steps; None: epochs"})

@@ -97,7 +97,9 @@ def train_stitches(
         schedule = get_cosine_schedule_with_warmup(optimizer.optimizer, warmup, total, last_epoch=progress.step - 1)
         run = _Run(accelerator, prepared, optimizer, schedule, config, teacher)
         try:
-            progress = run.train(_steps(loader, order, config, steps_per_epoch, progress.step, total), progress, total, checkpoints)
+            progress = run.train(
+                _steps(loader, order, config, steps_per_epoch, progress.step, total), progress, total, checkpoints
+            )
         finally:
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
             if config.gradient_checkpointing:
@@ -202,5 +204,3 @@ def _run(model: PreTrainedModel, data: Sequence[Any], config: TrainingConfig, mu
     names = ("source_name", "target_name", "source_stop", "target_start", "num_hidden_layers", "hidden_size")
     described = {name: getattr(model.config, name, None) for name in names}
     return asdict(config) | described | {"examples": len(data), "batches_per_step": multiple}
-
-

@@ -75,7 +75,9 @@ def _tuning_step(probes: ProbeNet, anchor: LanguageAnchor, batch: TokenBatch) ->
         for block, hidden in enumerate(earlier):
             loss = _block_loss(probes, anchor, block, hidden, last, following) / total
             if not loss.isfinite():
-                raise TrainingDiverged(f"got a loss of {float(loss)} for the probe of block {block + 1}; lower learning_rate")
+                raise TrainingDiverged(
+                    f"got a loss of {float(loss)} for the probe of block {block + 1}; lower learning_rate"
+                )
             found = torch.autograd.grad(loss, list(probes.parameters()), allow_unused=True)
             for gradient, part in zip(gradients, found, strict=True):
                 if part is not None:

@@ -41,9 +41,7 @@ script = load_script()
 def pieces_of(words: list[str]) -> list[tuple[str, float]]:
     """A vocabulary as in llama2.c's files: specials, bytes, then words by falling score."""
     fixed = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{byte:02X}>" for byte in range(256))]
-    return [(text, 0.0) for text in fixed] + [
-        (text, -float(rank)) for rank, text in enumerate(words, start=1)
-    ]
+    return [(text, 0.0) for text in fixed] + [(text, -float(rank)) for rank, text in enumerate(words, start=1)]
 
 
 def write_tokenizer(path: Path, pieces: list[tuple[str, float]]) -> Path:
@@ -232,11 +230,7 @@ def test_encodes_as_llama2c_and_decodes_back(tokenizer: PreTrainedTokenizerBase,
     assert tokenizer.decode(tokens, skip_special_tokens=True) == text
 
 
-@given(
-    text=st.text(
-        alphabet=st.one_of(st.sampled_from(" \nabehrt<unk>é“"), st.characters(codec="utf-8")), max_size=40
-    )
-)
+@given(text=st.text(alphabet=st.one_of(st.sampled_from(" \nabehrt<unk>é“"), st.characters(codec="utf-8")), max_size=40))
 def test_encodes_any_text_as_llama2c(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     tokens = tokenizer(text)["input_ids"]
     assert tokens == naive_encode(PIECES, text)
@@ -313,9 +307,7 @@ def test_loss_is_the_mean_over_all_tokens_each_predicted_once(
         for start in range(0, len(tokens) - 1, 16):
             window, targets = tokens[start : start + 16], tokens[start + 1 : start + 17]
             logits = naive_logits(weights, window[: len(targets)])
-            nats += [
-                np.logaddexp.reduce(row) - row[target] for row, target in zip(logits, targets, strict=True)
-            ]
+            nats += [np.logaddexp.reduce(row) - row[target] for row, target in zip(logits, targets, strict=True)]
     loss = script.mean_loss(model, tokenizer, texts, batch_size=batch_size)
     assert loss.tokens == len(nats) == sum(len(naive_encode(PIECES, text)) - 1 for text in texts)
     assert loss.nats_per_token == pytest.approx(np.mean(nats), rel=1e-4)

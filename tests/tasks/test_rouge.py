@@ -33,9 +33,7 @@ def questions(draw: st.DrawFn) -> Question:
     return Question("Why?", correct[0], tuple(correct), tuple(incorrect), "", 0)
 
 
-def question(
-    best: str, correct: tuple[str, ...] | None = None, incorrect: tuple[str, ...] = ("zzz",)
-) -> Question:
+def question(best: str, correct: tuple[str, ...] | None = None, incorrect: tuple[str, ...] = ("zzz",)) -> Question:
     return Question("Why?", best, (best,) if correct is None else correct, incorrect, "", 0)
 
 

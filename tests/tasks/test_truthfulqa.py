@@ -41,9 +41,7 @@ ROWS = [
     ["Adversarial", "Law", 'Is "it", here, legal?', "No, it is not", "No; No, it is not", "Yes; ", "url"],
 ]
 LOADED = [
-    Question(
-        "What if you eat seeds?", "Nothing", ("Nothing", "They pass"), ("You grow", "You die"), "Food", 0
-    ),
+    Question("What if you eat seeds?", "Nothing", ("Nothing", "They pass"), ("You grow", "You die"), "Food", 0),
     Question('Is "it", here, legal?', "No, it is not", ("No", "No, it is not"), ("Yes",), "Law", 1),
 ]
 
@@ -52,9 +50,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TWO_LINES = CHAT.replace("{{ m.role }}\n", "{{ m.role }}\n\n").replace("assistant\n", "assistant\n\n")
-DATED = (
-    "{{ bos_token }}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') + '\n' }}{% endif %}" + CHAT
-)
+DATED = "{{ bos_token }}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') + '\n' }}{% endif %}" + CHAT
 THINKING = (  # of the shape of Qwen3's: an answered turn carries an empty thought
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n"
     "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -154,9 +150,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="not a file"):
         load_truthfulqa(tmp_path)
     latin = write(tmp_path / "latin.csv", [["É"] * len(COLUMNS)], encoding="latin-1")
-    with pytest.raises(
-        ValueError, match=r"latin\.csv, which is not UTF-8 .* expected a CSV file saved as UTF-8"
-    ):
+    with pytest.raises(ValueError, match=r"latin\.csv, which is not UTF-8 .* expected a CSV file saved as UTF-8"):
         load_truthfulqa(latin)
 
 
@@ -176,10 +170,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_hub(folder: Path, **changes: str) -> None:
     keys = [changes.get(column, column.lower().replace(" ", "_")) for column in COLUMNS]
     rows = [
-        {
-            key: value.split(";") if key.endswith("answers") else value
-            for key, value in zip(keys, row, strict=True)
-        }
+        {key: value.split(";") if key.endswith("answers") else value for key, value in zip(keys, row, strict=True)}
         for row in ROWS
     ]
     (folder / "generation" / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -192,9 +183,7 @@ def test_load_from_the_hub(hub: Path) -> None:
 
 def test_hub_columns_are_checked(hub: Path) -> None:
     write_hub(hub, Question="prompt")
-    with pytest.raises(
-        ValueError, match=r"the Hub dataset .* without the columns 'question'; found .*'prompt'"
-    ):
+    with pytest.raises(ValueError, match=r"the Hub dataset .* without the columns 'question'; found .*'prompt'"):
         load_truthfulqa()
 
 
@@ -324,9 +313,7 @@ def test_prompts_do_not_depend_on_the_day() -> None:
     tokenizer = make_tokenizer(DATED)
     expected = "<s>26 Jul 2024\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(prompt_ids(ask(), tokenizer)) == expected
-    assert tokenizer.decode(encode_completion(ask(), tokenizer)["input_ids"]) == (
-        expected + "Because.<|im_end|>\n"
-    )
+    assert tokenizer.decode(encode_completion(ask(), tokenizer)["input_ids"]) == (expected + "Because.<|im_end|>\n")
 
 
 def test_a_template_whose_prompt_is_not_the_beginning_is_refused() -> None:
@@ -363,9 +350,7 @@ def test_long_examples_are_cut_at_the_end_but_never_to_the_prompt_alone(template
         encode_completion(ask(), tokenizer, size)
 
 
-TOKENIZERS = {
-    name: make_tokenizer(text) for name, text in (("plain", None), ("chat", CHAT), ("two", TWO_LINES))
-}
+TOKENIZERS = {name: make_tokenizer(text) for name, text in (("plain", None), ("chat", CHAT), ("two", TWO_LINES))}
 stripped = st.text(min_size=1, max_size=30).map(str.strip).filter(bool)
 
 

@@ -17,8 +17,9 @@ HERE = Path(__file__).parent
 def launch(folder: Path, processes: int, trainable: str, batch_size: int, accumulation: int) -> dict:
     """Run distributed_run.py under torchrun, as `accelerate launch` does for several CPU processes."""
     folder.mkdir()
-    command = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--rdzv_backend", "c10d",
-               "--rdzv_endpoint", "localhost:0", str(HERE / "distributed_run.py")]  # fmt: skip
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    script = str(HERE / "distributed_run.py")
+    command = ["torch.distributed.run", "--nproc_per_node", str(processes), *rendezvous, script]
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",

@@ -1,0 +1,147 @@
+"""A real trained checkpoint stitched: stories260K to itself, and a smaller sibling of it to stories260K.
+
+    python benchmarks/stories260k.py --checkpoint stories260K.bin --tokenizer tok512.bin --output stories260k
+    python benchmarks/stories_stitching.py --anchor stories260k --train tinystories_a.txt --test tinystories_b.txt
+
+Self-stitches show what a stitch costs when nothing else changes: at (k, k) the least-squares layer is the identity
+and the loss that of the anchor; elsewhere blocks are left out or repeated. The sibling (3 narrow blocks) learns from
+stories260K's outputs; then every stitch between the two is scored and measured at its least-squares start.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stories260k import split_stories
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM, set_seed
+
+from klas_hf import (
+    Measurement,
+    RowFile,
+    Stitch,
+    StitchedModel,
+    StitchScores,
+    TrainingConfig,
+    correlation_report,
+    evaluate_anchor,
+    evaluate_loss,
+    evaluate_stitches,
+    format_table,
+    score_stitches,
+    train_probes,
+    train_stitches,
+)
+from klas_hf.processes import use_all_cores
+from klas_hf.tasks.text import TextBatches, text_examples, text_sequences
+
+SEPARATOR = r"(?<!\n)\n(?!\n)"
+
+
+@dataclass
+class Options:
+    anchor: str = field(metadata={"help": "stories260K in Hugging Face form (stories260k.py makes it)"})
+    train: str = field(metadata={"help": "stories to fit and train on"})
+    test: str = field(metadata={"help": "stories to score and measure on"})
+    output_dir: str = field(default="outputs/stories", metadata={"help": "where rows and pictures go"})
+    length: int = field(default=128, metadata={"help": "tokens of a sequence"})
+    sibling_steps: int = field(default=1500, metadata={"help": "optimiser steps of the sibling's training"})
+    finetune_steps: int = field(
+        default=100, metadata={"help": "optimiser steps of each stitch, stitching layer and LoRA"}
+    )
+    sequences: int = field(default=400, metadata={"help": "held-out sequences to score and to measure on, each"})
+    seed: int = 0
+
+
+def main() -> None:
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+    output = Path(options.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(options.anchor)
+    anchor = AutoModelForCausalLM.from_pretrained(options.anchor)
+    train, test = (
+        text_sequences(split_stories(Path(path).read_text(encoding="utf-8"), SEPARATOR), tokenizer, options.length)
+        for path in (options.train, options.test)
+    )
+    fitting = TextBatches(train[: options.sequences], 16)
+    scoring, measuring = (TextBatches(test[part::2][: options.sequences], 16) for part in (0, 1))
+
+    def measure(model) -> Measurement:
+        return Measurement({"loss": evaluate_loss(model, measuring)})
+
+    run = {name: value for name, value in vars(options).items() if name not in ("output_dir",)}
+    rows = RowFile(output / "rows.jsonl", run)
+    target = evaluate_anchor(anchor, measure, rule="stories260K", rows=rows)
+    depth = anchor.config.num_hidden_layers
+
+    def self_stitch(stitch: Stitch):
+        return StitchedModel.from_anchors(anchor, anchor, stitch, calibration=fitting)
+
+    pairs = [Stitch(i, j) for i in range(1, depth + 1) for j in range(depth)]
+    evaluate_stitches(pairs, self_stitch, measure, rule="self", rows=rows, seed=-1)
+    print("\nstories260K to itself, loss in nats/token (rows: i source blocks run; columns: j target blocks skipped)")
+    print("       " + "".join(f"j = {j}    " for j in range(depth)))
+    for i in range(1, depth + 1):
+        print(
+            f"i = {i}  "
+            + "".join(f"{rows.find('self', Stitch(i, j), -1).metrics['loss']:.4f}   " for j in range(depth))
+        )
+
+    sibling = small_sibling(anchor, train, options, output)
+    source = evaluate_anchor(sibling, measure, rule="sibling", rows=rows)
+    begun = time.perf_counter()
+    probes = train_probes(sibling, fitting), train_probes(anchor, fitting)
+    scores = score_stitches(sibling, anchor, scoring, probes=probes, tokens=options.length)
+    seconds = time.perf_counter() - begun
+    print(f"\nprobes and {len(scores.stitches)} scores in {seconds:.1f} s over {scores.tokens:,} tokens")
+    scores.save(output / "scores.safetensors")
+    scores.plot(output / "heatmap")
+
+    def stitched(stitch: Stitch):
+        return StitchedModel.from_anchors(sibling, anchor, stitch, calibration=fitting)
+
+    def finetuned(stitch: Stitch):
+        model = stitched(stitch)
+        training = TrainingConfig(
+            max_steps=options.finetune_steps, per_device_batch_size=16, gradient_accumulation_steps=1,
+            learning_rate=1e-3, seed=options.seed,
+        )  # fmt: skip
+        train_stitches(model, text_examples(train), training)
+        return model
+
+    initial = evaluate_stitches(
+        scores.stitches, stitched, measure, rule="least squares", rows=rows, seed=0, tokens=options.length
+    )
+    tuned = evaluate_stitches(
+        scores.stitches, finetuned, measure, rule="fine-tuned", rows=rows, seed=1, tokens=options.length
+    )
+    print("\n" + format_table([source, target, *initial, *tuned], ["loss"], target.macs))
+    for name, measured in (("least-squares start", initial), ("fine-tuned", tuned)):
+        for score in ("klas", "theta"):
+            ranked = StitchScores(**{**vars(scores), "score": score})
+            report = correlation_report(ranked, measured, "loss", higher_is_better=False)
+            print(f"{score} against the loss, {name}: Pearson {report.pearson:+.2f}, Spearman {report.spearman:+.2f}")
+
+
+def small_sibling(anchor, train: list[list[int]], options: Options, output: Path):
+    """A Llama of three narrow blocks that has learned from the anchor's outputs; kept for the next run."""
+    folder = output / f"sibling-{options.sibling_steps}-{options.seed}"
+    if not folder.exists():
+        set_seed(options.seed)
+        shape = dict(
+            hidden_size=48, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+        )
+        sibling = LlamaForCausalLM(
+            LlamaConfig(**anchor.config.to_dict() | shape | {"head_dim": 12, "initializer_range": 0.06})
+        )
+        training = TrainingConfig(
+            trainable="full", max_steps=options.sibling_steps, per_device_batch_size=8, gradient_accumulation_steps=1,
+            learning_rate=5e-3, weight_decay=0.1, distillation_weight=0.5, seed=options.seed,
+        )  # fmt: skip
+        result = train_stitches(sibling, text_examples(train), training, teacher=anchor)
+        print(f"\ntrained the sibling: {result.steps} steps in {result.seconds:.0f} s")
+        sibling.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+if __name__ == "__main__":
+    use_all_cores()
+    main()
