@@ -329,8 +329,7 @@ def mean_loss(
 
 
 def main() -> None:
-    parser = HfArgumentParser(Options)  # type: ignore[arg-type]  # its own annotation wants a made-up type
-    options: Options = parser.parse_args_into_dataclasses()[0]
+    options: Options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]
     checkpoint = read_checkpoint(options.checkpoint)
     pieces = read_pieces(options.tokenizer, checkpoint.header.vocab_size)
     to_tokenizer(pieces, checkpoint.header.max_seq_len).save_pretrained(options.output)
