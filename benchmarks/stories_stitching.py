@@ -31,7 +31,6 @@ from klas_hf import (
     train_probes,
     train_stitches,
 )
-from klas_hf.processes import use_all_cores
 from klas_hf.tasks.text import TextBatches, text_examples, text_sequences
 
 SEPARATOR = r"(?<!\n)\n(?!\n)"
@@ -143,5 +142,4 @@ def small_sibling(anchor, train: list[list[int]], options: Options, output: Path
 
 
 if __name__ == "__main__":
-    use_all_cores()
     main()

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,8 +37,7 @@ class TradeoffCurve:
         if not self.rows:
             raise ValueError("got no rows; expected at least one measured model")
         for row in self.rows:
-            if metric not in row.metrics:
-                raise ValueError(f"got a row without {metric!r}; it has {sorted(row.metrics)}")
+            _value(row, metric)
         self.macs = np.unique([row.macs for row in self.rows])
         self.values = np.array([self._mean_at(macs) for macs in self.macs])
 
@@ -113,19 +113,29 @@ class CorrelationReport:
 def correlation_report(
     scores: StitchScores, rows: Iterable[ResultRow], metric: str, *, higher_is_better: bool = True
 ) -> CorrelationReport:
-    """Correlate scores with measured quality over all rows that have a stitch and a finite score.
+    """Correlate scores with measured quality over all stitches that have rows and a finite score.
+
+    A stitch counts once, with its mean over seeds; a row that several rules share (`evaluate_stitches`) counts once.
 
     Raises:
-        ValueError: fewer than three such rows.
+        ValueError: fewer than three such stitches, or a row that lacks the metric.
     """
     sign = -1.0 if higher_is_better else 1.0
-    pairs = [
-        (scores.value_of(Stitch(*row.stitch)), sign * row.metrics[metric]) for row in rows if row.stitch is not None
-    ]
+    measured: dict[tuple[int, int], dict[int, float]] = {}
+    for row in rows:
+        if row.stitch is not None:
+            measured.setdefault(row.stitch, {})[row.seed] = _value(row, metric)
+    pairs = [(scores.value_of(Stitch(*pair)), sign * fmean(seeds.values())) for pair, seeds in measured.items()]
     table = np.array([pair for pair in pairs if np.isfinite(pair[0])]).reshape(-1, 2)
     if len(table) < 3:
-        raise ValueError(f"got {len(table)} rows with a finite score; expected at least three to correlate")
+        raise ValueError(f"got {len(table)} stitches with a finite score; expected at least three to correlate")
     return CorrelationReport(_pearson(table), _pearson(np.apply_along_axis(_ranks, 0, table)), len(table))
+
+
+def _value(row: ResultRow, metric: str) -> float:
+    if metric not in row.metrics:
+        raise ValueError(f"got a row without {metric!r}; it has {sorted(row.metrics)}")
+    return row.metrics[metric]
 
 
 def _pearson(table: NDArray) -> float:

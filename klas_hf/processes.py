@@ -4,7 +4,6 @@ Everything rests on accelerate's state: launched with `accelerate launch` or tor
 of the batches and all get the same sums.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -27,14 +26,6 @@ def process_state() -> PartialState:
     """
     wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=wants_cpu)
-
-
-def use_all_cores() -> None:
-    """Let CPU processes share all cores: `accelerate launch` gives each of them one thread unless it is told more."""
-    state = process_state()
-    if state.device.type == "cpu" and torch.get_num_threads() == 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // state.num_processes))
 
 
 def shared_out(items: Iterable[T]) -> Iterator[T]:

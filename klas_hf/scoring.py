@@ -16,7 +16,7 @@ from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.language import LanguageAnchor, load_anchor
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.costs import measure_stitch_costs
-from klas_hf.divergences import consecutive_kl, pairwise_kl
+from klas_hf.divergences import SLICE, consecutive_kl, pairwise_kl
 from klas_hf.estimates import RatioSums
 from klas_hf.probes import ProbeNet, fit_probes
 from klas_hf.processes import progress, shared_out, sum_array_over_processes
@@ -101,8 +101,9 @@ class _PairSums:
         self.cross, self.capacity, self.gamma = RatioSums((m, n)), RatioSums((n - 1,)), RatioSums((m, n - 1))
         self.tokens = 0
         self.vocabulary = last.config.vocab_size
-        # Alive at once: log-probabilities of both, the logits of one and a block's log-probabilities on their way.
-        self.chunk = max(1, workspace_bytes // (4 * self.vocabulary * (m + n + max(m, n) + 1)))
+        # Alive at once: log-probabilities of both, and the logits of one or two slices for the divergences.
+        either = (max(m, n) + 1) * max(self.vocabulary, 2 * min(SLICE, self.vocabulary))
+        self.chunk = max(1, workspace_bytes // (4 * (self.vocabulary * (m + n) + either)))
         self._log_probs: tuple[Tensor, ...] = ()
 
     @torch.no_grad()

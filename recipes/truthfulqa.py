@@ -36,7 +36,7 @@ from klas_hf import (
 )
 from klas_hf.anchors import load_anchor
 from klas_hf.options import parse_options
-from klas_hf.processes import process_state, use_all_cores
+from klas_hf.processes import process_state
 from klas_hf.scores import StitchScores
 from klas_hf.tasks.answering import compare_rules, measure_answers, measured
 from klas_hf.tasks.text import TextBatches
@@ -216,5 +216,4 @@ def degenerate_rows(questions: list[Question], seeds: list[int]) -> list[ResultR
 
 
 if __name__ == "__main__":
-    use_all_cores()
     main()

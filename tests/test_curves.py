@@ -1,5 +1,6 @@
 """Trade-off curves against numpy, scipy and cases done by hand."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy import integrate, stats
 from klas_hf.curves import TradeoffCurve, common_interval, correlation_report, plot_curves
 from klas_hf.rows import ResultRow
 from klas_hf.scores import StitchScores
-from klas_hf.stitches import StitchCosts
+from klas_hf.stitches import Stitch, StitchCosts
 
 points = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 8)), min_size=1, max_size=15)
 
@@ -150,7 +151,23 @@ def test_correlations_are_scipys(higher: bool, levels: int) -> None:
 
 def test_too_few_stitches_are_refused() -> None:
     rows = [row(1, 0.1, (1, 1)), row(1, 0.2, (1, 2)), row(1, 0.3), row(1, 0.4, (1, 0))]
-    with pytest.raises(ValueError, match="got 2 rows with a finite score; expected at least three"):
+    with pytest.raises(ValueError, match="got 2 stitches with a finite score; expected at least three"):
         correlation_report(scores(), rows, "accuracy")
-    with pytest.raises(ValueError, match="got 0 rows"):
+    with pytest.raises(ValueError, match="got 0 stitches"):
         correlation_report(scores(), [], "accuracy")
+    with pytest.raises(ValueError, match=r"got a row without 'rouge1'; it has \['accuracy'\]"):
+        correlation_report(scores(), rows, "rouge1")
+
+
+def test_a_stitch_counts_once_in_correlations() -> None:
+    """With its mean over seeds, however many rules chose it."""
+    made = scores()
+    values = {(1, 1): [0.1, 0.5], (1, 2): [0.8], (2, 3): [0.4, 0.4, 0.1], (3, 3): [0.7]}
+    rows = [row(1, value, pair, seed) for pair, seeds in values.items() for seed, value in enumerate(seeds)]
+    repeated = [dataclasses.replace(one, rule="esta") for one in rows if one.stitch == (1, 1) and one.seed == 0]
+    got = correlation_report(made, rows + repeated, "accuracy")
+    drops = [-np.mean(seeds) for seeds in values.values()]
+    assert got.pearson == pytest.approx(
+        stats.pearsonr([made.value_of(Stitch(*pair)) for pair in values], drops).statistic
+    )
+    assert got.stitches == 4

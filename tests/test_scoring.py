@@ -169,7 +169,7 @@ def test_the_workspace_changes_nothing(
 ) -> None:
     """Chunks end inside sequences, and hold the end of one and the start of the next."""
     data, vocabulary_bytes = batches(3), 4 * 31
-    blocks = 3 + 4 + 4 + 1  # the distributions of both anchors, the logits of one, a block's on their way
+    blocks = 3 + 4 + 2 * (4 + 1)  # the distributions of both anchors, and scratch
     got = score_stitches(
         source, target, data, probes=probes, workspace_bytes=chunk_tokens * vocabulary_bytes * blocks + 1
     )
