@@ -4,6 +4,9 @@ The divergences of all pairs of m source and n target distributions need one mat
 KL(p_i ‖ q_j) = E_{p_i}[log p_i] − E_{p_i}[log q_j] and the second term is the (i, j) entry of P log(Q)ᵀ.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -31,11 +34,12 @@ def pairwise_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     _check_precision(log_p, log_q)
     kl = log_p.new_zeros(log_p.shape[1], len(log_p), len(log_q), dtype=torch.float64)
     scratch = torch.empty_like(log_p[..., :SLICE])
-    for some_p, some_q in zip(log_p.split(SLICE, -1), log_q.split(SLICE, -1), strict=True):
-        p = torch.exp(some_p, out=scratch[..., : some_p.shape[-1]])
-        # One small product per token, of strided views: nothing is copied.
-        kl -= p.transpose(0, 1) @ some_q.permute(1, 2, 0)
-        kl += p.mul_(some_p).sum(-1).T[:, :, None]
+    with _exact_products():
+        for some_p, some_q in zip(log_p.split(SLICE, -1), log_q.split(SLICE, -1), strict=True):
+            p = torch.exp(some_p, out=scratch[..., : some_p.shape[-1]])
+            # One small product per token, of strided views: nothing is copied.
+            kl -= p.transpose(0, 1) @ some_q.permute(1, 2, 0)
+            kl += p.mul_(some_p).sum(-1).T[:, :, None]
     return kl.clamp_min_(0)
 
 
@@ -57,6 +61,17 @@ def consecutive_kl(log_q: Tensor) -> Tensor:
         torch.sub(some[:-1], some[1:], out=difference)
         kl += difference.mul_(q).sum(-1)
     return kl.clamp_min_(0).T
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """No TF32 in fp32 products, whatever the user has allowed: it would change which stitch is best."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def _check_precision(*log_probabilities: Tensor) -> None:

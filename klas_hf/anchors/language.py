@@ -83,7 +83,7 @@ class LanguageAnchor:
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             rounded = tensor.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
-            digest.update(rounded.view(torch.uint8).numpy().data)
+            digest.update(rounded.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

@@ -107,7 +107,8 @@ class StitchedConfig(PreTrainedConfig):
     # What must be alike in all layers to have a place at the top; None where it is not.
     num_key_value_heads = _derived(lambda self: _only({kv_shape(layer)[0] for layer in self.per_layer_config}))
     head_dim = _derived(lambda self: _only({kv_shape(layer)[1] for layer in self.per_layer_config}))
-    sliding_window = _derived(lambda self: _only(self.sliding_windows()))
+    # One number for transformers < 5.19, whose caches read it here: the widest keeps enough for every layer.
+    sliding_window = _derived(lambda self: max(self.sliding_windows(), default=None))
 
     def sliding_windows(self) -> set[int]:
         """The windows, in tokens, of the layers that have one."""
