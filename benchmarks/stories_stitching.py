@@ -44,9 +44,9 @@ class Options:
     output_dir: str = field(default="outputs/stories", metadata={"help": "where rows and pictures go"})
     length: int = field(default=128, metadata={"help": "tokens of a sequence"})
     sibling_steps: int = field(default=1500, metadata={"help": "optimiser steps of the sibling's training"})
-    finetune_steps: int = field(
-        default=100, metadata={"help": "optimiser steps of each stitch, stitching layer and LoRA"}
-    )
+    finetune_steps: int = field(default=400, metadata={"help": "optimiser steps of each stitch"})
+    trainable: str = field(default="full", metadata={"help": "what learns: stitch, lora or full"})
+    learning_rate: float = field(default=3e-3, metadata={"help": "of the fine-tuning"})
     sequences: int = field(default=400, metadata={"help": "held-out sequences to score and to measure on, each"})
     seed: int = 0
 
@@ -100,8 +100,8 @@ def main() -> None:
     def finetuned(stitch: Stitch):
         model = stitched(stitch)
         training = TrainingConfig(
-            max_steps=options.finetune_steps, per_device_batch_size=16, gradient_accumulation_steps=1,
-            learning_rate=1e-3, seed=options.seed,
+            trainable=options.trainable, max_steps=options.finetune_steps, per_device_batch_size=16,
+            gradient_accumulation_steps=1, learning_rate=options.learning_rate, seed=options.seed,
         )  # fmt: skip
         train_stitches(model, text_examples(train), training)
         return model

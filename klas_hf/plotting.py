@@ -37,7 +37,7 @@ def heatmaps(panels: Mapping[str, NDArray], xlabel: str, ylabel: str, path: str 
     """Heatmaps side by side, rows and columns counted from 1; dark is low; the lowest cell carries a cross.
 
     Args:
-        panels: title → `(m, n)` values on a logarithmic colour scale; nans stay blank.
+        panels: title → `(m, n)` values; nans stay blank.
         path: where to write, with or without an ending: PNG and SVG are both written.
     """
     figure = _figure(width=1.0 + 4.6 * len(panels), height=3.6)
@@ -45,7 +45,12 @@ def heatmaps(panels: Mapping[str, NDArray], xlabel: str, ylabel: str, path: str 
         m, n = values.shape
         positive = np.where(values > 0, values, np.nan)
         image = axes.imshow(
-            positive, norm="log", cmap="viridis", origin="lower", aspect="auto", extent=(0.5, n + 0.5, 0.5, m + 0.5)
+            positive,
+            norm=_norm(positive),
+            cmap="viridis",
+            origin="lower",
+            aspect="auto",
+            extent=(0.5, n + 0.5, 0.5, m + 0.5),
         )
         row, column = np.unravel_index(np.nanargmin(values), values.shape)
         axes.plot(column + 1, row + 1, "x", color="red", markersize=9, markeredgewidth=2)
@@ -78,6 +83,11 @@ def tradeoff(
     axes.grid(alpha=0.3)
     axes.legend()
     return _write(figure, path)
+
+
+def _norm(values: NDArray) -> str:
+    """A logarithmic colour scale where values span more than a factor of ten; it has too few ticks for less."""
+    return "log" if np.nanmax(values) > 10 * np.nanmin(values) else "linear"
 
 
 def _figure(width: float, height: float) -> "Figure":

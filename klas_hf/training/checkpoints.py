@@ -100,7 +100,8 @@ class Checkpoints:
         part = self.folder / f".{final.name}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in weights.items()}, part / "weights.safetensors")
+        once = {tensor.data_ptr(): name for name, tensor in weights.items()}.values()  # tied weights have two names
+        save_file({name: weights[name].contiguous() for name in once}, part / "weights.safetensors")
         moments = {f"{name}.{k}": v.contiguous() for name, named in state["state"].items() for k, v in named.items()}
         save_file(moments, part / "optimizer.safetensors")
         content = {"run": self.run, "step": progress.step, "losses": list(progress.losses)}

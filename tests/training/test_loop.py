@@ -179,6 +179,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_same(again, whole)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_anchor_resumes_too_tied_or_not(tied: bool, interrupted_at, monkeypatch, tmp_path: Path) -> None:
+    whole, broken, resumed = (tiny_model(tie_word_embeddings=tied, seed=4) for _ in range(3))
+    expected = train_stitches(whole, examples(), QUICK)
+    interrupted_at(5)
+    with pytest.raises(Interrupt):
+        train_stitches(broken, examples(), QUICK, output_dir=tmp_path)
+    monkeypatch.undo()
+    assert train_stitches(resumed, examples(), QUICK, output_dir=tmp_path).losses == expected.losses
+    assert_same(resumed, whole)
+
+
 def test_an_interrupted_model_is_whole_again(model: PreTrainedModel, interrupted_at, stitched: PreTrainedModel) -> None:
     interrupted_at(1)
     with pytest.raises(Interrupt):
