@@ -70,7 +70,7 @@ def test_bad_input_is_refused_before_any_training(arguments: list[str], tmp_path
     run(arguments, *SHORT, "--seeds", "0", "--rules", "klas")
     with pytest.raises(ValueError, match="another run.*training.*another output folder"):
         run(arguments, *SHORT, "--seeds", "0", "--learning_rate", "0.5")
-    with pytest.raises(OSError, match=r"no-such-folder.*local folder"):
+    with pytest.raises(OSError, match=r"(?s)no-such-folder.*local folder"):
         run(arguments, "--source", str(tmp_path / "no-such-folder"), "--output_dir", str(tmp_path / "other"))
     content = (tmp_path / "questions.csv").read_text().replace("Best Answer", "Worst Answer")
     (tmp_path / "questions.csv").write_text(content)
