@@ -228,12 +228,11 @@ class StitchedForCausalLM(StitchedModel, GenerationMixin):
 
 def scale_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
     """What some families do to their logits: Granite divides, Cohere multiplies, Gemma 2 caps."""
-    settings = config.to_dict()
-    if divisor := settings.get("logits_scaling"):
+    if divisor := getattr(config, "logits_scaling", None):
         logits = logits / divisor
-    if factor := settings.get("logit_scale"):
+    if factor := getattr(config, "logit_scale", None):
         logits = logits * factor
-    if cap := settings.get("final_logit_softcapping"):
+    if cap := getattr(config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / cap) * cap
     return logits
 
