@@ -65,12 +65,11 @@ class TradeoffCurve:
         return float(np.trapezoid(np.interp(x, self.macs, self.values), x) / (high - low))
 
     def pareto(self) -> "TradeoffCurve":
-        """The Pareto front: rows that no cheaper (or equally cheap) row matches."""
-        front: list[ResultRow] = []
-        sign = 1 if self.higher_is_better else -1
-        for row in sorted(self.rows, key=lambda row: (row.macs, -sign * row.metrics[self.metric])):
-            if not front or sign * row.metrics[self.metric] > sign * front[-1].metrics[self.metric]:
-                front.append(row)
+        """The Pareto front: costs whose mean quality no lower cost reaches. Means over seeds count, not lucky rows."""
+        signed = self.values if self.higher_is_better else -self.values
+        before = np.concatenate([[-np.inf], np.maximum.accumulate(signed)[:-1]])
+        kept = set(self.macs[signed > before].tolist())
+        front = [row for row in self.rows if row.macs in kept]
         return TradeoffCurve(front, self.metric, higher_is_better=self.higher_is_better, label=self.label)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
