@@ -7,7 +7,6 @@ measurement of time and memory of loading runs in a process of its own. Times ar
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,8 @@ class Options:
     blocks: int = field(default=6, metadata={"help": "blocks of the source; the target has 7 for each 4 of them"})
     scale: int = field(default=2, metadata={"help": "widths are those of Llama 3.2 divided by this"})
     vocabulary: int = field(default=16_032, metadata={"help": "size of the vocabulary"})
+    dtype: str = field(default="float32", metadata={"help": "of the anchors"})
+    only_loading: bool = field(default=False, metadata={"help": "leave out what runs the models (for real sizes)"})
     repeats: int = field(default=5, metadata={"help": "the least time of so many counts"})
     threads: int = field(default=2, metadata={"help": "torch threads"})
     load: str | None = field(default=None, metadata={"help": "internal: what a child process loads"})
@@ -51,6 +52,8 @@ def main() -> None:
         StitchedModel.from_anchors(folder / "source", folder / "target", stitch).save_pretrained(folder / "stitched")
         (folder / "stitch.json").write_text(json.dumps(stitch))
         loading(options, folder)
+        if options.only_loading:
+            return
         running(options, source, target, StitchedModel.from_anchors(source, target, stitch), stitch)
     importing(options)
     begun = time.perf_counter()
@@ -77,7 +80,7 @@ def least(options: Options, run: Callable[[], object]) -> float:
 def llama_3_2(scale: int = 1, blocks: int = 16, vocabulary: int = 128_256) -> tuple[LlamaConfig, LlamaConfig]:
     """Configurations of the shape of Llama 3.2 1B and 3B."""
     common = {"vocab_size": vocabulary, "intermediate_size": 8192 // scale, "num_key_value_heads": 8 // min(scale, 4)}
-    common |= {"tie_word_embeddings": True, "dtype": "float32"}
+    common |= {"tie_word_embeddings": True}
     small = LlamaConfig(
         hidden_size=2048 // scale, num_hidden_layers=blocks, num_attention_heads=32 // scale, head_dim=64, **common
     )
@@ -91,16 +94,15 @@ def make_anchors(options: Options, folder: Path) -> tuple[LlamaForCausalLM, Llam
     for name, config in zip(
         ("source", "target"), llama_3_2(options.scale, options.blocks, options.vocabulary), strict=True
     ):
-        model = LlamaForCausalLM(config).eval()
-        model.save_pretrained(folder / name, max_shard_size="50MB")
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, options.dtype)).eval()
+        model.save_pretrained(folder / name, max_shard_size="5GB" if options.scale == 1 else "50MB")
         models.append(model)
     return models[0], models[1]
 
 
 def measure_loading(what: str, folder: Path) -> dict[str, float]:
-    """Seconds and peak memory in KiB (Linux) of loading one model and touching all its weights."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])  # what is resident now; the peak so far is higher
-    before = pages * resource.getpagesize() // 1024
+    """Seconds, and KiB that the process grew by at its peak (Linux), to load one model and touch all its weights."""
+    before = resident("VmRSS")
     begun = time.perf_counter()
     if what == "anchors":
         stitch = json.loads((folder / "stitch.json").read_text())
@@ -109,9 +111,13 @@ def measure_loading(what: str, folder: Path) -> dict[str, float]:
         model = AutoModelForCausalLM.from_pretrained(folder / "stitched")
     for parameter in model.parameters():
         parameter.sum()
-    seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"seconds": seconds, "peak": peak}
+    return {"seconds": time.perf_counter() - begun, "peak": resident("VmHWM") - before}
+
+
+def resident(kind: str) -> int:
+    """KiB resident now (VmRSS) or at most so far (VmHWM); getrusage would report the parent's peak."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(kind))
 
 
 def loading(options: Options, folder: Path) -> None:
