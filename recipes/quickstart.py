@@ -31,9 +31,12 @@ from transformers import (
 
 from klas_hf import (
     Measurement,
+    ResultRow,
     RowFile,
     Stitch,
     StitchedModel,
+    StitchScores,
+    StitchSelection,
     TradeoffCurve,
     TrainingConfig,
     common_interval,
@@ -87,106 +90,139 @@ def main() -> None:
     (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses()
     if args.smoke:
         args.stitches, args.small_steps, args.large_steps, args.steps = 2, 10, 20, 2
-    state = process_state()
-    say = partial(state.print, flush=True)
-    output = Path(args.output_dir)
-    say(f"klas_hf quickstart: {state.num_processes} process(es) on {state.device}")
-
-    clock = Clock(say)
-    say("\n[1/5] Anchors: two Llamas trained on Python's own documentation")
-    train_texts, test_texts = held_out(python_documentation())
-    megabytes, held = (sum(map(len, texts)) / 1e6 for texts in (train_texts, test_texts))
-    say(f"  {megabytes:.1f} MB of it to train on, {held:.1f} MB held out")
-    source, target, tokenizer = anchors(args, train_texts, state)
-    train = text_sequences(train_texts, tokenizer, LENGTH)
-    validation, test = (text_sequences(texts, tokenizer, LENGTH) for texts in (test_texts[::2], test_texts[1::2]))
-    test_batches = TextBatches(test, 32)
-
-    def measure(model: PreTrainedModel) -> Measurement:
-        return Measurement({"loss": evaluate_loss(model.to(state.device), test_batches)})
-
-    settings = {name: getattr(args, name) for name in ("small_steps", "large_steps", "steps", "stitches")}
-    rows = RowFile(output / "rows.jsonl", {"recipe": "quickstart", **settings})
-    ends = [
-        evaluate_anchor(model, measure, rule=name, rows=rows, seed=args.seed, tokens=LENGTH)
-        for name, model in (("source", source), ("target", target))
-    ]
-    for row in ends:
-        size, loss = row.parameters / 1e6, row.metrics["loss"]
-        say(f"  {row.rule}: {size:.2f} M parameters, {loss:.3f} nats/token on held-out text")
-
-    clock.lap("two anchors and their losses")
-    say("\n[2/5] Probes (ridge, logit-lens style) on the training text; scores of all stitches on held-out text")
-    fitting = TextBatches(train[:: max(1, len(train) // 1024)], 32)
-    probes = train_probes(source, fitting), train_probes(target, fitting)
-    scores = score_stitches(source, target, TextBatches(validation, 32), probes=probes, tokens=LENGTH)
-    scores.save(output / "scores.safetensors")
-    scores.plot(output / "heatmap")
-    say(f"  {len(scores.stitches)} stitches scored over {scores.tokens:,} tokens")
-
-    clock.lap("probes and scores")
-    say(f"\n[3/5] Selection: KLAS takes the lowest score of each of {args.stitches} cost buckets, ESTA counts layers")
-    klas = select_stitches(scores, buckets=args.stitches).best_per_bucket()
-    esta = esta_stitches(scores.costs).spread(args.stitches)
-    for name, chosen in (("KLAS", klas), ("ESTA", esta)):
-        say(f"  {name}: " + ", ".join(f"{stitch} with Γ = {scores.value_of(stitch):.2f}" for stitch in chosen))
-
-    say(f"\n[4/5] Stitching (least-squares start) and {args.steps} steps of fine-tuning each")
-    examples = text_examples(train)
-    training = TrainingConfig(
-        trainable="full", max_steps=args.steps, per_device_batch_size=8 // state.num_processes or 1,
-        gradient_accumulation_steps=1, learning_rate=2e-3, seed=args.seed,
-    )  # fmt: skip
-    models: dict[Stitch, PreTrainedModel] = {}
-
-    def make(stitch: Stitch) -> PreTrainedModel:
-        models[stitch] = StitchedModel.from_anchors(source, target, stitch, calibration=fitting)
-        train_stitches(models[stitch].to(state.device), examples, training)
-        return models[stitch]
-
-    by_rule = {
-        rule: evaluate_stitches(chosen, make, measure, rule=rule, rows=rows, seed=args.seed, tokens=LENGTH)
-        for rule, chosen in (("klas", klas), ("esta", esta))
-    }
-    say("\n" + format_table([*ends, *by_rule["klas"], *by_rule["esta"]], ["loss"], ends[1].macs))
-    curves = [
-        TradeoffCurve([ends[0], *chosen, ends[1]], "loss", higher_is_better=False, label=rule)
-        for rule, chosen in by_rule.items()
-    ]
-    plot_curves(curves, title="Stitched models between two Llamas", path=output / "curve")
-    common = common_interval(curves)
-    areas = {curve.label: curve.auc(common) for curve in curves}
-    ahead = min(areas, key=areas.__getitem__)
-    say(f"\nMean loss over the curve, lower is better: KLAS {areas['klas']:.4f}, ESTA {areas['esta']:.4f}.")
-    say(f"{ahead.upper()} is ahead on this text with this seed; one seed of two tiny models decides nothing.")
-
-    clock.lap("stitches")
-    say("\n[5/5] The best stitched model, saved, loaded through AutoModelForCausalLM and writing")
-    best = min((row for chosen in by_rule.values() for row in chosen), key=lambda row: row.metrics["loss"])
-    stitch = Stitch(*best.stitch)
-    folder = output / "model"
-    model = models[stitch] if stitch in models else make(stitch)  # a resumed run has rows, but no models
-    if state.is_main_process:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    state.wait_for_everyone()
-    loaded = AutoModelForCausalLM.from_pretrained(folder).to(state.device)
-    reader = AutoTokenizer.from_pretrained(folder)
-    prompt = [reader.bos_token_id, *reader("The “for” statement is used to", add_special_tokens=False)["input_ids"]]
-    (answer,) = generate_greedily(loaded, [prompt], max_new_tokens=40)[:1]
-    say(f"  stitch {stitch} ({best.rule}), {best.metrics['loss']:.3f} nats/token")
-    say(f"  {reader.decode(prompt + answer, skip_special_tokens=True)!r}")
-
-    clock.lap("saving, loading, writing")
-
-    say("\nMade:")
+    run = Quickstart(args)
+    run.prepare()
+    scores = run.score()
+    by_rule = run.stitch(run.select(scores))
+    run.report(by_rule)
+    run.write_with_the_best(by_rule)
+    run.say("\nMade:")
     for name in ("heatmap.png", "curve.png", "rows.jsonl", "scores.safetensors", "model"):
-        say(f"  {output / name}")
-    say("\nNext: the paper's language experiment, with your own Llamas:")
-    say(
+        run.say(f"  {run.output / name}")
+    run.say("\nNext: the paper's language experiment, with your own Llamas:")
+    run.say(
         "  accelerate launch recipes/truthfulqa.py --source meta-llama/Llama-3.2-1B-Instruct "
         "--target meta-llama/Llama-3.2-3B-Instruct"
     )
+
+
+class Quickstart:
+    """The five steps, and what they share."""
+
+    def __init__(self, args: QuickstartArguments):
+        self.args, self.state, self.output = args, process_state(), Path(args.output_dir)
+        self.say = partial(self.state.print, flush=True)
+        self.clock = Clock(self.say)
+        self.models: dict[Stitch, PreTrainedModel] = {}
+        settings = {name: getattr(args, name) for name in ("small_steps", "large_steps", "steps", "stitches")}
+        self.rows = RowFile(self.output / "rows.jsonl", {"recipe": "quickstart", **settings})
+        self.evaluation = {"rows": self.rows, "seed": args.seed, "tokens": LENGTH}
+        self.say(f"klas_hf quickstart: {self.state.num_processes} process(es) on {self.state.device}")
+
+    def prepare(self) -> None:
+        """Text, tokenizer and both anchors, measured on text that neither has seen."""
+        self.say("\n[1/5] Anchors: two Llamas trained on Python's own documentation")
+        train_texts, test_texts = held_out(python_documentation())
+        megabytes, held = (sum(map(len, texts)) / 1e6 for texts in (train_texts, test_texts))
+        self.say(f"  {megabytes:.1f} MB of it to train on, {held:.1f} MB held out")
+        self.source, self.target, self.tokenizer = anchors(self.args, train_texts, self.state)
+        parts = (train_texts, test_texts[::2], test_texts[1::2])
+        train, validation, test = (text_sequences(texts, self.tokenizer, LENGTH) for texts in parts)
+        self.examples = text_examples(train)
+        self.fitting = TextBatches(train[:: max(1, len(train) // 1024)], 32)
+        self.validation, self.test = TextBatches(validation, 32), TextBatches(test, 32)
+        self.ends = [
+            evaluate_anchor(model, self.measure, rule=name, **self.evaluation)
+            for name, model in (("source", self.source), ("target", self.target))
+        ]
+        for row in self.ends:
+            size, loss = row.parameters / 1e6, row.metrics["loss"]
+            self.say(f"  {row.rule}: {size:.2f} M parameters, {loss:.3f} nats/token on held-out text")
+        self.clock.lap("two anchors and their losses")
+
+    def measure(self, model: PreTrainedModel) -> Measurement:
+        """Loss on the test text."""
+        return Measurement({"loss": evaluate_loss(model.to(self.state.device), self.test)})
+
+    def score(self) -> StitchScores:
+        """Probes on training text, scores of all stitches on validation text."""
+        self.say("\n[2/5] Probes (ridge, logit-lens style) on training text; scores of all stitches on held-out text")
+        probes = train_probes(self.source, self.fitting), train_probes(self.target, self.fitting)
+        scores = score_stitches(self.source, self.target, self.validation, probes=probes, tokens=LENGTH)
+        if self.state.is_main_process:
+            scores.save(self.output / "scores.safetensors")
+            scores.plot(self.output / "heatmap")
+        self.say(f"  {len(scores.stitches)} stitches scored over {scores.tokens:,} tokens")
+        self.clock.lap("probes and scores")
+        return scores
+
+    def select(self, scores: StitchScores) -> dict[str, StitchSelection]:
+        """Some stitches by KLAS (Alg. 3), as many by ESTA."""
+        count = self.args.stitches
+        self.say(f"\n[3/5] Selection: KLAS takes the lowest score of each of {count} cost buckets, ESTA counts layers")
+        chosen = {
+            "klas": select_stitches(scores, buckets=count).best_per_bucket(),
+            "esta": esta_stitches(scores.costs).spread(count),
+        }
+        for rule, stitches in chosen.items():
+            listed = ", ".join(f"{stitch} with Γ = {scores.value_of(stitch):.2f}" for stitch in stitches)
+            self.say(f"  {rule.upper()}: {listed}")
+        return chosen
+
+    def stitch(self, chosen: dict[str, StitchSelection]) -> dict[str, list[ResultRow]]:
+        """Make, train and measure every chosen stitch."""
+        self.say(f"\n[4/5] Stitching (least-squares start) and {self.args.steps} steps of fine-tuning each")
+        by_rule = {
+            rule: evaluate_stitches(stitches, self.make, self.measure, rule=rule, **self.evaluation)
+            for rule, stitches in chosen.items()
+        }
+        self.clock.lap("stitches")
+        return by_rule
+
+    def make(self, stitch: Stitch) -> PreTrainedModel:
+        """One stitched model, fine-tuned."""
+        training = TrainingConfig(
+            trainable="full", max_steps=self.args.steps, per_device_batch_size=8 // self.state.num_processes or 1,
+            gradient_accumulation_steps=1, learning_rate=2e-3, seed=self.args.seed,
+        )  # fmt: skip
+        model = StitchedModel.from_anchors(self.source, self.target, stitch, calibration=self.fitting)
+        train_stitches(model.to(self.state.device), self.examples, training)
+        self.models[stitch] = model
+        return model
+
+    def report(self, by_rule: dict[str, list[ResultRow]]) -> None:
+        """Table, curve, and who is ahead."""
+        rows = [*self.ends, *(row for chosen in by_rule.values() for row in chosen)]
+        self.say("\n" + format_table(rows, ["loss"], self.ends[1].macs))
+        curves = [
+            TradeoffCurve([self.ends[0], *chosen, self.ends[1]], "loss", higher_is_better=False, label=rule)
+            for rule, chosen in by_rule.items()
+        ]
+        if self.state.is_main_process:
+            plot_curves(curves, title="Stitched models between two Llamas", path=self.output / "curve")
+        common = common_interval(curves)
+        areas = {curve.label: curve.auc(common) for curve in curves}
+        ahead = min(areas, key=areas.__getitem__).upper()
+        self.say(f"\nMean loss over the curve, lower is better: KLAS {areas['klas']:.4f}, ESTA {areas['esta']:.4f}.")
+        self.say(f"{ahead} is ahead on this text with this seed; one seed of two tiny models decides nothing.")
+
+    def write_with_the_best(self, by_rule: dict[str, list[ResultRow]]) -> None:
+        """Save the best stitched model, load it as anyone would, and let it go on with a sentence."""
+        self.say("\n[5/5] The best stitched model, saved, loaded through AutoModelForCausalLM and writing")
+        best = min((row for chosen in by_rule.values() for row in chosen), key=lambda row: row.metrics["loss"])
+        stitch, folder = Stitch(*best.stitch), self.output / "model"
+        model = self.models.get(stitch) or self.make(stitch)  # a resumed run has rows, but no models
+        if self.state.is_main_process:
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        self.state.wait_for_everyone()
+        loaded = AutoModelForCausalLM.from_pretrained(folder).to(self.state.device)
+        reader = AutoTokenizer.from_pretrained(folder)
+        prompt = [reader.bos_token_id, *reader("The “for” statement is used to", add_special_tokens=False)["input_ids"]]
+        (answer,) = generate_greedily(loaded, [prompt], max_new_tokens=40)
+        self.say(f"  stitch {stitch} ({best.rule}), {best.metrics['loss']:.3f} nats/token")
+        self.say(f"  {reader.decode(prompt + answer, skip_special_tokens=True)!r}")
+        self.clock.lap("saving, loading, writing")
 
 
 class Clock:
