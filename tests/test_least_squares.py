@@ -134,8 +134,8 @@ def test_collinear_features_warn_and_predict_as_well_as_the_least_norm_solution(
 def test_enough_rows_and_a_ridge_that_is_asked_for_warn_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        added(*rows(40)).solve()
-        added(*rows(3)).solve(ridge=0.1)
+        enough, asked_for = added(*rows(40)).solve(), added(*rows(3)).solve(ridge=0.1)
+    assert (enough.ridge, asked_for.ridge) == (0.0, 0.1)
 
 
 @pytest.mark.parametrize("ridge", [0.0, -2.0])
