@@ -26,7 +26,7 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
             f"got trainable='stitch' for {type(model).__name__}, which has no stitching layer; expected a stitched "
             "model, or trainable='lora' or 'full'"
         )
-    dtype = model.dtype
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training = model.training
     if config.mixed_precision == "no":
@@ -47,10 +47,17 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
     finally:
         if isinstance(prepared, PeftModel):
             prepared.merge_and_unload()
-        model.to(dtype)
+        # Each on its own: rotary buffers stay fp32 in a bf16 model, and model.to would round them.
+        for name, tensor in _tensors(model):
+            tensor.data = tensor.data.to(dtypes[name])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags[name])
         model.train(was_training)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def lora_config(model: PreTrainedModel, config: TrainingConfig) -> LoraConfig:

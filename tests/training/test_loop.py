@@ -125,6 +125,18 @@ def test_bf16_keeps_the_dtype_and_follows_fp32(stitched: PreTrainedModel) -> Non
     assert other(**collate(examples(2))).logits.dtype == torch.bfloat16  # no autocast is left on the forward
 
 
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_every_tensor_gets_its_dtype_back(trainable: str, precision: str) -> None:
+    model = StitchedModel.from_anchors(*anchors(), (2, 2), calibration=token_batch_list(), dtype=torch.bfloat16)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}  # the rotary frequencies
+    train_stitches(model, examples(), replace(QUICK, trainable=trainable, mixed_precision=precision, max_steps=2))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, buffers[name], rtol=0, atol=0)
+
+
 def test_the_stitching_layer_has_its_own_rate(model: PreTrainedModel, stitched: PreTrainedModel) -> None:
     rates = replace(QUICK, learning_rate=1e-30, stitch_learning_rate=1e-2, max_steps=3)
     train_stitches(model, examples(), rates)
