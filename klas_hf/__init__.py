@@ -9,49 +9,106 @@ registers stitched models with the Auto classes.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from klas_hf.models import StitchedConfig, StitchedForCausalLM, StitchedModel
+from klas_hf.models import (
+    StitchedBackbone,
+    StitchedConfig,
+    StitchedForCausalLM,
+    StitchedForImageClassification,
+    StitchedModel,
+    StitchedVisionConfig,
+)
 
 if TYPE_CHECKING:
+    from klas_hf.anchor_selection import AnchorSelection
     from klas_hf.costs import Cost, measure_costs, measure_stitch_costs
     from klas_hf.curves import TradeoffCurve, common_interval, correlation_report, plot_curves
-    from klas_hf.evaluation import Measurement, evaluate_anchor, evaluate_loss, evaluate_stitches, generate_greedily
-    from klas_hf.probes import ProbeConfig, ProbeNet
+    from klas_hf.evaluation import (
+        Measurement,
+        evaluate_accuracy,
+        evaluate_anchor,
+        evaluate_loss,
+        evaluate_stitches,
+        evaluate_supernet,
+        generate_greedily,
+    )
+    from klas_hf.probes import ImageProbeConfig, ImageProbeNet, ProbeConfig, ProbeNet
     from klas_hf.rows import ResultRow, RowFile, format_table
     from klas_hf.scores import StitchScores
-    from klas_hf.scoring import score_stitches
+    from klas_hf.scoring import ImageScoring, score_stitches, select_anchors
     from klas_hf.selection import (
         StitchSelection,
+        best_stitches,
         esta_stitches,
         match_stitches,
+        merge_selections,
         min_kl_stitches,
         random_stitches,
         select_stitches,
     )
+    from klas_hf.snnet import snnet_stitches
     from klas_hf.stitches import Stitch, StitchCosts
-    from klas_hf.training import TrainingConfig, TrainingDiverged, TrainingResult, train_probes, train_stitches
+    from klas_hf.supernet import StitchedSupernet, StitchedSupernetConfig
+    from klas_hf.training import (
+        ImageTrainingConfig,
+        TrainingConfig,
+        TrainingDiverged,
+        TrainingResult,
+        recalibrate_batch_norm,
+        train_probes,
+        train_stitches,
+    )
 
 _PLACES = {
+    "klas_hf.anchor_selection": ("AnchorSelection",),
     "klas_hf.costs": ("Cost", "measure_costs", "measure_stitch_costs"),
     "klas_hf.curves": ("TradeoffCurve", "common_interval", "correlation_report", "plot_curves"),
-    "klas_hf.evaluation": ("Measurement", "evaluate_anchor", "evaluate_loss", "evaluate_stitches", "generate_greedily"),
-    "klas_hf.probes": ("ProbeConfig", "ProbeNet"),
+    "klas_hf.evaluation": (
+        "Measurement",
+        "evaluate_accuracy",
+        "evaluate_anchor",
+        "evaluate_loss",
+        "evaluate_stitches",
+        "evaluate_supernet",
+        "generate_greedily",
+    ),
+    "klas_hf.probes": ("ImageProbeConfig", "ImageProbeNet", "ProbeConfig", "ProbeNet"),
     "klas_hf.rows": ("ResultRow", "RowFile", "format_table"),
     "klas_hf.scores": ("StitchScores",),
-    "klas_hf.scoring": ("score_stitches",),
+    "klas_hf.scoring": ("ImageScoring", "score_stitches", "select_anchors"),
     "klas_hf.selection": (
         "StitchSelection",
+        "best_stitches",
         "esta_stitches",
         "match_stitches",
+        "merge_selections",
         "min_kl_stitches",
         "random_stitches",
         "select_stitches",
     ),
+    "klas_hf.snnet": ("snnet_stitches",),
     "klas_hf.stitches": ("Stitch", "StitchCosts"),
-    "klas_hf.training": ("TrainingConfig", "TrainingDiverged", "TrainingResult", "train_probes", "train_stitches"),
+    "klas_hf.supernet": ("StitchedSupernet", "StitchedSupernetConfig"),
+    "klas_hf.training": (
+        "ImageTrainingConfig",
+        "TrainingConfig",
+        "TrainingDiverged",
+        "TrainingResult",
+        "recalibrate_batch_norm",
+        "train_probes",
+        "train_stitches",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
-__all__ = ["StitchedConfig", "StitchedForCausalLM", "StitchedModel", *sorted(_MODULE_OF)]
+__all__ = [
+    "StitchedBackbone",
+    "StitchedConfig",
+    "StitchedForCausalLM",
+    "StitchedForImageClassification",
+    "StitchedModel",
+    "StitchedVisionConfig",
+    *sorted(_MODULE_OF),
+]
 
 
 def __getattr__(name: str) -> Any:

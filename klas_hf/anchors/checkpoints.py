@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from klas_hf.anchors.families import DecoderFamily, decoder_family
+from klas_hf.anchors.families import decoder_family
 from klas_hf.anchors.language import anchor_config, explained_access
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class AnchorCheckpoint:
-    """Tensors of a causal LM, from a Hub id, a folder or a model in memory.
+    """Tensors of a model, from a Hub id, a folder or a model in memory.
 
     Args:
         anchor: Hub id, local folder or model.
@@ -27,7 +27,6 @@ class AnchorCheckpoint:
 
     Raises:
         OSError: not to be reached, damaged, or without safetensors weights (pickled ones are not read).
-        ValueError: its family cannot be stitched, or it was saved without its head.
     """
 
     def __init__(self, anchor: str | Path | PreTrainedModel, **hub: Any):
@@ -45,14 +44,10 @@ class AnchorCheckpoint:
             self.config = anchor_config(anchor, **hub)
             self.dtype = self.config.dtype or torch.float32
             self.name, self.revision = str(anchor), hub.get("revision")
-        self.family: DecoderFamily = decoder_family(self.config)
-        if not isinstance(anchor, PreTrainedModel):
             self._tensors = {}
             with explained_access(anchor):
                 self._shards = self._find_shards()
         self.keys = set(self._tensors) | set(self._shards)
-        if not any(key.startswith(f"{self.family.prefix}.") for key in self.keys):
-            raise ValueError(self._headless())
 
     def __enter__(self) -> "AnchorCheckpoint":
         return self
@@ -78,6 +73,38 @@ class AnchorCheckpoint:
         if shard not in self._files:
             self._files[shard] = self._open_files.enter_context(_open(self._path(shard)))
         return self._files[shard].get_slice(key)
+
+    def _find_shards(self) -> dict[str, str]:
+        """Tensor name → file name."""
+        single = cached_file(self._anchor, _SINGLE, _raise_exceptions_for_missing_entries=False, **self.hub)
+        if single is not None:
+            with _open(single) as file:
+                return dict.fromkeys(file.keys(), _SINGLE)
+        index = cached_file(self._anchor, _INDEX, _raise_exceptions_for_missing_entries=False, **self.hub)
+        if index is None:
+            raise OSError(
+                f"found neither {_SINGLE} nor {_INDEX}; only safetensors weights are read, never pickled ones"
+            )
+        return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+
+    def _path(self, shard: str) -> str:
+        with explained_access(str(self._anchor)):
+            return cached_file(self._anchor, shard, **self.hub)
+
+
+class DecoderCheckpoint(AnchorCheckpoint):
+    """Tensors of a causal LM: its decoder's and its head's.
+
+    Raises:
+        ValueError: its family cannot be stitched, or it was saved without its head.
+    """
+
+    def __init__(self, anchor: str | Path | PreTrainedModel, **hub: Any):
+        config = anchor.config if isinstance(anchor, PreTrainedModel) else anchor_config(anchor, **hub)
+        self.family = decoder_family(config)
+        super().__init__(anchor, **hub)
+        if not any(key.startswith(f"{self.family.prefix}.") for key in self.keys):
+            raise ValueError(self._headless())
 
     def decoder_keys(self) -> Iterator[tuple[str, str]]:
         """(name within the decoder, key in the checkpoint) of every tensor but the head's."""
@@ -112,23 +139,6 @@ class AnchorCheckpoint:
             f"got {self.name or 'an anchor'} without the weights of its head ({' or '.join(self.family.heads)}); "
             "expected a causal language model. Pass one saved from AutoModelForCausalLM"
         )
-
-    def _find_shards(self) -> dict[str, str]:
-        """Tensor name → file name."""
-        single = cached_file(self._anchor, _SINGLE, _raise_exceptions_for_missing_entries=False, **self.hub)
-        if single is not None:
-            with _open(single) as file:
-                return dict.fromkeys(file.keys(), _SINGLE)
-        index = cached_file(self._anchor, _INDEX, _raise_exceptions_for_missing_entries=False, **self.hub)
-        if index is None:
-            raise OSError(
-                f"found neither {_SINGLE} nor {_INDEX}; only safetensors weights are read, never pickled ones"
-            )
-        return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-
-    def _path(self, shard: str) -> str:
-        with explained_access(str(self._anchor)):
-            return cached_file(self._anchor, shard, **self.hub)
 
 
 def _open(path: str) -> Any:

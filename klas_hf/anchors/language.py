@@ -1,6 +1,5 @@
 """A causal language model as an anchor: its blocks' hidden states, and its head on any of them."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from klas_hf.anchors.batches import TokenBatch
 from klas_hf.anchors.families import DECODER_FAMILIES, decoder_family
+from klas_hf.anchors.weights import evaluating, fingerprint
 from klas_hf.models.modeling_stitched import scale_logits
+from klas_hf.models.vision_kinds import VISION_KINDS
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -78,13 +79,8 @@ class LanguageAnchor:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all weights at bfloat16 precision, so that the dtype a model is loaded in does not matter."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            rounded = tensor.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
-            digest.update(rounded.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """What identifies the weights (see `fingerprint`)."""
+        return fingerprint(self.model)
 
 
 def load_anchor(anchor: str | Path | PreTrainedModel | LanguageAnchor, **kwargs: Any) -> LanguageAnchor:
@@ -119,7 +115,7 @@ def anchor_config(anchor: str | Path, **hub: Any) -> PreTrainedConfig:
         try:
             return AutoConfig.from_pretrained(anchor, **hub)
         except ValueError as error:
-            raise ValueError(f"{error}\nExpected an anchor of one of {sorted(DECODER_FAMILIES)}") from error
+            raise ValueError(f"{error}\nExpected an anchor of one of {sorted([*DECODER_FAMILIES, *VISION_KINDS])}") from error
 
 
 @contextmanager
@@ -133,18 +129,6 @@ def explained_access(anchor: str | Path) -> Iterator[None]:
             "safetensors weights nor to be had from the Hub. Pass the path of a local folder, or check the id, the "
             "network (HF_HUB_OFFLINE), and for gated models your login (hf auth login)"
         ) from error
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and every module back as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

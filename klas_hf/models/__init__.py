@@ -1,15 +1,28 @@
-"""Stitched models and their configuration, registered with the Auto classes of transformers.
+"""Stitched models and their configurations, registered with the Auto classes of transformers.
 
-The two modules are flat and import nothing else of this package, so that a checkpoint can carry them as its code.
+The modules are flat and import nothing else of this package, so that a checkpoint can carry them as its code.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
 from klas_hf.models.configuration_stitched import StitchedConfig
+from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
 from klas_hf.models.modeling_stitched import StitchedForCausalLM, StitchedModel, StitchedTextModel
+from klas_hf.models.modeling_stitched_vision import StitchedBackbone, StitchedForImageClassification
 
-__all__ = ["StitchedConfig", "StitchedForCausalLM", "StitchedModel", "StitchedTextModel"]
+__all__ = [
+    "StitchedBackbone",
+    "StitchedConfig",
+    "StitchedForCausalLM",
+    "StitchedForImageClassification",
+    "StitchedModel",
+    "StitchedTextModel",
+    "StitchedVisionConfig",
+]
 
 AutoConfig.register("stitched", StitchedConfig)
 AutoModel.register(StitchedConfig, StitchedTextModel)
 AutoModelForCausalLM.register(StitchedConfig, StitchedForCausalLM)
+AutoConfig.register("stitched_vision", StitchedVisionConfig)
+AutoModelForImageClassification.register(StitchedVisionConfig, StitchedForImageClassification)
+AutoBackbone.register(StitchedVisionConfig, StitchedBackbone)

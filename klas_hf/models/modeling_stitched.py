@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_stitched import StitchedConfig
@@ -21,7 +21,7 @@ class StitchedModel(PreTrainedModel):
     """Base of all stitched models; makes them from anchors and loads them.
 
     `from_anchors` and `from_pretrained` of this class return the class for the task: a `StitchedForCausalLM` for
-    language models.
+    language models, a `StitchedForImageClassification` for image classifiers.
     """
 
     config_class = StitchedConfig
@@ -61,11 +61,14 @@ class StitchedModel(PreTrainedModel):
         if cls is not StitchedModel:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
-        config = kwargs.get("config") or StitchedConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        (name,) = config.architectures or ["StitchedForCausalLM"]
-        by_name = {subclass.__name__: subclass for subclass in StitchedModel.__subclasses__()}
+        config = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        by_name = {kind.__name__: kind for kind in _descendants(StitchedModel)}
+        (name,) = config.architectures or ["nothing"]
         if name not in by_name:
-            raise ValueError(f"got a checkpoint of {name!r}; expected one of {sorted(by_name)}")
+            raise ValueError(
+                f"got a checkpoint of {name!r}; expected a stitched model, one of {sorted(by_name)}. Load other models "
+                "with their own class"
+            )
         return by_name[name].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def stitching_layer(self) -> nn.Linear:
@@ -76,6 +79,10 @@ class StitchedModel(PreTrainedModel):
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """Leave the 2D mask as it is: each side makes its own 4D masks from its own slice of the cache."""
         return attention_mask
+
+
+def _descendants(kind: type[StitchedModel]) -> list[type[StitchedModel]]:
+    return [one for child in kind.__subclasses__() for one in (child, *_descendants(child)) if one.__name__[0] != "_"]
 
 
 class StitchedTextModel(StitchedModel):

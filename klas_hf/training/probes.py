@@ -1,4 +1,4 @@
-"""Training of probes (KLAS Alg. 1): features once per batch, one block's backward at a time."""
+"""Training of probes (KLAS Alg. 1); of language models: features once per batch, one block's backward at a time."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,32 +10,49 @@ from torch.optim import AdamW
 
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.language import LanguageAnchor, load_anchor
+from klas_hf.anchors.vision import is_vision
 from klas_hf.divergences import kl_divergence
-from klas_hf.probes import ProbeConfig, ProbeNet, fit_probes
+from klas_hf.probes import ImageProbeConfig, ImageProbeNet, ProbeConfig, ProbeNet, fit_probes
 from klas_hf.processes import process_state, progress, sum_over_processes
+from klas_hf.training.image_probes import train_image_probes
 from klas_hf.training.loop import TrainingDiverged
 
 
-def train_probes(anchor: Any, data: Iterable[Any], config: ProbeConfig | None = None) -> ProbeNet:
-    """Probes of every block of an anchor (Alg. 1): in closed form, or tuned by gradient descent.
+def train_probes(
+    anchor: Any,
+    data: Iterable[Any],
+    config: ProbeConfig | ImageProbeConfig | None = None,
+    *,
+    validation: Iterable[Any] | None = None,
+) -> ProbeNet | ImageProbeNet:
+    """Probes of every block of an anchor (Alg. 1): of images by gradient descent, of text in closed form or tuned.
 
     Args:
         anchor: Hub id, folder or model; it is frozen.
-        data: batches of token ids of the train split; a list where `config.epochs` or a ridge start needs more than
-            one pass.
-        config: kind ("ridge", "logit", "tuned") and its settings; None takes the defaults.
+        data: batches of the train split: of token ids, or of images with labels, in random order. A list where it is
+            read more than once (images, `epochs`, a ridge start).
+        config: a `ProbeConfig` for language models, an `ImageProbeConfig` for image classifiers; None takes the
+            defaults.
+        validation: batches of images for early stopping; None holds out every fifth batch of the data. Language
+            models have no use for it.
 
     Returns:
         The probes, marked as this anchor's.
 
     Raises:
-        ValueError: unknown family, no token to learn from, or activations that are not finite.
+        ValueError: unknown family, nothing to learn from, or activations that are not finite.
         TrainingDiverged: a tuned probe's loss is not finite.
 
     Example:
         >>> probes = train_probes("meta-llama/Llama-3.2-1B", batches)  # doctest: +SKIP
         >>> probes.save_pretrained("llama-3.2-1b-probes")  # doctest: +SKIP
     """
+    if is_vision(anchor):
+        _check_config(config, ImageProbeConfig)
+        return train_image_probes(anchor, data, config, validation=validation)
+    _check_config(config, ProbeConfig)
+    if validation is not None:
+        raise ValueError("got validation data for a language model, whose probes need none; leave it out")
     config = config or ProbeConfig()
     anchor = load_anchor(anchor)
     if config.kind != "tuned":
@@ -44,6 +61,11 @@ def train_probes(anchor: Any, data: Iterable[Any], config: ProbeConfig | None = 
     probes = fit_probes(anchor, batches, config).float()
     _tune(probes, anchor, batches)
     return probes
+
+
+def _check_config(config: Any, expected: type) -> None:
+    if config is not None and not isinstance(config, expected):
+        raise TypeError(f"got {type(config).__name__} for this anchor; expected {expected.__name__}")
 
 
 def _tune(probes: ProbeNet, anchor: LanguageAnchor, batches: list[TokenBatch]) -> None:

@@ -26,7 +26,7 @@ from klas_hf.scores import StitchScores, check_score
 WORKSPACE_BYTES = 1 << 29
 
 
-def score_stitches(
+def score_decoders(
     source: Any,
     target: Any,
     data: Iterable[Any],
@@ -36,24 +36,7 @@ def score_stitches(
     tokens: int = 128,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> StitchScores:
-    """Score every stitch (i, j) between two anchors; lower is better.
-
-    Args:
-        source, target: Hub id, folder or model; the source is the cheaper one.
-        data: batches of token ids, whole sequences; padding and BOS are left out of all averages.
-        probes: of source and target, trained on other data; None fits ridge probes to the first half of the
-            batches and scores on the second.
-        score: which statistic ranks the stitches, "klas" (Γ, Eq. 2) or "theta" (Θ, Eq. 1). All are computed.
-        tokens: sequence length that costs are counted for.
-        workspace_bytes: memory for the probes' distributions; more is faster up to a point.
-
-    Returns:
-        Θ, capacity and Γ with standard errors over sequences, and the costs of all stitches.
-
-    Raises:
-        ValueError: unknown score, vocabularies that differ, probes of another model, source dearer than target,
-            no data, or activations that are not finite.
-    """
+    """Score every stitch between two causal language models; see `score_stitches`."""
     check_score(score)
     first, last = load_anchor(source), load_anchor(target)
     check_vocabularies(first.path, first.config, last.path, last.config)

@@ -1,32 +1,15 @@
-"""Evaluation of stitched models: loss on text, greedy generations, and rows of whatever is measured.
+"""Language models: loss on text and greedy generations."""
 
-Work is shared out over the processes of an `accelerate launch`; every process gets the same result, and the main
-process writes it.
-"""
-
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from klas_hf.anchors.language import evaluating
-from klas_hf.costs import measure_costs
-from klas_hf.processes import process_state, progress, shared_out, sum_over_processes
-from klas_hf.rows import ResultRow, RowFile
-from klas_hf.stitches import Stitch
+from klas_hf.anchors.weights import evaluating
+from klas_hf.processes import progress, shared_out, sum_over_processes
 from klas_hf.training.losses import cross_entropy_sum, label_count
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What was measured of one model: named figures, and anything else worth keeping with the row (JSON values)."""
-
-    metrics: Mapping[str, float]
-    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -86,72 +69,6 @@ def generate_greedily(
             )
             answers += list(zip(part, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True))
     return [answer for _, answer in sorted(gather_object(answers))]
-
-
-def evaluate_stitches(
-    stitches: Iterable[Stitch],
-    make: Callable[[Stitch], PreTrainedModel],
-    measure: Callable[[PreTrainedModel], Measurement],
-    *,
-    rule: str,
-    rows: RowFile,
-    seed: int = 0,
-    tokens: int = 128,
-) -> list[ResultRow]:
-    """Make and measure each stitch, one row each, leaving out what the file already has.
-
-    A stitch that another rule chose with the same seed is not made again: the row is repeated under this rule.
-
-    Args:
-        stitches: the selection of one rule.
-        make: builds (and trains) the model of a stitch; must depend on nothing but the stitch and the seed.
-        measure: figures of a model.
-        rule: name of the selection rule.
-        rows: where rows go.
-        seed: recorded with the rows.
-        tokens: sequence length that costs are for.
-    """
-    done = []
-    for stitch in stitches:
-        row = rows.find(rule, stitch, seed)
-        if row is None:
-            pair = (stitch.source_stop, stitch.target_start)
-            row = next((r for r in rows if r.stitch == pair and r.seed == seed), None)
-            if row is None:
-                model = make(stitch)
-                row = _row(rule, pair, seed, model, measure(model), tokens)
-            row = replace(row, rule=rule)
-            rows.append(row, to_disk=process_state().is_main_process)
-        done.append(row)
-    return done
-
-
-def evaluate_anchor(
-    model: PreTrainedModel,
-    measure: Callable[[PreTrainedModel], Measurement],
-    *,
-    rule: str,
-    rows: RowFile,
-    seed: int = 0,
-    tokens: int = 128,
-) -> ResultRow:
-    """Measure an anchor itself: the ends of a curve. Arguments as for `evaluate_stitches`."""
-    row = rows.find(rule, None, seed)
-    if row is None:
-        row = _row(rule, None, seed, model, measure(model), tokens)
-        rows.append(row, to_disk=process_state().is_main_process)
-    return row
-
-
-def _row(
-    rule: str, stitch: tuple[int, int] | None, seed: int, model: PreTrainedModel, measured: Measurement, tokens: int
-) -> ResultRow:
-    cost = measure_costs(model, tokens=tokens)
-    fit = model.config.to_dict().get("stitch_fit")
-    details = {"kv_bytes_per_token": cost.kv_bytes_per_token} | ({"stitch_fit": fit} if fit else {})
-    return ResultRow(
-        rule, stitch, seed, cost.macs, cost.parameters, dict(measured.metrics), details | dict(measured.details)
-    )
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:

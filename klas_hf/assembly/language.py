@@ -1,9 +1,4 @@
-"""Stitching: build a stitched model from two anchors, reading only the tensors that it uses.
-
-The two configurations are cut to the kept blocks, the tensors of those blocks are renamed (a block's number
-changes with the cut), and transformers loads them as it would any checkpoint. The stitching layer starts from the
-least-squares map between the two anchors' hidden states (KLAS Sec. 5; SN-Net's pseudo-inverse initialisation).
-"""
+"""Stitching two causal language models, reading only the tensors that are used."""
 
 import copy
 import re
@@ -19,20 +14,22 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.batches import TokenBatch, token_batches
-from klas_hf.anchors.checkpoints import AnchorCheckpoint
+from klas_hf.anchors.checkpoints import DecoderCheckpoint
 from klas_hf.anchors.families import DecoderFamily
-from klas_hf.anchors.language import HUB_OPTIONS, evaluating
+from klas_hf.anchors.language import HUB_OPTIONS
 from klas_hf.anchors.vocabularies import check_vocabularies
+from klas_hf.anchors.weights import evaluating
+from klas_hf.assembly.loading import RANDOM_STITCH, load_parts, with_revision
 from klas_hf.least_squares import LeastSquares, LinearFit
 from klas_hf.models import StitchedConfig, StitchedForCausalLM
 from klas_hf.processes import progress, shared_out, sum_over_processes
 from klas_hf.stitches import Stitch
 
 
-def stitch_anchors(
+def stitch_decoders(
     source: str | Path | PreTrainedModel,
     target: str | Path | PreTrainedModel,
-    stitch: Stitch | tuple[int, int],
+    stitch: Stitch,
     *,
     calibration: Iterable[Any] | None = None,
     ridge: float | None = None,
@@ -42,45 +39,26 @@ def stitch_anchors(
     target_revision: str | None = None,
     **kwargs: Any,
 ) -> StitchedForCausalLM:
-    """Join `source.blocks[:i]` to `target.blocks[j:]` by a linear stitching layer.
+    """Join two causal language models; see `stitch_anchors`.
 
-    Args:
-        source, target: Hub id, local folder or model in memory; the anchors are read, never changed.
-        stitch: `Stitch(i, j)` or `(i, j)`.
-        calibration: batches of token ids (see `token_batches`) on which the stitching layer is fitted by least
-            squares; None leaves it random, with a warning.
-        ridge: penalty of that fit; None chooses (see `LeastSquares.solve`).
-        dtype: of the stitched model; None takes the target's.
-        device_map: as for `from_pretrained`; None leaves the model on the CPU.
-        source_revision, target_revision: commits on the Hub.
-        kwargs: for `from_pretrained` (attn_implementation, quantization_config, token, cache_dir, …).
-
-    Returns:
-        The model in eval mode, with the target's generation config.
-
-    Raises:
-        ValueError: stitch out of range or reversed, family unknown, vocabularies differ, no token to calibrate on.
-        OSError: an anchor cannot be reached.
+    The two configurations are cut to the kept blocks, the tensors of those blocks are renamed (a block's number changes
+    with the cut), and transformers loads them as it would any checkpoint: no other tensor is read. The model gets the
+    target's generation config.
     """
-    stitch = Stitch.of(stitch)
     hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
     with ExitStack() as files:
-        first = files.enter_context(AnchorCheckpoint(source, **_with_revision(hub, source_revision)))
-        last = files.enter_context(AnchorCheckpoint(target, **_with_revision(hub, target_revision)))
+        first = files.enter_context(DecoderCheckpoint(source, **with_revision(hub, source_revision)))
+        last = files.enter_context(DecoderCheckpoint(target, **with_revision(hub, target_revision)))
         _check_pair(first, last, stitch, hub)
         config = stitched_config(first, last, stitch)
         batches = None if calibration is None else usable_batches(calibration, config.bos_token_id)
         loading = {"dtype": last.dtype if dtype in (None, "auto") else dtype, "device_map": device_map}
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         state = _stitched_state(first, last, stitch, config)
-        model = _load(StitchedForCausalLM, config, state, **loading, **options)
+        model = load_parts(StitchedForCausalLM, config, state, **loading, **options)
         model.generation_config = _generation_config(last)
         if batches is None:
-            warnings.warn(
-                "the stitching layer is random: the model is useless until it is trained. Pass calibration=batches "
-                "of token ids for the least-squares start",
-                stacklevel=3,
-            )
+            warnings.warn(RANDOM_STITCH, stacklevel=4)
         else:
             prefix = _target_prefix(last, stitch, **loading)
             fit = fit_stitch(model.model.source, prefix, batches, config.bos_token_id, ridge)
@@ -88,7 +66,7 @@ def stitch_anchors(
     return model.eval()
 
 
-def stitched_config(first: AnchorCheckpoint, last: AnchorCheckpoint, stitch: Stitch) -> StitchedConfig:
+def stitched_config(first: DecoderCheckpoint, last: DecoderCheckpoint, stitch: Stitch) -> StitchedConfig:
     """The configuration of the stitched model of two anchors."""
     source_config = cut_config(first.config, 0, stitch.source_stop)
     target_config = cut_config(last.config, stitch.target_start, last.config.num_hidden_layers)
@@ -184,7 +162,7 @@ def _last_hidden(decoder: PreTrainedModel, batch: TokenBatch) -> Tensor:
     return decoder(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
 
 
-def _check_pair(first: AnchorCheckpoint, last: AnchorCheckpoint, stitch: Stitch, hub: dict[str, Any]) -> None:
+def _check_pair(first: DecoderCheckpoint, last: DecoderCheckpoint, stitch: Stitch, hub: dict[str, Any]) -> None:
     stitch.check(first.config.num_hidden_layers, last.config.num_hidden_layers)
     if _size(first.config) > _size(last.config):
         raise ValueError(
@@ -203,7 +181,7 @@ def _size(config: PreTrainedConfig) -> int:
 
 
 def _stitched_state(
-    first: AnchorCheckpoint, last: AnchorCheckpoint, stitch: Stitch, config: StitchedConfig
+    first: DecoderCheckpoint, last: DecoderCheckpoint, stitch: Stitch, config: StitchedConfig
 ) -> dict[str, Any]:
     state = _side(first, 0, stitch.source_stop, "model.source.", without=(f"{first.family.norm}.",))
     state |= _side(
@@ -215,7 +193,7 @@ def _stitched_state(
 
 
 def _side(
-    anchor: AnchorCheckpoint, start: int, stop: int, prefix: str, without: tuple[str, ...] = ()
+    anchor: DecoderCheckpoint, start: int, stop: int, prefix: str, without: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Name in the stitched model → tensor, for the parts of one anchor that are kept."""
     state = {}
@@ -235,37 +213,17 @@ def _renumber(name: str, family: DecoderFamily, start: int, stop: int) -> str | 
     return f"{family.blocks}.{number - start}.{name[block.end() :]}" if start <= number < stop else None
 
 
-def _target_prefix(anchor: AnchorCheckpoint, stitch: Stitch, **loading: Any) -> PreTrainedModel:
+def _target_prefix(anchor: DecoderCheckpoint, stitch: Stitch, **loading: Any) -> PreTrainedModel:
     """`target.blocks[:j]` without its final norm: what the stitching layer has to imitate."""
     config = cut_config(anchor.config, 0, stitch.target_start)
     state = _side(anchor, 0, stitch.target_start, "")
-    model = _load(MODEL_MAPPING[type(config)], config, state, **loading)
+    model = load_parts(MODEL_MAPPING[type(config)], config, state, **loading)
     model.set_submodule(anchor.family.norm, nn.Identity())
     return model
 
 
-def _load(model_class: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Any], **options: Any) -> Any:
-    model, info = model_class.from_pretrained(
-        None, config=config, state_dict=state, output_loading_info=True, **options
-    )
-    problems = {
-        kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") if info[kind]
-    }
-    if problems:
-        raise ValueError(
-            f"the anchors' tensors do not fit {model_class.__name__}: {problems}; expected complete checkpoints of "
-            f"{config.model_type}. Load the anchors with AutoModelForCausalLM first to see whether they are whole"
-        )
-    model.config.name_or_path = model.name_or_path = ""  # transformers writes "None"
-    return model
-
-
-def _generation_config(anchor: AnchorCheckpoint) -> GenerationConfig:
+def _generation_config(anchor: DecoderCheckpoint) -> GenerationConfig:
     """The target's generation config, with its list of EOS tokens."""
     if anchor.generation_config is not None:
         return copy.deepcopy(anchor.generation_config)
     return GenerationConfig.from_model_config(anchor.config)
-
-
-def _with_revision(hub: dict[str, Any], revision: str | None) -> dict[str, Any]:
-    return hub if revision is None else hub | {"revision": revision}

@@ -1,0 +1,38 @@
+"""Loading a model whose tensors come from two checkpoints."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+RANDOM_STITCH = (
+    "the stitching layer is random: the model is useless until it is trained. Pass calibration=batches for the "
+    "least-squares start"
+)
+
+
+def load_parts(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Any], **options: Any
+) -> Any:
+    """A model from named tensors, or slices of safetensors files that are read only if the model has their place.
+
+    Raises:
+        ValueError: a tensor is missing or of another shape.
+    """
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, **options
+    )
+    problems = {
+        kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") if info[kind]
+    }
+    if problems:
+        raise ValueError(
+            f"the anchors' tensors do not fit {model_class.__name__}: {problems}; expected complete checkpoints of "
+            f"{config.model_type}. Load the anchors by themselves first to see whether they are whole"
+        )
+    model.config.name_or_path = model.name_or_path = ""  # transformers writes "None"
+    return model
+
+
+def with_revision(hub: dict[str, Any], revision: str | None) -> dict[str, Any]:
+    """Hub options with a revision, where there is one."""
+    return hub if revision is None else hub | {"revision": revision}

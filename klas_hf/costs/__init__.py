@@ -1,0 +1,68 @@
+"""What models cost, counted, not estimated."""
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from klas_hf.anchors.vision import is_vision
+from klas_hf.costs.counting import Cost
+from klas_hf.costs.language import decoder_costs, decoder_stitch_costs
+from klas_hf.costs.vision import classifier_costs, classifier_stitch_costs
+from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
+from klas_hf.models.vision_features import image_size as size_of
+from klas_hf.stitches import StitchCosts
+
+__all__ = ["Cost", "measure_costs", "measure_stitch_costs"]
+
+Size = int | tuple[int, int] | None
+
+
+def measure_costs(
+    model: PreTrainedModel | PreTrainedConfig, *, tokens: int = 128, image_size: Size = None
+) -> Cost:
+    """MACs, parameters and cache bytes of a causal language model or an image classifier, stitched or not.
+
+    Args:
+        model: a model or only its configuration; no weight is allocated or run.
+        tokens: length of the one sequence that is counted.
+        image_size: side, or (height, width), of the one image that is counted, in pixels; None takes the
+            configuration's.
+    """
+    config = _config(model)
+    if isinstance(config, StitchedVisionConfig) or is_vision(config):
+        return classifier_costs(config, _pair(image_size, config))
+    dtype = model.dtype if isinstance(model, PreTrainedModel) else config.dtype or torch.float32
+    return decoder_costs(config, dtype, tokens)
+
+
+def measure_stitch_costs(
+    source: PreTrainedModel | PreTrainedConfig,
+    target: PreTrainedModel | PreTrainedConfig,
+    *,
+    tokens: int = 128,
+    image_size: Size = None,
+    positions: tuple[int, int] = (0, 1),
+) -> StitchCosts:
+    """Costs of every stitch between two anchors, from one counted forward of each.
+
+    Args:
+        source, target: models or configurations; no weight is allocated or run.
+        tokens, image_size: as for `measure_costs`; None takes the target's image size.
+        positions: of the two anchors in a list of more.
+
+    Raises:
+        ValueError: a family is unknown, or the target has class tokens that the source lacks.
+    """
+    first, last = _config(source), _config(target)
+    if is_vision(first):
+        return classifier_stitch_costs(first, last, _pair(image_size, last), positions)
+    return decoder_stitch_costs(first, last, tokens)
+
+
+def _config(model: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
+    return model.config if isinstance(model, PreTrainedModel) else model
+
+
+def _pair(size: Size, config: PreTrainedConfig) -> tuple[int, int]:
+    if size is None:
+        return size_of(config)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,90 @@
+"""Costs of causal language models, stitched or not."""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from klas_hf.anchors.families import decoder_family
+from klas_hf.costs.counting import Cost, macs_by_module, parameter_count
+from klas_hf.models.configuration_stitched import StitchedConfig, kv_shape
+from klas_hf.stitches import StitchCosts
+
+
+def decoder_costs(config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> Cost:
+    """MACs, parameters and cache bytes of a causal language model of this configuration."""
+    meta = _on_meta(config)
+    macs = sum(_macs_by_module(meta, tokens).values())
+    return Cost(macs, parameter_count(meta), _kv_numbers_per_token(config) * dtype.itemsize, tokens)
+
+
+def decoder_stitch_costs(source: PreTrainedConfig, target: PreTrainedConfig, tokens: int) -> StitchCosts:
+    """Costs of every stitch between two causal language models, from one counted forward of each."""
+    first, last = _Parts.of(source, tokens), _Parts.of(target, tokens)
+    widths = source.hidden_size, target.hidden_size
+    return StitchCosts(
+        tokens=tokens,
+        source_blocks=np.array(first.block_macs, dtype=np.int64),
+        target_blocks=np.array(last.block_macs, dtype=np.int64),
+        stitch=tokens * widths[0] * widths[1],
+        source_total=sum(first.block_macs) + first.head_macs,
+        target_total=sum(last.block_macs) + last.head_macs,
+        ends=last.head_macs,
+        source_parameters=np.array(first.block_parameters, dtype=np.int64),
+        target_parameters=np.array(last.block_parameters, dtype=np.int64),
+        stitch_parameters=widths[0] * widths[1] + widths[1],
+        ends_parameters=first.embedding_parameters + last.head_parameters,
+    )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """One anchor, taken apart: embedding, blocks, head with final norm."""
+
+    block_macs: list[int]
+    head_macs: int
+    block_parameters: list[int]
+    embedding_parameters: int
+    head_parameters: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, tokens: int) -> "_Parts":
+        family = decoder_family(config)
+        model = _on_meta(config)
+        by_module = _macs_by_module(model, tokens)
+        blocks = model.base_model.get_submodule(family.blocks)
+        norm, head = model.base_model.get_submodule(family.norm), model.get_output_embeddings()
+        return cls(
+            block_macs=[sum(by_module.get(module, 0) for module in block.modules()) for block in blocks],
+            head_macs=by_module.get(head, 0),
+            block_parameters=[parameter_count(block) for block in blocks],
+            embedding_parameters=parameter_count(model.get_input_embeddings()),
+            head_parameters=parameter_count(norm) + parameter_count(head),
+        )
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        # batched_mm runs as many experts for each token as it is routed to, and asks for no values to do it.
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", experts_implementation="batched_mm"
+        )
+    return model.eval()
+
+
+@torch.no_grad()
+def _macs_by_module(model: PreTrainedModel, tokens: int) -> dict[nn.Module, int]:
+    """MACs of each module's own operations, those of its children left out."""
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    # A full mask, so that no family builds one from values that do not exist on meta.
+    mask = torch.zeros(1, 1, tokens, tokens, device="meta", dtype=model.dtype)
+    return macs_by_module(model, input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def _kv_numbers_per_token(config: PreTrainedConfig) -> int:
+    layers = config.per_layer_config if isinstance(config, StitchedConfig) else [config] * config.num_hidden_layers
+    return sum(2 * heads * width for heads, width in map(kv_shape, layers))

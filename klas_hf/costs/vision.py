@@ -1,0 +1,123 @@
+"""Costs of image classifiers, stitched or not."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from klas_hf.costs.counting import Cost, macs_by_module, parameter_count
+from klas_hf.models import StitchedForImageClassification, StitchedVisionConfig
+from klas_hf.models.modeling_stitched_vision import dropped_prefix
+from klas_hf.models.vision_kinds import vision_kind
+from klas_hf.models.vision_shapes import FeatureShape, classifier, trace
+from klas_hf.stitches import StitchCosts
+
+
+def classifier_costs(config: PreTrainedConfig, size: tuple[int, int]) -> Cost:
+    """MACs and parameters of an image classifier of this configuration, for one image of (height, width)."""
+    model = _on_meta(config)
+    macs = sum(_macs_by_module(model, config.num_channels, size).values())
+    return Cost(macs, parameter_count(model), image_height=size[0], image_width=size[1])
+
+
+def classifier_stitch_costs(
+    source: PreTrainedConfig, target: PreTrainedConfig, size: tuple[int, int], positions: tuple[int, int] = (0, 1)
+) -> StitchCosts:
+    """Costs of every stitch between two image classifiers, from one counted forward of each.
+
+    Args:
+        size: (height, width) of the image.
+        positions: of the two anchors among several.
+    """
+    first, last = _Parts.of(source, size), _Parts.of(target, size)
+    dropped_prefix(vision_kind(source), vision_kind(target))
+    outputs, inputs = first.shapes[1:], last.shapes[:-1]
+    # A stitch runs at every position, class tokens included where both sides have them.
+    prefix = vision_kind(target).prefix_tokens
+    area = np.array([shape.height * shape.width + prefix for shape in outputs])[:, None]
+    widths = np.outer([shape.channels for shape in outputs], [shape.channels for shape in inputs])
+    bias = np.array([shape.channels for shape in inputs])[None, :]
+    return StitchCosts(
+        tokens=0,
+        source_blocks=np.array(first.block_macs, dtype=np.int64),
+        target_blocks=np.array(last.block_macs, dtype=np.int64),
+        stitch=area * widths,
+        source_total=first.total_macs,
+        target_total=last.total_macs,
+        ends=first.embed_macs + last.head_macs,
+        source_parameters=np.array(first.block_parameters, dtype=np.int64),
+        target_parameters=np.array(last.block_parameters, dtype=np.int64),
+        stitch_parameters=widths + bias,
+        ends_parameters=first.embed_parameters + last.head_parameters,
+        source=positions[0],
+        target=positions[1],
+        source_stages=np.array([shape.stage for shape in outputs]),
+        target_stages=np.array([shape.stage for shape in last.shapes[1:]]),
+        allowed=_equal_grids(outputs, inputs),
+        image_height=size[0],
+        image_width=size[1],
+    )
+
+
+def _equal_grids(outputs: tuple[FeatureShape, ...], inputs: tuple[FeatureShape, ...]) -> NDArray[np.bool_]:
+    return np.array([[one.grid == other.grid for other in inputs] for one in outputs])
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """One anchor, taken apart: embedding, blocks, head."""
+
+    shapes: tuple[FeatureShape, ...]
+    block_macs: list[int]
+    embed_macs: int
+    head_macs: int
+    block_parameters: list[int]
+    embed_parameters: int
+    head_parameters: int
+
+    @property
+    def total_macs(self) -> int:
+        return self.embed_macs + sum(self.block_macs) + self.head_macs
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, size: tuple[int, int]) -> "_Parts":
+        kind, model = vision_kind(config), _on_meta(config)
+        by_module = _macs_by_module(model, config.num_channels, size)
+        blocks = kind.blocks(config)
+
+        def macs(names: tuple[str, ...]) -> int:
+            return sum(by_module[module] for name in names for module in model.get_submodule(name).modules())
+
+        def parameters(names: tuple[str, ...]) -> int:
+            return sum(parameter_count(model.get_submodule(name)) for name in names)
+
+        head = tuple(name for name in kind.head if _has(model, name))
+        return cls(
+            shapes=trace(config, size),
+            block_macs=[macs(block.modules) for block in blocks],
+            embed_macs=macs(kind.embed),
+            head_macs=macs(head),
+            block_parameters=[parameters(block.modules) for block in blocks],
+            embed_parameters=parameters(kind.embed),
+            head_parameters=parameters(head),
+        )
+
+
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return name in {known for known, _ in model.named_modules()}
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        if isinstance(config, StitchedVisionConfig):
+            return StitchedForImageClassification(config).eval()
+        return classifier(config).eval()
+
+
+def _macs_by_module(model: PreTrainedModel, channels: int, size: tuple[int, int]) -> dict[nn.Module, int]:
+    return macs_by_module(model, pixel_values=torch.zeros(1, channels, *size, device="meta"))

@@ -1,0 +1,186 @@
+"""Image classifiers and supernets: accuracy and loss, over all classes or among some.
+
+The paths of a supernet share their work: on each batch every anchor runs once, and a stitch then costs only its
+stitching layer and the target's blocks behind it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from klas_hf.anchors.images import ImageBatch, image_batches
+from klas_hf.anchors.vision import VisionAnchor
+from klas_hf.anchors.weights import evaluating
+from klas_hf.evaluation.models import Measurement
+from klas_hf.models.vision_features import Features
+from klas_hf.processes import process_state, progress, shared_out, sum_over_processes
+from klas_hf.rows import ResultRow, RowFile
+from klas_hf.stitches import Stitch
+from klas_hf.supernet import Path, StitchedSupernet
+from klas_hf.training.batch_norm import batch_norms, recalibrate_batch_norm
+
+GROUP = 24  # paths that are evaluated in one pass, and written when it ends
+
+
+@torch.no_grad()
+def evaluate_accuracy(
+    model: PreTrainedModel, batches: Iterable[object], *, classes: Sequence[int] | None = None
+) -> Measurement:
+    """Top-1 accuracy and cross-entropy of an image classifier.
+
+    Args:
+        model: any image classifier; it is put back in the mode it was in.
+        batches: images with labels.
+        classes: measure among these classes only too (`accuracy_among`): the highest logit of these counts.
+
+    Raises:
+        ValueError: no images.
+    """
+    sums = _Sums(classes)
+    with evaluating(model):
+        for batch in progress(shared_out(image_batches(batches)), "measuring accuracy"):
+            pixels, labels = batch.labelled()
+            sums.add(model(pixel_values=pixels.to(model.device, model.dtype)).logits, labels)
+    return sums.measured()
+
+
+@torch.no_grad()
+def evaluate_supernet(
+    supernet: StitchedSupernet,
+    batches: Iterable[object],
+    *,
+    rule: str,
+    rows: RowFile,
+    seed: int = 0,
+    classes: Sequence[int] | None = None,
+    recalibration: Iterable[object] | None = None,
+) -> list[ResultRow]:
+    """Measure every path of a supernet, one row each, leaving out what the file already has.
+
+    Args:
+        supernet: it is put back in the mode it was in.
+        batches: images with labels, such that they can be read several times.
+        rule: the name under which the rows are kept; the anchors as paths get rows of stitch None.
+        rows: where rows go.
+        seed: recorded with the rows.
+        classes: measure among these classes only too.
+        recalibration: images on which BatchNorm statistics are taken anew for each path, and put back after it; None
+            measures with the supernet's own.
+
+    Raises:
+        ValueError: no images.
+    """
+    missing = [path for path in supernet.paths if _find(rows, rule, path, seed) is None]
+    size = 1 if recalibration is not None else GROUP
+    for start in range(0, len(missing), size):
+        group = missing[start : start + size]
+        if recalibration is None:
+            found = _measure(supernet, group, batches, classes)
+        else:
+            with _recalibrated(supernet, group[0], recalibration):
+                found = _measure(supernet, group, batches, classes)
+        for path, measured in zip(group, found, strict=True):
+            rows.append(_row(supernet, path, measured, rule, seed), to_disk=process_state().is_main_process)
+    return [row for path in supernet.paths if (row := _find(rows, rule, path, seed)) is not None]
+
+
+def _measure(
+    supernet: StitchedSupernet, paths: Sequence[Path], batches: Iterable[object], classes: Sequence[int] | None
+) -> list[Measurement]:
+    sums = [_Sums(classes) for _ in paths]
+    anchors = [VisionAnchor(model) for model in supernet.anchors]
+    with evaluating(supernet):
+        for batch in progress(shared_out(image_batches(batches)), f"measuring {len(paths)} paths"):
+            _, labels = batch.labelled()
+            for one, logits in zip(sums, _all_logits(supernet, anchors, paths, batch), strict=True):
+                one.add(logits, labels)
+    return [one.measured() for one in sums]
+
+
+def _all_logits(
+    supernet: StitchedSupernet, anchors: Sequence[VisionAnchor], paths: Sequence[Path], batch: ImageBatch
+) -> Iterator[Tensor]:
+    """Logits of each path; each anchor's front runs once for all paths that begin with it."""
+    needed: dict[int, int] = {}
+    for path in paths:
+        place, stop = (path.source, path.source_stop) if isinstance(path, Stitch) else (path, anchors[path].num_blocks)
+        needed[place] = max(stop, needed.get(place, 0))
+    fronts = {place: anchors[place].features(batch.pixel_values, stop) for place, stop in needed.items()}
+    for path in paths:
+        if isinstance(path, Stitch):
+            yield _rear(anchors[path.target], supernet.layer_of(path)(fronts[path.source][path.source_stop]), path)
+        else:
+            yield anchors[path].logits(fronts[path][-1])
+
+
+def _rear(anchor: VisionAnchor, features: Features, stitch: Stitch) -> Tensor:
+    for block in anchor.blocks[stitch.target_start :]:
+        features = anchor.kind.run_block(anchor.model, block, features)
+    return anchor.logits(features)
+
+
+@contextmanager
+def _recalibrated(supernet: StitchedSupernet, path: Path, batches: Iterable[object]) -> Iterator[None]:
+    """A path's own BatchNorm statistics, for a while."""
+    layers = batch_norms(supernet)
+    before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
+    recalibrate_batch_norm(
+        supernet, ({"pixel_values": batch.pixel_values} for batch in image_batches(batches)), path=path
+    )
+    try:
+        yield
+    finally:
+        for layer, buffers in zip(layers, before, strict=True):
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+@dataclass
+class _Sums:
+    """Correct answers, loss and images of one model."""
+
+    classes: Sequence[int] | None
+    values: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        logits, labels = logits.float(), labels.to(logits.device)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(-1) == labels).sum()
+        among = correct
+        if self.classes is not None:
+            chosen = torch.tensor(list(self.classes), device=logits.device)
+            among = (chosen[logits[:, chosen].argmax(-1)] == labels).sum()
+        self.values += torch.stack([correct, among, loss, torch.tensor(len(labels), device=loss.device)]).double().cpu()
+
+    def measured(self) -> Measurement:
+        correct, among, loss, images = sum_over_processes(self.values).tolist()
+        if not images:
+            raise ValueError("got no images to measure on; expected batches with labels")
+        metrics = {"accuracy": correct / images, "loss": loss / images}
+        metrics |= {} if self.classes is None else {"accuracy_among": among / images}
+        return Measurement(metrics, {"images": int(images)})
+
+
+def _find(rows: RowFile, rule: str, path: Path, seed: int) -> ResultRow | None:
+    if isinstance(path, Stitch):
+        return rows.find(rule, path, seed)
+    return rows.find(rule, None, seed, anchors=(path, path))
+
+
+def _row(supernet: StitchedSupernet, path: Path, measured: Measurement, rule: str, seed: int) -> ResultRow:
+    number = supernet.paths.index(path)
+    return ResultRow(
+        rule=rule,
+        stitch=(path.source_stop, path.target_start) if isinstance(path, Stitch) else None,
+        seed=seed,
+        macs=supernet.path_macs[number],
+        parameters=supernet.path_parameters[number],
+        metrics=dict(measured.metrics),
+        details=dict(measured.details),
+        anchors=(path.source, path.target) if isinstance(path, Stitch) else (path, path),
+    )

@@ -1,0 +1,96 @@
+"""Configuration of a stitched vision model: the configurations of both anchors, and where they are joined.
+
+Unlike a language model's, the anchors' configurations are not cut: windows shift and rates grow with a block's
+place in the whole, so the models are built whole (on the meta device) and what is not used is taken out.
+"""
+
+from typing import Any, ClassVar
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+from .vision_features import image_size
+from .vision_kinds import vision_kind
+
+
+class StitchedVisionConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of `StitchedForImageClassification` and `StitchedBackbone`.
+
+    Args:
+        source_config, target_config: configurations (or their dicts) of the whole anchors.
+        source_stop, target_start: the stitch (i, j): `source.blocks[:i]`, stitching layer, `target.blocks[j:]`.
+        source_channels, target_channels: widths that the stitching layer maps from and to.
+        image_size: (height, width) in pixels; None takes the source's.
+        stitch_bias: whether the stitching layer has a bias.
+        stitch_fit: how the stitching layer was initialised by least squares (`r2`, `ridge`, `rows`), or None.
+        drop_path_rate: stochastic depth of the last block in training; it grows linearly from 0 at the first.
+        source_name, target_name: Hub ids or folders of the anchors.
+        source_revision, target_revision: their commits, where known.
+        out_features, out_indices: which stages `StitchedBackbone` returns.
+    """
+
+    model_type = "stitched_vision"
+    sub_configs = {"source_config": AutoConfig, "target_config": AutoConfig}
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
+
+    source_config: Any = None
+    target_config: Any = None
+    source_stop: int = 1
+    target_start: int = 0
+    source_channels: int = 1
+    target_channels: int = 1
+    image_size: list[int] | None = None
+    stitch_bias: bool = True
+    stitch_fit: dict[str, Any] | None = None
+    drop_path_rate: float = 0.0
+    initializer_range: float = 0.02
+    source_name: str | None = None
+    target_name: str | None = None
+    source_revision: str | None = None
+    target_revision: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.source_config = as_config(self.source_config)
+        self.target_config = as_config(self.target_config)
+        self.image_size = list(self.image_size or image_size(self.source_config))
+        self.stage_names = ["stem", *(f"stage{number + 1}" for number in range(len(self.stage_ends())))]
+        kwargs.pop("stage_names", None)  # derived
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_channels(self) -> int:
+        return self.source_config.num_channels
+
+    @property
+    def hidden_size(self) -> int:
+        return self.target_channels
+
+    def stage_ends(self) -> list[tuple[int, int]]:
+        """The last block of each stage of the path, as (side, number of the block): 0 source, 1 target.
+
+        Stages are the anchors' own; between anchors of a single stage each block is one, as in their backbones.
+        """
+        source = vision_kind(self.source_config).blocks(self.source_config)[: self.source_stop]
+        target = vision_kind(self.target_config).blocks(self.target_config)
+        path = [(0, n, block.stage) for n, block in enumerate(source)]
+        # The stitch stands for the output of target block j, so it belongs to that block's stage.
+        if self.target_start:
+            path.append((1, self.target_start - 1, target[self.target_start - 1].stage))
+        path += [(1, n, block.stage) for n, block in enumerate(target) if n >= self.target_start]
+        if target[-1].stage == 0:
+            return [(side, n) for side, n, _ in path if (side, n) != (1, self.target_start - 1)]
+        last = {stage: (side, n) for side, n, stage in path}
+        return [last[stage] for stage in sorted(last)]
+
+
+def as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
+    """A configuration from its dict; transformers makes default instances too, to compare with."""
+    if config is None:
+        return CONFIG_MAPPING["vit"]()
+    if isinstance(config, PreTrainedConfig):
+        return config
+    config = dict(config)
+    return CONFIG_MAPPING[config.pop("model_type")](**config)

@@ -1,0 +1,91 @@
+"""Probes of image classifiers: one linear classifier on the pooled features of every block (KLAS Alg. 1).
+
+    logits_i = W_i · pool(block i's output) + b_i
+
+Pooling is the mean over the grid, class tokens left out. On maps this is the paper's 1×1 convolution followed by the
+mean: both are linear, so their order does not matter. `klas_hf.training.image_probes` trains them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from klas_hf.anchors.vision import VisionAnchor
+
+
+class ImageProbeConfig(PreTrainedConfig):
+    """How image probes are trained, of which anchor they are, and how good they became.
+
+    Args:
+        epochs: passes over the training data, at most.
+        patience: epochs without a lower validation loss after which a probe is done; its best weights are kept.
+        learning_rate, weight_decay: of AdamW, on standardised features.
+        shuffled_labels: train on randomly permuted labels (KLAS App. D.2: the score without class semantics).
+        seed: of the permutation.
+        anchor_name, anchor_revision, anchor_fingerprint, widths: filled in by the training.
+        accuracy, validation_loss, best_epoch: of each block's probe, on the validation data; loss in nats per image.
+    """
+
+    model_type = "klas_image_probes"
+
+    epochs: int = 20
+    patience: int = 2
+    learning_rate: float = 0.01
+    weight_decay: float = 0.01
+    shuffled_labels: bool = False
+    seed: int = 0
+    anchor_name: str | None = None
+    anchor_revision: str | None = None
+    anchor_fingerprint: str | None = None
+    widths: list[int] | None = None
+    accuracy: list[float] | None = None
+    validation_loss: list[float] | None = None
+    best_epoch: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected at least 1")
+        super().__post_init__(**kwargs)
+
+
+class ImageProbeNet(PreTrainedModel):
+    """One linear probe per block of an image classifier; saves, loads and goes to the Hub as any model."""
+
+    config_class = ImageProbeConfig
+    base_model_prefix = ""
+    main_input_name = "pooled"
+
+    def __init__(self, config: ImageProbeConfig):
+        super().__init__(config)
+        self.probes = nn.ModuleList(nn.Linear(width, config.num_labels) for width in config.widths or [])
+        self.post_init()
+
+    def log_probs(self, pooled: Sequence[Tensor]) -> Tensor:
+        """Class log-probabilities of all probes, fp32, in nats.
+
+        Args:
+            pooled: `(images, width)` of every block.
+
+        Returns:
+            `(blocks, images, labels)`.
+        """
+        logits = [probe(x.to(probe.weight)) for probe, x in zip(self.probes, pooled, strict=True)]
+        return torch.stack(logits).float().log_softmax(-1)
+
+    def check(self, anchor: VisionAnchor) -> None:
+        """Raise ValueError unless these are the probes of this anchor's very weights."""
+        if self.config.anchor_fingerprint != anchor.fingerprint:
+            raise ValueError(
+                f"got probes of {self.config.anchor_name} (weights {str(self.config.anchor_fingerprint)[:12]}) for "
+                f"{anchor.name} (weights {anchor.fingerprint[:12]}): other weights; expected the model they were trained "
+                "on. Train probes for this anchor with train_probes"
+            )
+
+
+def pooled_features(anchor: VisionAnchor, pixel_values: Tensor) -> list[Tensor]:
+    """Pooled output of every block, `num_blocks` tensors `(images, width)`, fp32."""
+    return [anchor.kind.pooled(features).float() for features in anchor.features(pixel_values)[1:]]

@@ -1,0 +1,58 @@
+"""Scores of all stitches between two anchors (KLAS Alg. 2), and of anchors against each other (Alg. 3, line 2)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from klas_hf.anchors.vision import is_vision
+from klas_hf.scores import StitchScores
+from klas_hf.scoring.anchors import select_anchors
+from klas_hf.scoring.images import ImageScoring, score_classifiers
+from klas_hf.scoring.language import WORKSPACE_BYTES, score_decoders
+
+__all__ = ["WORKSPACE_BYTES", "ImageScoring", "score_stitches", "select_anchors"]
+
+
+def score_stitches(
+    source: Any,
+    target: Any,
+    data: Iterable[Any],
+    *,
+    probes: Any = None,
+    score: str = "klas",
+    tokens: int = 128,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    images: ImageScoring | None = None,
+    positions: tuple[int, int] = (0, 1),
+) -> StitchScores:
+    """Score every stitch (i, j) between two anchors; lower is better.
+
+    Args:
+        source, target: Hub id, folder or model; the source is the cheaper one.
+        data: batches of token ids, whole sequences, of which padding and BOS are left out of all averages; or batches
+            of images, whose labels only class-conditional CKA needs.
+        probes: of source and target, trained on other data (`train_probes`). For language models None fits ridge
+            probes to the first half of the batches and scores on the second.
+        score: which statistic ranks the stitches: "klas" (Γ, Eq. 2), "theta" (Θ, Eq. 1), and for images all of
+            `SCORES`. All that the data allow are computed; `StitchScores.with_score` changes the ranking later.
+        tokens: sequence length that a language model's costs are counted for.
+        workspace_bytes: memory for a language model's distributions; more is faster up to a point.
+        images: what else is measured on images.
+        positions: of the two anchors in a list of more.
+
+    Returns:
+        Θ, capacity and Γ with standard errors over sequences or images, and the costs of all stitches.
+
+    Raises:
+        ValueError: unknown score, or one that lacks its data; vocabularies or classes that differ; probes of another
+            model or none for images; source dearer than target; no data; activations that are not finite.
+    """
+    if not is_vision(source):
+        return score_decoders(
+            source, target, data, probes=probes, score=score, tokens=tokens, workspace_bytes=workspace_bytes
+        )
+    if probes is None:
+        raise ValueError(
+            "got no probes for two image classifiers; expected probes=(of source, of target), made by train_probes on "
+            "labelled images other than those that are scored on"
+        )
+    return score_classifiers(source, target, data, probes=probes, score=score, settings=images, positions=positions)

@@ -1,0 +1,53 @@
+"""Which anchors to stitch: the KL divergence between their outputs (KLAS Sec. 4.2, Alg. 3 line 2)."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from klas_hf.anchor_selection import AnchorSelection, choose_pairs
+from klas_hf.anchors.images import image_batches
+from klas_hf.anchors.vision import check_anchors, load_vision_anchor
+from klas_hf.costs import measure_costs
+from klas_hf.divergences import pairwise_kl
+from klas_hf.processes import progress, shared_out, sum_array_over_processes
+
+
+@torch.no_grad()
+def select_anchors(anchors: Sequence[Any], data: Iterable[Any], *, rule: str = "least_kl") -> AnchorSelection:
+    """Choose which of several image classifiers to stitch, by the KL divergence between their own outputs.
+
+    Args:
+        anchors: Hub ids, folders or models of one label set.
+        data: batches of images; labels are not needed.
+        rule: "least_kl", the path from the cheapest to the dearest anchor whose summed divergence is least (KLAS, our
+            reading); "nearest", neighbours by cost (SN-Net); "all", every pair.
+
+    Returns:
+        The pairs, cheaper first, and the matrix of divergences in nats.
+
+    Raises:
+        ValueError: fewer than two anchors, one listed twice, different classes, no images, an unknown rule.
+    """
+    loaded = [load_vision_anchor(anchor) for anchor in anchors]
+    check_anchors(loaded)
+    sums, images, size = np.zeros((len(loaded), len(loaded))), 0, None
+    for batch in progress(shared_out(image_batches(data)), "comparing anchors"):
+        size = (batch.pixel_values.shape[-2], batch.pixel_values.shape[-1])
+        logits = [anchor.logits(anchor.features(batch.pixel_values)[-1]).cpu() for anchor in loaded]
+        log_probs = torch.stack(logits).float().log_softmax(-1)
+        sums += pairwise_kl(log_probs, log_probs).sum(0).numpy()
+        images += len(batch)
+    total = sum_array_over_processes(np.array([float(images)]))[0]
+    if not total:
+        raise ValueError("got no images to compare anchors on; expected batches")
+    divergence = sum_array_over_processes(sums) / total
+    macs = [measure_costs(anchor.config, image_size=size).macs for anchor in loaded]
+    return AnchorSelection(
+        names=tuple(anchor.name for anchor in loaded),
+        macs=tuple(macs),
+        divergence=divergence,
+        pairs=tuple(choose_pairs(divergence, macs, rule)),
+        rule=rule,
+    )
