@@ -92,7 +92,7 @@ def common_interval(curves: Sequence[TradeoffCurve]) -> tuple[float, float]:
 def plot_curves(curves: Sequence[TradeoffCurve], *, title: str = "", path: str | Path | None = None) -> "Figure":
     """Several curves in one figure, quality against millions of MACs."""
     series = [plotting.Series(c.label or c.metric, list(c.macs / 1e6), list(c.values)) for c in curves]
-    return plotting.tradeoff(series, "MACs (millions)", curves[0].metric, title, path)
+    return plotting.lines(series, "MACs (millions)", curves[0].metric, title, path)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class CorrelationReport:
 def correlation_report(
     scores: StitchScores, rows: Iterable[ResultRow], metric: str, *, higher_is_better: bool = True
 ) -> CorrelationReport:
-    """Correlate scores with measured quality over all stitches that have rows and a finite score.
+    """Correlate scores with measured quality over all stitches of their two anchors that have rows and a finite score.
 
     A stitch counts once, with its mean over seeds; a row that several rules share (`evaluate_stitches`) counts once.
 
@@ -120,9 +120,10 @@ def correlation_report(
         ValueError: fewer than three such stitches, or a row that lacks the metric.
     """
     sign = -1.0 if higher_is_better else 1.0
+    anchors = scores.costs.source, scores.costs.target
     measured: dict[tuple[int, int], dict[int, float]] = {}
     for row in rows:
-        if row.stitch is not None:
+        if row.stitch is not None and row.anchors == anchors:
             measured.setdefault(row.stitch, {})[row.seed] = _value(row, metric)
     pairs = [(scores.value_of(Stitch(*pair)), sign * fmean(seeds.values())) for pair, seeds in measured.items()]
     table = np.array([pair for pair in pairs if np.isfinite(pair[0])]).reshape(-1, 2)

@@ -7,7 +7,7 @@ hidden states of language models have both.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,111 @@ class LinearFit:
     r2: float
     ridge: float
     rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class NormalEquations:
+    """The sums that determine a least-squares map y ≈ W x + b, all in float64.
+
+    Attributes:
+        rows: number of rows seen.
+        shift_x, shift_y: `(in,)` and `(out,)` points that the sums are about.
+        sum_x, sum_y: Σ (x − shift) and Σ (y − shift).
+        gram, cross: `(in, in)` Σ (x − shift)(x − shift)ᵀ and `(in, out)` Σ (x − shift)(y − shift)ᵀ.
+        square_y: Σ ‖y − shift‖².
+    """
+
+    rows: int
+    shift_x: Tensor
+    shift_y: Tensor
+    sum_x: Tensor
+    sum_y: Tensor
+    gram: Tensor
+    cross: Tensor
+    square_y: Tensor
+
+    def about(self, shift_x: Tensor, shift_y: Tensor) -> "NormalEquations":
+        """The same rows, summed about other points."""
+        by_x, by_y = self.shift_x - shift_x, self.shift_y - shift_y
+        return NormalEquations(
+            self.rows,
+            shift_x,
+            shift_y,
+            self.sum_x + self.rows * by_x,
+            self.sum_y + self.rows * by_y,
+            moved_gram(self.gram, self.sum_x, self.rows, by_x),
+            self.cross
+            + torch.outer(by_x, self.sum_y)
+            + torch.outer(self.sum_x, by_y)
+            + self.rows * torch.outer(by_x, by_y),
+            self.square_y + 2 * (by_y * self.sum_y).sum() + self.rows * by_y.square().sum(),
+        )
+
+    def solve(self, ridge: float | None = None) -> LinearFit:
+        """Solve for W and b; arguments and errors as for `LeastSquares.solve`."""
+        if not self.rows:
+            raise ValueError("got no rows to fit; expected at least one token that is neither padding nor BOS")
+        mean_x, mean_y = self.sum_x / self.rows, self.sum_y / self.rows
+        gram = self.gram / self.rows - torch.outer(mean_x, mean_x)
+        cross = self.cross / self.rows - torch.outer(mean_x, mean_y)
+        constant = gram.diagonal() <= CONSTANT * (self.shift_x + mean_x).square()
+        scale = gram.diagonal().sqrt().masked_fill(constant, torch.inf)
+        standardised = gram / scale / scale[:, None]
+        standardised.diagonal()[constant] = 1.0
+        ridge = self._choose_ridge(standardised) if ridge is None else ridge
+        standardised.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(standardised)
+        if failed:
+            raise ValueError(
+                f"got ridge={ridge:g}, at which {self.rows} rows do not determine a linear map of {len(gram)} "
+                "features; expected more rows or a larger ridge. Pass ridge=None to leave it to the fit"
+            )
+        weight = (torch.cholesky_solve(cross / scale[:, None], factor) / scale[:, None]).T
+        bias = self.shift_y + mean_y - weight @ (self.shift_x + mean_x)
+        variance = self.square_y / self.rows - mean_y.square().sum()
+        residual = variance - 2 * (weight * cross.T).sum() + ((weight @ gram) * weight).sum()
+        is_constant = variance <= CONSTANT * (self.shift_y + mean_y).square().sum()
+        r2 = 1.0 if is_constant else 1 - float(residual / variance)
+        return LinearFit(weight, bias, r2, ridge, self.rows)
+
+    def _choose_ridge(self, standardised: Tensor) -> float:
+        width = len(standardised)
+        if self.rows > width:
+            factor, failed = torch.linalg.cholesky_ex(standardised)
+            if not failed and factor.diagonal().min().square() > RANK_TOLERANCE:
+                return 0.0
+        warnings.warn(
+            f"{self.rows} rows do not determine a linear map of {width} features: solved with a relative ridge "
+            f"of {RIDGE:g}. Give more calibration tokens than the source is wide, better ten times as many",
+            stacklevel=4,
+        )
+        return RIDGE
+
+
+def moved_gram(gram: Tensor, sums: Tensor, rows: int, by: Tensor) -> Tensor:
+    """Σ z zᵀ after every row z, whose sum is `sums`, has grown by `by`."""
+    return gram + torch.outer(sums, by) + torch.outer(by, sums) + rows * torch.outer(by, by)
+
+
+def joint_equations(parts: Sequence[NormalEquations]) -> NormalEquations:
+    """The equations of one map for the rows of all parts, which must have one width of x and one of y."""
+    rows = sum(part.rows for part in parts)
+    shift_x = torch.stack([part.shift_x * part.rows + part.sum_x for part in parts]).sum(0) / max(rows, 1)
+    shift_y = torch.stack([part.shift_y * part.rows + part.sum_y for part in parts]).sum(0) / max(rows, 1)
+    moved = [part.about(shift_x, shift_y) for part in parts]
+    first, *others = moved
+    for other in others:
+        first = NormalEquations(
+            first.rows + other.rows,
+            shift_x,
+            shift_y,
+            first.sum_x + other.sum_x,
+            first.sum_y + other.sum_y,
+            first.gram + other.gram,
+            first.cross + other.cross,
+            first.square_y + other.square_y,
+        )
+    return first
 
 
 class LeastSquares:
@@ -101,7 +206,7 @@ class LeastSquares:
     def _move(self, is_x: bool, by: Tensor) -> None:
         """Take the sums about another shift: every row of x (or y) grows by `by`."""
         if is_x:
-            self._gram += torch.outer(self._sum_x, by) + torch.outer(by, self._sum_x) + self.rows * torch.outer(by, by)
+            self._gram = moved_gram(self._gram, self._sum_x, self.rows, by)
             self._cross += torch.outer(by, self._sum_y)
             self._sum_x += self.rows * by
         else:
@@ -121,40 +226,17 @@ class LeastSquares:
         Raises:
             ValueError: no row was added, or the rows do not determine the map at the ridge asked for.
         """
-        if not self.rows:
-            raise ValueError("got no rows to fit; expected at least one token that is neither padding nor BOS")
-        mean_x, mean_y = self._sum_x / self.rows, self._sum_y / self.rows
-        gram = self._gram / self.rows - torch.outer(mean_x, mean_x)
-        cross = self._cross / self.rows - torch.outer(mean_x, mean_y)
-        constant = gram.diagonal() <= CONSTANT * (self._shift_x + mean_x).square()
-        scale = gram.diagonal().sqrt().masked_fill(constant, torch.inf)
-        standardised = gram / scale / scale[:, None]
-        standardised.diagonal()[constant] = 1.0
-        ridge = self._choose_ridge(standardised) if ridge is None else ridge
-        standardised.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(standardised)
-        if failed:
-            raise ValueError(
-                f"got ridge={ridge:g}, at which {self.rows} rows do not determine a linear map of {len(gram)} "
-                "features; expected more rows or a larger ridge. Pass ridge=None to leave it to the fit"
-            )
-        weight = (torch.cholesky_solve(cross / scale[:, None], factor) / scale[:, None]).T
-        bias = self._shift_y + mean_y - weight @ (self._shift_x + mean_x)
-        variance = self._square_y / self.rows - mean_y.square().sum()
-        residual = variance - 2 * (weight * cross.T).sum() + ((weight @ gram) * weight).sum()
-        is_constant = variance <= CONSTANT * (self._shift_y + mean_y).square().sum()
-        r2 = 1.0 if is_constant else 1 - float(residual / variance)
-        return LinearFit(weight, bias, r2, ridge, self.rows)
+        return self.equations().solve(ridge)
 
-    def _choose_ridge(self, standardised: Tensor) -> float:
-        width = len(standardised)
-        if self.rows > width:
-            factor, failed = torch.linalg.cholesky_ex(standardised)
-            if not failed and factor.diagonal().min().square() > RANK_TOLERANCE:
-                return 0.0
-        warnings.warn(
-            f"{self.rows} rows do not determine a linear map of {width} features: solved with a relative ridge "
-            f"of {RIDGE:g}. Give more calibration tokens than the source is wide, better ten times as many",
-            stacklevel=3,
+    def equations(self) -> "NormalEquations":
+        """The sums so far."""
+        return NormalEquations(
+            self.rows,
+            self._shift_x,
+            self._shift_y,
+            self._sum_x,
+            self._sum_y,
+            self._gram,
+            self._cross,
+            self._square_y,
         )
-        return RIDGE

@@ -1,4 +1,4 @@
-"""Figures from plain numbers: heatmaps of scores and trade-off curves, as PNG and SVG.
+"""Figures from plain numbers: heatmaps of scores, trade-off curves and other lines, as PNG and SVG.
 
 Nothing here knows of models. matplotlib is the extra `plot`, loaded when a figure is drawn.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a trade-off plot.
+    """One line of a plot.
 
     Attributes:
         label: name in the legend.
@@ -33,12 +33,22 @@ class Series:
     line: bool = True
 
 
-def heatmaps(panels: Mapping[str, NDArray], xlabel: str, ylabel: str, path: str | Path | None = None) -> "Figure":
-    """Heatmaps side by side, rows and columns counted from 1; dark is low; the lowest cell carries a cross.
+def heatmaps(
+    panels: Mapping[str, NDArray],
+    xlabel: str,
+    ylabel: str,
+    path: str | Path | None = None,
+    *,
+    names: tuple[Sequence[str], Sequence[str]] | None = None,
+    marks: Sequence[tuple[int, int]] | None = None,
+) -> "Figure":
+    """Heatmaps side by side; dark is low.
 
     Args:
         panels: title → `(m, n)` values; nans stay blank.
         path: where to write, with or without an ending: PNG and SVG are both written.
+        names: of the rows and of the columns; None counts them from 1.
+        marks: cells (row, column), from 0, that carry a cross; None marks the lowest cell of each panel.
     """
     figure = _figure(width=1.0 + 4.6 * len(panels), height=3.6)
     for axes, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
@@ -52,19 +62,28 @@ def heatmaps(panels: Mapping[str, NDArray], xlabel: str, ylabel: str, path: str 
             aspect="auto",
             extent=(0.5, n + 0.5, 0.5, m + 0.5),
         )
-        row, column = np.unravel_index(np.nanargmin(values), values.shape)
-        axes.plot(column + 1, row + 1, "x", color="red", markersize=9, markeredgewidth=2)
+        for row, column in [np.unravel_index(np.nanargmin(values), values.shape)] if marks is None else marks:
+            axes.plot(column + 1, row + 1, "x", color="red", markersize=9, markeredgewidth=2)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(integer=True)
+        for axis, labels in zip((axes.yaxis, axes.xaxis), names or (None, None), strict=True):
+            if labels is None:
+                axis.get_major_locator().set_params(integer=True)
+            else:
+                axis.set_ticks(range(1, len(labels) + 1), labels)
         figure.colorbar(image, ax=axes)
     return _write(figure, path)
 
 
-def tradeoff(
-    series: Sequence[Series], xlabel: str, ylabel: str, title: str = "", path: str | Path | None = None
+def lines(
+    series: Sequence[Series],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    path: str | Path | None = None,
+    *,
+    integer_x: bool = False,
 ) -> "Figure":
-    """Quality against cost, one line or point set per series."""
+    """One line or point set per series; `integer_x` puts ticks at whole numbers only."""
     figure = _figure(width=6.4, height=4.2)
     axes = figure.subplots()
     for index, one in enumerate(series):
@@ -80,9 +99,17 @@ def tradeoff(
             capsize=3,
         )
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if integer_x:
+        axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     return _write(figure, path)
+
+
+def probe_accuracy(accuracies: Mapping[str, Sequence[float]], path: str | Path | None = None) -> "Figure":
+    """Accuracy of the probe after each block, one line per anchor (KLAS Fig. 3): name → accuracies from block 1 on."""
+    series = [Series(name, range(1, len(values) + 1), values) for name, values in accuracies.items()]
+    return lines(series, "block", "probe accuracy", path=path, integer_x=True)
 
 
 def _norm(values: NDArray) -> str:

@@ -21,12 +21,13 @@ class ResultRow:
 
     Attributes:
         rule: how the model was chosen: a selection rule, or "source" / "target" for an anchor itself.
-        stitch: `(i, j)`, or None for an anchor.
+        stitch: `(i, j)`, or None for a model that is no stitch, such as an anchor.
         seed: the seed that the row's random choices came from.
         macs: MACs of one sequence (or image) of the run's stated length.
         parameters: number of parameters.
         metrics: name → value.
         details: anything else worth keeping, as JSON values (training losses, R² of the stitching layer, …).
+        anchors: positions of source and target in a list of more than two anchors; `(k, k)` for anchor k itself.
     """
 
     rule: str
@@ -36,11 +37,17 @@ class ResultRow:
     parameters: int
     metrics: Mapping[str, float]
     details: Mapping[str, Any] = field(default_factory=dict)
+    anchors: tuple[int, int] = (0, 1)
 
     @property
-    def key(self) -> tuple[str, tuple[int, int] | None, int]:
+    def key(self) -> tuple[str, tuple[int, int] | None, int, tuple[int, int]]:
         """What makes a row one of its kind in a run."""
-        return self.rule, self.stitch, self.seed
+        return self.rule, self.stitch, self.seed, self.anchors
+
+    def is_of(self, stitch: Stitch) -> bool:
+        """Whether the row measured this stitch, of these anchors."""
+        pair = stitch.source_stop, stitch.target_start
+        return self.stitch == pair and self.anchors == (stitch.source, stitch.target)
 
 
 def library_versions() -> dict[str, str]:
@@ -81,10 +88,23 @@ class RowFile:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def find(self, rule: str, stitch: Stitch | None, seed: int) -> ResultRow | None:
-        """The row of this key, or None when it is still to be measured."""
-        pair = None if stitch is None else (stitch.source_stop, stitch.target_start)
-        return next((row for row in self.rows if row.key == (rule, pair, seed)), None)
+    def find(
+        self, rule: str, stitch: Stitch | None, seed: int, anchors: tuple[int, int] | None = None
+    ) -> ResultRow | None:
+        """The row of this key, or None when it is still to be measured.
+
+        Args:
+            anchors: where there is no stitch, the row's anchors; None: (0, 1). A stitch names its own.
+        """
+        if stitch is None:
+            pair, place = None, anchors or (0, 1)
+        elif anchors is None:
+            pair, place = (stitch.source_stop, stitch.target_start), (stitch.source, stitch.target)
+        else:
+            raise ValueError(
+                f"got anchors={anchors} and the stitch {stitch}; expected no anchors: a stitch has its own"
+            )
+        return next((row for row in self.rows if row.key == (rule, pair, seed, place)), None)
 
     def append(self, row: ResultRow, *, to_disk: bool = True) -> None:
         """Write a row; it is on disk when this returns, unless another process writes it (`to_disk=False`)."""
@@ -126,7 +146,8 @@ class RowFile:
 
 def _row(line: dict[str, Any]) -> ResultRow:
     stitch = line.pop("stitch")
-    return ResultRow(stitch=None if stitch is None else (stitch[0], stitch[1]), **line)
+    first, second = line.pop("anchors", (0, 1))  # files of older versions know of two anchors only
+    return ResultRow(stitch=None if stitch is None else (stitch[0], stitch[1]), anchors=(first, second), **line)
 
 
 def _line(value: Any) -> str:
@@ -146,30 +167,44 @@ def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: int | None = None) -> str:
     """Rows as a Markdown table, cheapest first; the mean and its standard error where seeds repeat a row.
 
+    The anchors of each row are shown where there are more than the two.
+
     Args:
         metrics: which figures to show.
         total_macs: MACs that count as 100 %; None leaves that column out.
     """
-    groups: dict[tuple[int, str, Any], list[ResultRow]] = {}
+    groups: dict[tuple[int, str, Any, tuple[int, int]], list[ResultRow]] = {}
     for row in rows:
-        groups.setdefault((row.macs, row.rule, row.stitch), []).append(row)
+        groups.setdefault((row.macs, row.rule, row.stitch, row.anchors), []).append(row)
+    several = any(anchors != (0, 1) for *_, anchors in groups)
     share = ["of target"] if total_macs else []
-    lines = [["rule", "stitch", "M parameters", "M MACs", *share, *metrics]]
-    for (macs, rule, stitch), group in sorted(groups.items(), key=lambda item: item[0][:2]):
+    lines = [["rule", *(["anchors"] if several else []), "stitch", "M parameters", "M MACs", *share, *metrics]]
+    for (macs, rule, stitch, anchors), group in sorted(groups.items(), key=lambda item: item[0][:2]):
         cells = [
             rule,
+            *([_anchors(anchors)] if several else []),
             "–" if stitch is None else str(tuple(stitch)),
             f"{group[0].parameters / 1e6:.2f}",
             f"{macs / 1e6:,.1f}",
         ]
         cells += [f"{macs / total_macs:.0%}"] if total_macs else []
         lines.append(cells + [_mean_and_error([row.metrics[name] for row in group]) for name in metrics])
+    return markdown_table(lines)
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table whose columns line up; the first line is the heading."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     ]
     rule_line = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([padded[0], rule_line, *padded[1:]])
+
+
+def _anchors(anchors: tuple[int, int]) -> str:
+    first, second = anchors
+    return str(first) if first == second else f"{first}→{second}"
 
 
 def _mean_and_error(values: Sequence[float]) -> str:

@@ -1,8 +1,12 @@
-"""The scores of all stitches between two anchors, as a value: KLAS Eq. 1 and 2 with their intervals."""
+"""The scores of all stitches between two anchors, as a value: KLAS Eq. 1 and 2 with their intervals.
+
+Beside Γ and Θ stand the measures that KLAS is compared with (Tab. 1, 2, 9 and 10), each from a statistic that a
+scoring pass may have gathered.
+"""
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +37,13 @@ class StitchScores:
         sequences, tokens: how much data the means are over.
         costs: what each stitch costs.
         provenance: anchors, revisions, probes, library versions and seed, as plain JSON values.
+        statistics: what the other scores need, each `(m, n)` laid out as `cross` (row i - 1, column j - 1 for target
+            block j = 1…n): "theta_reversed" Θ(P_j^g, P_i^f), "mse" and "ce" of the probes' distributions,
+            "dm" 1 − R² of the least-squares map, "cka" and "class_cka" similarities (1: the same up to a rotation),
+            "cross_shuffled" Θ of probes trained on shuffled labels; and `(n - 1,)` "capacity_shuffled", theirs too.
+
+    Raises:
+        ValueError: an unknown score, one whose statistics are missing, or a statistic of another shape.
     """
 
     score: str
@@ -45,9 +56,23 @@ class StitchScores:
     tokens: int
     costs: StitchCosts
     provenance: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_score(self.score)
+        check_score(self.score, self.statistics)
+        for name, statistic in self.statistics.items():
+            expected = self.capacity.shape if name == "capacity_shuffled" else self.cross.shape
+            if statistic.shape != expected:
+                raise ValueError(f"got the statistic {name!r} of shape {statistic.shape}; expected {expected}")
+
+    @property
+    def available(self) -> tuple[str, ...]:
+        """Names of the scores whose statistics are here, in the order of `SCORES`."""
+        return available_scores(self.statistics)
+
+    def with_score(self, name: str) -> "StitchScores":
+        """The same statistics ranked by another score, one of `available`."""
+        return replace(self, score=name)
 
     @property
     def gamma(self) -> Array:
@@ -55,20 +80,24 @@ class StitchScores:
 
         Not finite, and so no candidate of a selection, where target block j + 1 has no capacity at all.
         """
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return self.cross[:, :-1] / self.capacity
+        return _gamma(self.cross, self.capacity)
 
     @property
     def values(self) -> Array:
-        """`(m, n)` the chosen score laid out as `StitchCosts.macs`: row i - 1, column j; nan where undefined."""
+        """`(m, n)` the chosen score laid out as `StitchCosts.macs`: row i - 1, column j.
+
+        nan where it is undefined, and where the two blocks cannot be stitched.
+        """
         values = np.full(self.cross.shape, np.nan)
         values[:, 1:] = SCORES[self.score](self)
+        values[~self.costs.possible] = np.nan
         return values
 
     @property
     def stitches(self) -> tuple[Stitch, ...]:
         """Every stitch that has a score, in the order of `values` without its nans."""
-        return tuple(Stitch(int(i) + 1, int(j)) for i, j in np.argwhere(np.isfinite(self.values)))
+        ends = self.costs.source, self.costs.target
+        return tuple(Stitch(i + 1, j, *ends) for i, j in np.argwhere(np.isfinite(self.values)).tolist())
 
     def value_of(self, stitch: Stitch) -> float:
         """The score of one stitch; nan where it is undefined."""
@@ -82,17 +111,21 @@ class StitchScores:
         return normal_interval(getattr(self, quantity), getattr(self, f"{quantity}_error"), confidence)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Heatmaps of Θ and Γ with the best stitch marked; writes PNG and SVG beside each other if `path` is given."""
+        """Heatmaps of Θ and Γ with the best stitch marked; writes PNG and SVG beside each other if `path` is given.
+
+        Γ is blank where two blocks cannot be stitched, and for the last target block.
+        """
         gamma = np.full(self.cross.shape, np.nan)
-        gamma[:, :-1] = self.gamma
+        gamma[:, :-1] = np.where(self.costs.possible[:, 1:], self.gamma, np.nan)
         panels = {"Θ, nats (Eq. 1)": self.cross, "Γ = Θ / capacity (Eq. 2)": gamma}
         return plotting.heatmaps(panels, "target block j", "source block i", path)
 
     def save(self, path: str | Path) -> Path:
         """Write the scores as one safetensors file, whole or not at all."""
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        costs = asdict(self.costs)
-        arrays |= {f"costs.{name}": np.asarray(value) for name, value in costs.items()}
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays |= {f"costs.{name}": value for name, value in asdict(self.costs).items() if value is not None}
+        arrays |= {f"statistics.{name}": value for name, value in self.statistics.items()}
+        arrays = {name: np.array(value, order="C") for name, value in arrays.items()}
         plain = {name: getattr(self, name) for name in ("score", "sequences", "tokens", "provenance")}
         return write_atomically(path, lambda part: save_file(arrays, part, {"klas_hf": json.dumps(plain)}))
 
@@ -106,10 +139,20 @@ class StitchScores:
         if "klas_hf" not in metadata:
             raise ValueError(f"got {path}, a safetensors file without stitch scores; expected one of StitchScores.save")
         arrays = load_file(path)
-        costs = {f.name: arrays[f"costs.{f.name}"] for f in fields(StitchCosts)}
-        costs = {name: value if value.ndim else int(value) for name, value in costs.items()}
+        costs: dict[str, Any] = _part(arrays, "costs.")
+        costs |= {name: int(value) for name, value in costs.items() if not value.ndim}
         plain = json.loads(metadata["klas_hf"])
-        return cls(**plain, **{name: arrays[name] for name in _ARRAYS}, costs=StitchCosts(**costs))
+        plain |= {name: arrays[name] for name in _ARRAYS}
+        return cls(**plain, costs=StitchCosts(**costs), statistics=_part(arrays, "statistics."))
+
+
+def _gamma(cross: Array, capacity: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return cross[:, :-1] / capacity
+
+
+def _part(arrays: dict[str, NDArray], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
 _ARRAYS = ("cross", "capacity", "cross_error", "capacity_error", "gamma_error")
@@ -118,10 +161,40 @@ _ARRAYS = ("cross", "capacity", "cross_error", "capacity_error", "gamma_error")
 SCORES: dict[str, Callable[[StitchScores], Array]] = {
     "klas": lambda scores: scores.gamma,
     "theta": lambda scores: scores.cross[:, :-1],
+    "theta_reversed": lambda scores: scores.statistics["theta_reversed"][:, :-1],
+    "mse": lambda scores: scores.statistics["mse"][:, :-1],
+    "ce": lambda scores: scores.statistics["ce"][:, :-1],
+    "dm": lambda scores: scores.statistics["dm"][:, :-1],
+    "cka": lambda scores: 1 - scores.statistics["cka"][:, :-1],
+    "class_cka": lambda scores: 1 - scores.statistics["class_cka"][:, :-1],
+    "klas_shuffled": lambda scores: _gamma(scores.statistics["cross_shuffled"], scores.statistics["capacity_shuffled"]),
+}
+
+# The entries of `StitchScores.statistics` that each score is made from.
+NEEDED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("klas", "theta"), ()),
+    **{name: (name,) for name in ("theta_reversed", "mse", "ce", "dm", "cka", "class_cka")},
+    "klas_shuffled": ("cross_shuffled", "capacity_shuffled"),
 }
 
 
-def check_score(score: str) -> None:
-    """Raise ValueError, naming the known scores, unless `score` is one of them."""
+def available_scores(statistics: Collection[str]) -> tuple[str, ...]:
+    """Names of the scores that these entries of `StitchScores.statistics` give, in the order of `SCORES`."""
+    return tuple(name for name in SCORES if set(NEEDED[name]) <= set(statistics))
+
+
+def check_score(score: str, statistics: Collection[str] = ()) -> None:
+    """Raise ValueError, naming the scores there are, unless `score` is one that the statistics give.
+
+    Args:
+        statistics: names of the entries of `StitchScores.statistics` that are there or will be gathered.
+    """
     if score not in SCORES:
         raise ValueError(f"got score={score!r}; expected one of {sorted(SCORES)}")
+    known = available_scores(statistics)
+    if score not in known:
+        missing = [name for name in NEEDED[score] if name not in statistics]
+        raise ValueError(
+            f"got score={score!r}; expected one of {list(known)}, the scores that the statistics at hand give: "
+            f"it needs {missing} as well. Gather them when scoring, or take one of those scores"
+        )

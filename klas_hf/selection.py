@@ -1,11 +1,12 @@
 """Which stitches to make: KLAS selection (Alg. 3, Eq. 3) and the rules it is compared with.
 
 Every rule returns a `StitchSelection`. Candidates that cost less than the source or more than the target are no
-interpolation between the anchors: they are dropped, and counted.
+interpolation between the anchors: they are dropped, and counted. Where several pairs of anchors are stitched, a rule
+takes the scores (or costs) of all pairs, buckets each pair by itself and gives the union, as Alg. 3 does.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ class StitchSelection:
         stitches: the choice.
         macs: MACs of each.
         values: score of each, lower is better; nan where the rule uses no score.
-        buckets: cost bucket of each, from 0; -1 where the rule uses no buckets.
+        buckets: cost bucket of each among those of its pair of anchors, from 0; -1 where the rule uses no buckets.
         candidates: number of stitches inside the anchors' cost range that were considered.
         outside: number of stitches dropped because they cost less than the source or more than the target.
     """
@@ -50,35 +51,84 @@ class StitchSelection:
         return self.stitches[index]
 
     def best_per_bucket(self) -> "StitchSelection":
-        """Keep the lowest value of each bucket (τ = 0)."""
-        best: dict[int, int] = {}
-        for place, (bucket, value) in enumerate(zip(self.buckets, self.values, strict=True)):
-            if bucket not in best or value < self.values[best[bucket]]:
+        """Keep the lowest value of each bucket of each pair of anchors (τ = 0)."""
+        best: dict[tuple[int, int, int], int] = {}
+        for place, (stitch, number) in enumerate(zip(self.stitches, self.buckets, strict=True)):
+            bucket = stitch.source, stitch.target, number
+            if bucket not in best or self.values[place] < self.values[best[bucket]]:
                 best[bucket] = place
-        return self._take(sorted(best.values()))
+        return self.take(sorted(best.values()))
 
     def spread(self, count: int) -> "StitchSelection":
         """Keep `count` stitches, evenly spaced in rank by cost; all where there are fewer."""
         places = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
-        return self._take(sorted(set(places.tolist())))
+        return self.take(sorted(set(places.tolist())))
 
-    def _take(self, places: list[int]) -> "StitchSelection":
+    def take(self, places: Sequence[int]) -> "StitchSelection":
+        """Keep the stitches at these places, in this order."""
+
         def pick(field: tuple) -> tuple:
             return tuple(field[place] for place in places)
 
-        return StitchSelection(
-            self.rule,
-            pick(self.stitches),
-            pick(self.macs),
-            pick(self.values),
-            pick(self.buckets),
-            self.candidates,
-            self.outside,
+        fields = pick(self.stitches), pick(self.macs), pick(self.values), pick(self.buckets)
+        return StitchSelection(self.rule, *fields, self.candidates, self.outside)
+
+
+def merge_selections(selections: Sequence[StitchSelection], rule: str | None = None) -> StitchSelection:
+    """The union of several selections, cheapest first, each stitch once with the value and bucket it first has.
+
+    Args:
+        selections: of several pairs of anchors, say. `candidates` and `outside` are summed.
+        rule: name of the union; None takes the one that all selections have.
+
+    Raises:
+        ValueError: no selection, or rules that differ and no name for the union.
+    """
+    rules = sorted({one.rule for one in selections})
+    if not rules or (rule is None and len(rules) > 1):
+        raise ValueError(
+            f"got {len(selections)} selections of the rules {rules}; expected at least one selection, and one rule. "
+            "Name a union of several with rule=…"
         )
+    rows: dict[Stitch, tuple[int, float, int]] = {}
+    for one in selections:
+        for stitch, row in zip(one.stitches, zip(one.macs, one.values, one.buckets, strict=True), strict=True):
+            rows.setdefault(stitch, row)
+    order = sorted(rows, key=lambda stitch: rows[stitch][0])
+    macs, values, buckets = zip(*(rows[stitch] for stitch in order), strict=True) if order else ((), (), ())
+    candidates, outside = sum(one.candidates for one in selections), sum(one.outside for one in selections)
+    return StitchSelection(rule or rules[0], tuple(order), macs, values, buckets, candidates, outside)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many stitches two selections share (KLAS Tab. 4), and how many each has."""
+
+    common: int
+    of_first: int
+    of_second: int
+
+
+def overlap(first: Iterable[Stitch], second: Iterable[Stitch]) -> Overlap:
+    """Count the stitches that two rules agree on; a stitch counts once."""
+    one, other = set(first), set(second)
+    return Overlap(len(one & other), len(one), len(other))
+
+
+def recovery(selection: Iterable[Stitch], viable: Iterable[Stitch]) -> float:
+    """Share of the viable stitches that a rule has chosen (KLAS Tab. 1), 0 to 1.
+
+    Raises:
+        ValueError: no stitch is viable.
+    """
+    found = overlap(selection, viable)
+    if not found.of_second:
+        raise ValueError("got no viable stitch; expected at least one to recover")
+    return found.common / found.of_second
 
 
 def select_stitches(
-    scores: StitchScores,
+    scores: StitchScores | Sequence[StitchScores],
     *,
     buckets: int = 20,
     threshold: float = 0.05,
@@ -88,8 +138,9 @@ def select_stitches(
     """KLAS selection (Alg. 3): in each cost bucket keep every stitch whose score is near the bucket's lowest.
 
     Args:
-        scores: scores and costs of all candidates.
-        buckets: number of cost buckets between the anchors' MACs.
+        scores: scores and costs of all candidates; of several pairs of anchors, each bucketed by itself.
+        buckets: number of cost buckets between the anchors' MACs. There may be more than candidates; empty ones
+            give nothing.
         threshold: τ of Eq. 3. Relative, as the paper's text has it: keep score <= (1 + τ) · lowest.
         spacing: buckets of equal "width" in MACs (the paper), or of equal candidate counts ("quantile").
         absolute: keep score <= lowest + τ instead, as the printed Eq. 3 can be read.
@@ -99,12 +150,16 @@ def select_stitches(
     """
     if not threshold >= 0:
         raise ValueError(f"got threshold={threshold}; expected 0 or more")
-    rows, columns, outside = _inside(scores.costs, np.isfinite(scores.values))
-    macs, values = scores.costs.macs[rows, columns], scores.values[rows, columns]
-    bucket = bucket_of(macs, scores.costs.source_total, scores.costs.target_total, buckets, spacing)
-    keep = near_bucket_minimum(values, bucket, threshold, absolute)
-    places = rows[keep], columns[keep]
-    return _selection(scores.score, *places, macs[keep], values[keep], bucket[keep], len(rows), outside)
+    if not isinstance(scores, StitchScores):
+        each = [
+            select_stitches(one, buckets=buckets, threshold=threshold, spacing=spacing, absolute=absolute)
+            for one in scores
+        ]
+        return merge_selections(each)
+    every = _Candidates.scored(scores)
+    bucket = every.buckets(buckets, spacing)
+    keep = near_bucket_minimum(every.values, bucket, threshold, absolute)
+    return every.selection(scores.score, keep, bucket[keep])
 
 
 def match_stitches(scores: StitchScores, reference: StitchSelection, *, tolerance: float = 0.05) -> StitchSelection:
@@ -119,25 +174,33 @@ def match_stitches(scores: StitchScores, reference: StitchSelection, *, toleranc
         One match per reference stitch, cheapest first, a stitch twice where it matches two. The reference stitch
         itself is among the candidates.
     """
-    rows, columns, outside = _inside(scores.costs, np.isfinite(scores.values))
-    macs, values = scores.costs.macs[rows, columns], scores.values[rows, columns]
+    every = _Candidates.scored(scores)
+    macs = every.macs
     near = [np.flatnonzero((macs <= cost) & (macs >= (1 - tolerance) * cost)) for cost in reference.macs]
-    keep = np.array([places[np.argmin(values[places])] for places in near if len(places)], dtype=np.int64)
-    none = np.full(len(keep), -1)
-    return _selection(scores.score, rows[keep], columns[keep], macs[keep], values[keep], none, len(rows), outside)
+    keep = [places[np.argmin(every.values[places])] for places in near if len(places)]
+    return every.selection(scores.score, np.array(keep, dtype=np.int64))
 
 
-def min_kl_stitches(scores: StitchScores, count: int) -> StitchSelection:
-    """Min-KL, the paper's ablation (App. C): the `count` stitches of lowest Θ, with no capacity and no buckets."""
+def best_stitches(scores: StitchScores | Sequence[StitchScores], *, count: int) -> StitchSelection:
+    """The `count` stitches of lowest score with no buckets, over all pairs of anchors together.
+
+    Raises:
+        ValueError: a count below 1, or no candidate between the anchors' costs.
+    """
     if count < 1:
         raise ValueError(f"got count={count}; expected at least 1")
-    theta = scores.cross[:, :-1]
-    rows, columns, outside = _inside(scores.costs, np.isfinite(_after_first(theta)))
-    values = _after_first(theta)[rows, columns]
-    lowest = np.argsort(values, kind="stable")[:count]
-    macs = scores.costs.macs[rows, columns]
-    none = np.full(len(lowest), -1)
-    return _selection("min_kl", rows[lowest], columns[lowest], macs[lowest], values[lowest], none, len(rows), outside)
+    each = []
+    for one in [scores] if isinstance(scores, StitchScores) else scores:
+        every = _Candidates.scored(one)
+        each.append(every.selection(one.score, np.argsort(every.values, kind="stable")[:count]))
+    union = merge_selections(each)
+    return union.take(np.sort(np.argsort(union.values, kind="stable")[:count]).tolist())
+
+
+def min_kl_stitches(scores: StitchScores | Sequence[StitchScores], count: int) -> StitchSelection:
+    """Min-KL, the paper's ablation (App. C): the `count` stitches of lowest Θ, with no capacity and no buckets."""
+    each = [scores] if isinstance(scores, StitchScores) else scores
+    return replace(best_stitches([one.with_score("theta") for one in each], count=count), rule="min_kl")
 
 
 def esta_stitches(costs: StitchCosts, *, mapping: Mapping = "proportional") -> StitchSelection:
@@ -157,15 +220,17 @@ def esta_stitches(costs: StitchCosts, *, mapping: Mapping = "proportional") -> S
         j = matched[mapping](i)
         if 0 < j < n:
             chosen[i - 1, j] = True
-    rows, columns, outside = _inside(costs, chosen)
-    macs = costs.macs[rows, columns]
-    unscored = np.full(len(rows), np.nan)
-    none = np.full(len(rows), -1)
-    return _selection(f"esta_{mapping}", rows, columns, macs, unscored, none, len(rows), outside)
+    every = _Candidates.of(costs, chosen)
+    return every.selection(f"esta_{mapping}", np.arange(len(every.rows)))
 
 
 def random_stitches(
-    costs: StitchCosts, *, buckets: int = 20, per_bucket: int = 1, seed: int = 0, spacing: Spacing = "width"
+    costs: StitchCosts | Sequence[StitchCosts],
+    *,
+    buckets: int = 20,
+    per_bucket: int = 1,
+    seed: int = 0,
+    spacing: Spacing = "width",
 ) -> StitchSelection:
     """Uniform choice of `per_bucket` stitches in each cost bucket, the floor that any rule must beat.
 
@@ -173,16 +238,18 @@ def random_stitches(
     """
     if per_bucket < 1:
         raise ValueError(f"got per_bucket={per_bucket}; expected at least 1")
-    rows, columns, outside = _inside(costs, _after_first(np.ones((costs.macs.shape[0], costs.macs.shape[1] - 1))) == 1)
-    macs = costs.macs[rows, columns]
-    bucket = bucket_of(macs, costs.source_total, costs.target_total, buckets, spacing)
     generator = np.random.default_rng(seed)
-    shuffled = generator.permutation(len(rows))
-    order = shuffled[np.argsort(bucket[shuffled], kind="stable")]
-    first_of_bucket = np.searchsorted(bucket[order], bucket[order])
-    keep = order[np.arange(len(order)) - first_of_bucket < per_bucket]
-    unscored = np.full(len(keep), np.nan)
-    return _selection("random", rows[keep], columns[keep], macs[keep], unscored, bucket[keep], len(rows), outside)
+    each = []
+    for one in [costs] if isinstance(costs, StitchCosts) else costs:
+        has_probe = np.broadcast_to(np.arange(one.macs.shape[1]) > 0, one.macs.shape)
+        every = _Candidates.of(one, has_probe)
+        bucket = every.buckets(buckets, spacing)
+        shuffled = generator.permutation(len(bucket))
+        order = shuffled[np.argsort(bucket[shuffled], kind="stable")]
+        first_of_bucket = np.searchsorted(bucket[order], bucket[order])
+        keep = order[np.arange(len(order)) - first_of_bucket < per_bucket]
+        each.append(every.selection("random", keep, bucket[keep]))
+    return merge_selections(each)
 
 
 def bucket_of(macs: NDArray, low: int, high: int, buckets: int, spacing: Spacing = "width") -> NDArray[np.int64]:
@@ -216,43 +283,63 @@ def near_bucket_minimum(
     return np.flatnonzero(values <= limit)
 
 
-def _inside(costs: StitchCosts, candidates: NDArray[np.bool_]) -> tuple[NDArray, NDArray, int]:
-    """Rows and columns of the candidates between the anchors' costs, and how many others there are."""
-    costs.check_direction()
-    inside = (costs.macs >= costs.source_total) & (costs.macs <= costs.target_total)
-    rows, columns = np.nonzero(candidates & inside)
-    if not len(rows):
-        raise ValueError(
-            f"got no stitch between the anchors' costs, {costs.source_total:,} and {costs.target_total:,} MACs, "
-            f"among {int(candidates.sum())} candidates; expected anchors of different sizes whose blocks differ in "
-            "cost, so that some stitch lies between them"
+@dataclass(frozen=True, eq=False)
+class _Candidates:
+    """What a rule chooses from: the possible stitches of two anchors that cost no less and no more than these do.
+
+    Attributes:
+        costs: of the anchors.
+        rows, columns, values: `(candidates,)` place in `costs.macs`, and score (nan for none), of each.
+        outside: number of stitches that were left out for their cost.
+    """
+
+    costs: StitchCosts
+    rows: NDArray
+    columns: NDArray
+    values: NDArray
+    outside: int
+
+    @classmethod
+    def of(cls, costs: StitchCosts, considered: NDArray[np.bool_], values: NDArray | None = None) -> "_Candidates":
+        """`considered`: `(m, n)` which stitches the rule looks at; those that cannot be made are none of them."""
+        costs.check_direction()
+        considered = considered & costs.possible
+        inside = (costs.macs >= costs.source_total) & (costs.macs <= costs.target_total)
+        rows, columns = np.nonzero(considered & inside)
+        if not len(rows):
+            raise ValueError(
+                f"got no stitch between the anchors' costs, {costs.source_total:,} and {costs.target_total:,} MACs, "
+                f"among {int(considered.sum())} candidates; expected anchors of different sizes whose blocks differ "
+                "in cost, so that some stitch lies between them"
+            )
+        scores = np.full(len(rows), np.nan) if values is None else values[rows, columns]
+        return cls(costs, rows, columns, scores, int((considered & ~inside).sum()))
+
+    @classmethod
+    def scored(cls, scores: StitchScores) -> "_Candidates":
+        """Every stitch that has a finite score."""
+        return cls.of(scores.costs, np.isfinite(values := scores.values), values)
+
+    @property
+    def macs(self) -> NDArray:
+        return self.costs.macs[self.rows, self.columns]
+
+    def buckets(self, count: int, spacing: Spacing) -> NDArray[np.int64]:
+        return bucket_of(self.macs, self.costs.source_total, self.costs.target_total, count, spacing)
+
+    def selection(self, rule: str, keep: NDArray[np.int64], buckets: NDArray | None = None) -> StitchSelection:
+        """The candidates at the places `keep`, cheapest first; `buckets` is the bucket of each of these."""
+        buckets = np.full(len(keep), -1) if buckets is None else buckets
+        macs = self.macs[keep]
+        order = np.argsort(macs, kind="stable")
+        keep = keep[order]
+        places = zip(self.rows[keep].tolist(), self.columns[keep].tolist(), strict=True)
+        return StitchSelection(
+            rule,
+            tuple(Stitch(i + 1, j, self.costs.source, self.costs.target) for i, j in places),
+            tuple(macs[order].tolist()),
+            tuple(self.values[keep].tolist()),
+            tuple(buckets[order].tolist()),
+            len(self.rows),
+            self.outside,
         )
-    return rows, columns, int((candidates & ~inside).sum())
-
-
-def _after_first(matrix: NDArray) -> NDArray:
-    """Lay an (m, n - 1) matrix over j = 1…n-1 out as the (m, n) of StitchCosts, with nan at j = 0."""
-    return np.pad(matrix, ((0, 0), (1, 0)), constant_values=np.nan)
-
-
-def _selection(
-    rule: str,
-    rows: NDArray,
-    columns: NDArray,
-    macs: NDArray,
-    values: NDArray,
-    buckets: NDArray,
-    candidates: int,
-    outside: int,
-) -> StitchSelection:
-    order = np.argsort(macs, kind="stable")
-    stitches = tuple(Stitch(int(i) + 1, int(j)) for i, j in zip(rows[order], columns[order], strict=True))
-    return StitchSelection(
-        rule,
-        stitches,
-        tuple(macs[order].tolist()),
-        tuple(values[order].tolist()),
-        tuple(buckets[order].tolist()),
-        candidates,
-        outside,
-    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, order=True)
@@ -36,18 +37,21 @@ class Stitch:
             )
 
     def __str__(self) -> str:
-        return f"({self.source_stop}, {self.target_start})"
+        pair = f"({self.source_stop}, {self.target_start})"
+        return pair if (self.source, self.target) == (0, 1) else f"{self.source}→{self.target} {pair}"
 
     @classmethod
-    def of(cls, stitch: "Stitch | tuple[int, int]") -> "Stitch":
-        """Accept a pair `(i, j)` where a stitch is expected."""
+    def of(cls, stitch: "Stitch | tuple[int, int] | tuple[int, int, int, int]") -> "Stitch":
+        """Accept a pair `(i, j)`, or `(i, j, source, target)`, where a stitch is expected."""
         if isinstance(stitch, Stitch):
             return stitch
         try:
-            source_stop, target_start = map(operator.index, stitch)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"got stitch={stitch!r}; expected Stitch(i, j) or a pair (i, j)") from error
-        return cls(source_stop, target_start)
+            numbers = [operator.index(number) for number in stitch]
+        except TypeError:
+            numbers = []
+        if len(numbers) not in (2, 4):
+            raise TypeError(f"got stitch={stitch!r}; expected Stitch(i, j) or a pair (i, j) or (i, j, source, target)")
+        return cls(*numbers)
 
     def check(self, source_blocks: int, target_blocks: int) -> None:
         """Raise ValueError unless the stitch fits anchors of these depths (in blocks)."""
@@ -66,26 +70,53 @@ class StitchCosts:
     blocks it keeps and the target's head.
 
     Attributes:
-        tokens: length of the sequence that the MACs are for.
+        tokens: length of the sequence that the MACs are for; 0 for images.
         source_blocks, target_blocks: `(m,)` and `(n,)` MACs of each block.
-        stitch: MACs of the stitching layer.
+        stitch: MACs of the stitching layer: one number, or `(m, n)` laid out as `macs`.
         source_total, target_total: MACs of the anchors themselves.
         ends: MACs of the source's input part and the target's head.
         source_parameters, target_parameters: `(m,)` and `(n,)` parameters of each block.
-        stitch_parameters, ends_parameters: parameters of the stitching layer, and of both ends.
+        stitch_parameters, ends_parameters: parameters of the stitching layer (a number or `(m, n)`), and of both ends.
+        source, target: positions of the two anchors in a list of more than two.
+        source_stages, target_stages: `(m,)` and `(n,)` stage that each block belongs to; None: one stage for all.
+        allowed: `(m, n)` laid out as `macs`, whether the two blocks can be stitched (same spatial grid); None: all can.
+        image_height, image_width: pixels of the image that the MACs are for; 0 for sequences.
+
+    Raises:
+        ValueError: an array that has another shape than the blocks ask for.
     """
 
     tokens: int
     source_blocks: np.ndarray
     target_blocks: np.ndarray
-    stitch: int
+    stitch: int | NDArray
     source_total: int
     target_total: int
     ends: int
     source_parameters: np.ndarray
     target_parameters: np.ndarray
-    stitch_parameters: int
+    stitch_parameters: int | NDArray
     ends_parameters: int
+    source: int = 0
+    target: int = 1
+    source_stages: NDArray | None = None
+    target_stages: NDArray | None = None
+    allowed: NDArray[np.bool_] | None = None
+    image_height: int = 0
+    image_width: int = 0
+
+    def __post_init__(self) -> None:
+        m, n = len(self.source_blocks), len(self.target_blocks)
+        for name, value, shape in (
+            ("source_stages", self.source_stages, (m,)),
+            ("target_stages", self.target_stages, (n,)),
+            ("allowed", self.allowed, (m, n)),
+        ):
+            if value is not None and value.shape != shape:
+                raise ValueError(f"got {name} of shape {value.shape}; expected {shape}: anchors of {m} and {n} blocks")
+        for name, cost in (("stitch", self.stitch), ("stitch_parameters", self.stitch_parameters)):
+            if np.shape(cost) not in ((), (m, n)):
+                raise ValueError(f"got {name} of shape {np.shape(cost)}; expected one number or the shape {(m, n)}")
 
     @cached_property
     def macs(self) -> np.ndarray:
@@ -97,6 +128,11 @@ class StitchCosts:
         """`(m, n)` parameters, laid out as `macs`."""
         blocks = _prefixes(self.source_parameters) + _suffixes(self.target_parameters)
         return blocks + self.ends_parameters + self.stitch_parameters
+
+    @cached_property
+    def possible(self) -> NDArray[np.bool_]:
+        """`(m, n)` whether each stitch can be made, laid out as `macs`."""
+        return np.ones(self.macs.shape, dtype=bool) if self.allowed is None else self.allowed
 
     def of(self, stitch: Stitch) -> tuple[int, int]:
         """MACs and parameters of one stitch."""

@@ -173,3 +173,17 @@ def test_a_stitch_counts_once_in_correlations() -> None:
         stats.pearsonr([made.value_of(Stitch(*pair)) for pair in values], drops).statistic
     )
     assert got.stitches == 4
+
+
+def test_correlations_are_over_the_rows_of_the_scored_anchors_only() -> None:
+    made = scores()
+    rows = [row(1, 1 / (i + j), (i, j)) for i in (1, 2, 3) for j in (1, 2)]
+    expected = correlation_report(made, rows, "accuracy")
+    others = [dataclasses.replace(one, anchors=(1, 2), metrics={"accuracy": 7.0 * one.stitch[0]}) for one in rows]
+    assert correlation_report(made, others + rows, "accuracy") == expected
+    moved = dataclasses.replace(made, costs=dataclasses.replace(made.costs, source=1, target=2))
+    assert (
+        correlation_report(moved, others + rows, "accuracy")
+        == correlation_report(made, [dataclasses.replace(one, anchors=(0, 1)) for one in others], "accuracy")
+        != expected
+    )

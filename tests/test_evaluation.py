@@ -86,6 +86,10 @@ def test_rows_are_measured_once_and_shared_between_rules(tmp_path: Path) -> None
     assert [(row.rule, row.stitch) for row in other] == [("esta", (2, 2)), ("esta", (1, 3))]
     evaluate_stitches([Stitch(2, 2)], make, measure, rule="esta", rows=again, seed=8)
     assert made[-1] == Stitch(2, 2)  # another seed is another model
+    moved = Stitch(1, 2, source=0, target=2)  # and so is another pair of anchors
+    elsewhere = evaluate_stitches([moved], lambda _: make(Stitch(1, 2)), measure, rule="klas", rows=again, seed=7)[0]
+    assert made[-1] == Stitch(1, 2) and (elsewhere.stitch, elsewhere.anchors) == ((1, 2), (0, 2))
+    assert again.find("klas", moved, 7) == elsewhere
     anchor = evaluate_anchor(source, measure, rule="source", rows=again)
     assert (anchor.stitch, anchor.parameters) == (None, source.num_parameters())
-    assert len(RowFile(path, run)) == len(again) == 6
+    assert len(RowFile(path, run)) == len(again) == 7

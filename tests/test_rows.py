@@ -1,5 +1,6 @@
 """Result files: resumed, never mixed, never lost."""
 
+import dataclasses
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -166,3 +167,50 @@ def test_rows_are_shown_as_a_table_cheapest_first_with_seeds_together() -> None:
     assert cells[3] == ["target", "–", "8.00", "4.0", "100%", "0.5000"]
     assert len({len(line) for line in table}) == 1
     assert "of target" not in format_table(rows, ["rouge1"])
+
+
+def test_rows_of_several_anchors_are_kept_apart(tmp_path: Path) -> None:
+    file = RowFile(tmp_path / "rows.jsonl", RUN)
+    pairs = [dataclasses.replace(row(stitch=(2, 3)), macs=pair[1], anchors=pair) for pair in ((0, 1), (1, 2), (0, 2))]
+    alone = [dataclasses.replace(row(stitch=None, rule="anchor"), anchors=(k, k)) for k in range(3)]
+    for one in pairs + alone:
+        file.append(one)
+    for found in (file, RowFile(file.path, RUN)):
+        assert list(found) == pairs + alone and len({one.key for one in found}) == 6
+        assert found.find("klas", Stitch(2, 3), 0) == pairs[0]
+        assert found.find("klas", Stitch(2, 3, 1, 2), 0) == pairs[1]
+        assert found.find("klas", Stitch(2, 3, 2, 3), 0) is None
+        assert found.find("anchor", None, 0, anchors=(2, 2)) == alone[2]
+        assert found.find("anchor", None, 0) is None
+    assert pairs[1].is_of(Stitch(2, 3, 1, 2))
+    assert not any(pairs[1].is_of(other) for other in (Stitch(2, 3), Stitch(2, 3, 1, 3), Stitch(3, 2, 1, 2)))
+    assert not alone[0].is_of(Stitch(2, 3))
+
+
+def test_a_stitch_names_its_own_anchors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"got anchors=\(0, 2\) and the stitch 1→2 \(2, 3\)"):
+        RowFile(tmp_path / "rows.jsonl", RUN).find("klas", Stitch(2, 3, 1, 2), 0, anchors=(0, 2))
+
+
+def test_files_written_before_there_were_several_anchors_are_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", 2).path
+    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    for line in lines[1:]:
+        assert line.pop("anchors") == [0, 1]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(RowFile(path, RUN)) == [row(0), row(1)]
+
+
+def test_the_table_shows_anchors_where_there_are_more_than_two() -> None:
+    measured = ResultRow("klas", (2, 3), 0, 1_000_000, 2_500_000, {"rouge1": 0.1})
+    other = dataclasses.replace(measured, anchors=(1, 2))
+    alone = ResultRow("anchor", None, 0, 5_000_000, 2_500_000, {"rouge1": 0.3}, anchors=(2, 2))
+    table = format_table([measured, other, alone], ["rouge1"]).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert cells[0] == ["rule", "anchors", "stitch", "M parameters", "M MACs", "rouge1"]
+    assert [line[:3] for line in cells[2:]] == [
+        ["klas", "0→1", "(2, 3)"],
+        ["klas", "1→2", "(2, 3)"],
+        ["anchor", "2", "–"],
+    ]
+    assert "anchors" not in format_table([measured], ["rouge1"])

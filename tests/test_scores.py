@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from scipy import stats
 
-from klas_hf.scores import SCORES, StitchScores, check_score
+from klas_hf.scores import NEEDED, SCORES, StitchScores, check_score
 from klas_hf.stitches import Stitch, StitchCosts
 
 
@@ -93,14 +93,107 @@ def test_a_saved_file_gives_everything_back(tmp_path: Path) -> None:
     made = dataclasses.replace(scores(), score="theta")
     path = made.save(tmp_path / "folder" / "scores.safetensors")
     again = StitchScores.load(path)
+    assert_same(again, made)
+    assert again.stitches == made.stitches and again.costs.of(Stitch(2, 1)) == made.costs.of(Stitch(2, 1))
+
+
+def assert_same(again: StitchScores, made: StitchScores) -> None:
     for field in dataclasses.fields(StitchScores):
-        if field.name != "costs":
+        if field.name not in ("costs", "statistics"):
             np.testing.assert_array_equal(getattr(again, field.name), getattr(made, field.name), field.name)
+    assert again.statistics.keys() == made.statistics.keys()
+    for name, statistic in made.statistics.items():
+        np.testing.assert_array_equal(again.statistics[name], statistic, name)
     for field in dataclasses.fields(StitchCosts):
         one, other = getattr(again.costs, field.name), getattr(made.costs, field.name)
         assert type(one) is type(other)
         np.testing.assert_array_equal(one, other, field.name)
-    assert again.stitches == made.stitches and again.costs.of(Stitch(2, 1)) == made.costs.of(Stitch(2, 1))
+
+
+def staged() -> StitchScores:
+    """Scores with every statistic, of the anchors 1 and 3 of some, of two stages; block and pair costs differ."""
+    generator = np.random.default_rng(5)
+    made = scores()
+    stages = np.array([0, 0, 1]), np.array([0, 0, 1, 1, 1])
+    costs = dataclasses.replace(
+        made.costs,
+        tokens=0,
+        stitch=np.arange(15).reshape(5, 3).T,  # not contiguous
+        source=1,
+        target=3,
+        source_stages=stages[0],
+        target_stages=stages[1],
+        allowed=stages[0][:, None] == np.concatenate([stages[1][:1], stages[1][:-1]]),
+        image_height=32,
+        image_width=48,
+    )
+    names = ("theta_reversed", "mse", "ce", "dm", "cka", "class_cka", "cross_shuffled")
+    statistics = {name: generator.random((3, 5)) for name in names}
+    return dataclasses.replace(
+        made, costs=costs, statistics=statistics | {"capacity_shuffled": generator.random(4) + 0.1}
+    )
+
+
+def test_a_saved_file_gives_back_stages_and_statistics(tmp_path: Path) -> None:
+    made = staged().with_score("cka")
+    again = StitchScores.load(made.save(tmp_path / "scores.safetensors"))
+    assert_same(again, made)
+    assert again.costs.allowed is not None and again.costs.allowed.dtype == bool
+    assert again.stitches == made.stitches and again.stitches[0].source == 1
+
+
+def test_the_scores_that_klas_is_compared_with() -> None:
+    made = staged()
+    of = made.statistics
+    for i in range(1, 4):
+        for j in range(1, 5):
+            expected = {
+                "klas": made.cross[i - 1, j - 1] / made.capacity[j - 1],
+                "theta": made.cross[i - 1, j - 1],
+                **{name: of[name][i - 1, j - 1] for name in ("theta_reversed", "mse", "ce", "dm")},
+                **{name: 1 - of[name][i - 1, j - 1] for name in ("cka", "class_cka")},
+                "klas_shuffled": of["cross_shuffled"][i - 1, j - 1] / of["capacity_shuffled"][j - 1],
+            }
+            assert expected.keys() == set(made.available) == SCORES.keys() == NEEDED.keys()
+            for name, value in expected.items():
+                ranked = made.with_score(name)
+                assert ranked.score == name
+                stays = made.costs.possible[i - 1, j]
+                assert ranked.value_of(Stitch(i, j)) == pytest.approx(value if stays else np.nan, nan_ok=True)
+
+
+def test_stitches_across_stages_have_no_value() -> None:
+    made = staged()
+    pairs = [(s.source_stop, s.target_start) for s in made.stitches]
+    assert pairs == [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (3, 4)]
+    assert {(s.source, s.target) for s in made.stitches} == {(1, 3)}
+    assert np.isfinite(made.values).sum() == 6
+    theta, gamma = (axes for axes in made.plot().axes if axes.get_title())
+    shown = gamma.images[0].get_array()
+    blank = {(i + 1, j + 1) for i, j in np.argwhere(shown.mask).tolist()}
+    assert blank == {(i, j) for i in (1, 2, 3) for j in (1, 2, 3, 4, 5)} - set(pairs)
+    assert not theta.images[0].get_array().mask.any()
+
+
+def test_a_score_without_its_statistics_is_refused_and_the_others_named() -> None:
+    made = staged()
+    few = {name: made.statistics[name] for name in ("mse", "cross_shuffled")}
+    fewer = dataclasses.replace(made, statistics=few)
+    assert fewer.available == ("klas", "theta", "mse")
+    message = r"got score='klas_shuffled'; expected one of \['klas', 'theta', 'mse'\].*needs \['capacity_shuffled'\]"
+    for call in (lambda: fewer.with_score("klas_shuffled"), lambda: check_score("klas_shuffled", few)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    check_score("klas_shuffled", ["capacity_shuffled", "cross_shuffled"])
+    with pytest.raises(ValueError, match=r"got score='mse'; expected one of \['klas', 'theta'\]"):
+        check_score("mse")
+    assert scores().available == ("klas", "theta")
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mse", (3, 4)), ("capacity_shuffled", (3, 5))])
+def test_statistics_of_another_shape_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"got the statistic '{name}' of shape .*expected \("):
+        dataclasses.replace(scores(), statistics={name: np.ones(shape)})
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -110,8 +203,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_score_is_refused_and_the_known_ones_named(tmp_path: Path) -> None:
-    for call in (lambda: check_score("cka"), lambda: dataclasses.replace(scores(), score="cka")):
-        with pytest.raises(ValueError, match=r"got score='cka'; expected one of \['klas', 'theta'\]"):
+    for call in (lambda: check_score("kl"), lambda: dataclasses.replace(scores(), score="kl")):
+        with pytest.raises(
+            ValueError, match=r"got score='kl'; expected one of \['ce', 'cka', .*'theta', 'theta_reversed'\]"
+        ):
             call()
     path = scores().save(tmp_path / "scores.safetensors")
     content = path.read_bytes().replace(rb"\"score\": \"klas\"", rb"\"score\": \"spam\"")
@@ -123,8 +218,8 @@ def test_an_unknown_score_is_refused_and_the_known_ones_named(tmp_path: Path) ->
 
 def test_every_score_gives_a_value_for_every_stitch() -> None:
     for name, rule in SCORES.items():
-        check_score(name)
-        assert rule(scores()).shape == (3, 4)
+        check_score(name, NEEDED[name])
+        assert rule(staged()).shape == (3, 4)
 
 
 @pytest.mark.parametrize("name", ["heat.png", "heat.svg", "heat", "heat.1B.png"])

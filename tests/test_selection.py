@@ -10,14 +10,19 @@ from hypothesis import strategies as st
 
 from klas_hf.scores import StitchScores
 from klas_hf.selection import (
+    Overlap,
     Spacing,
     StitchSelection,
+    best_stitches,
     bucket_of,
     esta_stitches,
     match_stitches,
+    merge_selections,
     min_kl_stitches,
     near_bucket_minimum,
+    overlap,
     random_stitches,
+    recovery,
     select_stitches,
 )
 from klas_hf.stitches import Stitch, StitchCosts
@@ -374,3 +379,138 @@ def test_nothing_between_the_anchors_is_refused() -> None:
     hopeless = dataclasses.replace(costs(6, 9), stitch=10**6)
     with pytest.raises(ValueError, match="got no stitch between the anchors' costs, 650 and 2,750 MACs, among 48"):
         select_stitches(scores(costs=hopeless))
+
+
+def pair_of_anchors(source: int, target: int, seed: int = 0, **changes: object) -> StitchScores:
+    """Scores of two anchors of three, of other sizes than the usual ones."""
+    made = scores(4 + source, 6 + target, seed + 7 * source + target, **changes)
+    return dataclasses.replace(made, costs=dataclasses.replace(made.costs, source=source, target=target))
+
+
+def test_several_pairs_of_anchors_are_bucketed_each_by_itself() -> None:
+    pairs = [pair_of_anchors(0, 1), pair_of_anchors(1, 2), pair_of_anchors(0, 2)]
+    options = {"buckets": 6, "threshold": 0.7}
+    got = select_stitches(pairs, **options)
+    each = [select_stitches(one, **options) for one in pairs]
+    expected = {
+        Stitch(i, j, one.costs.source, one.costs.target)
+        for one in pairs
+        for i, j in naive_selection(one, 6, 0.7, "width", False)[0]
+    }
+    assert set(got) == expected and len(got) == len(expected) == sum(map(len, each))
+    assert list(got.macs) == sorted(got.macs)
+    values = {stitch: value for one in each for stitch, value in zip(one, one.values, strict=True)}
+    buckets = {stitch: bucket for one in each for stitch, bucket in zip(one, one.buckets, strict=True)}
+    assert list(got.values) == [values[stitch] for stitch in got]
+    assert list(got.buckets) == [buckets[stitch] for stitch in got]
+    assert (got.rule, got.candidates, got.outside) == (
+        "klas",
+        sum(one.candidates for one in each),
+        sum(one.outside for one in each),
+    )
+    best = got.best_per_bucket()
+    assert set(best) == {stitch for one in each for stitch in one.best_per_bucket()}
+    assert select_stitches(pairs[:1], **options) == each[0]
+
+
+def test_options_reach_every_pair() -> None:
+    pairs = [pair_of_anchors(0, 1), pair_of_anchors(1, 2)]
+    for options in ({"spacing": "quantile"}, {"absolute": True}, {"buckets": 3}, {"threshold": 2.0}):
+        options = {"threshold": 0.5, "buckets": 7} | options
+        got = select_stitches(pairs, **options)
+        assert set(got) == {stitch for one in pairs for stitch in select_stitches(one, **options)}
+
+
+def test_a_union_has_each_stitch_once_as_it_first_came() -> None:
+    made = scores()
+    one, other = select_stitches(made, buckets=4, threshold=0.5), min_kl_stitches(made, 12)
+    assert set(one) & set(other)
+    got = merge_selections([one, other], rule="both")
+    assert set(got) == set(one) | set(other) and len(set(got)) == len(got) and got.rule == "both"
+    assert list(got.macs) == sorted(got.macs) == [made.costs.of(stitch)[0] for stitch in got]
+    for stitch, value, bucket in zip(got, got.values, got.buckets, strict=True):
+        first = one if stitch in one else other
+        place = first.stitches.index(stitch)
+        assert (value, bucket) == (first.values[place], first.buckets[place])
+    assert (got.candidates, got.outside) == (one.candidates + other.candidates, one.outside + other.outside)
+    assert merge_selections([one, one]).stitches == one.stitches and merge_selections([one]) == one
+    with pytest.raises(ValueError, match=r"got 2 selections of the rules \['klas', 'min_kl'\].*rule=…"):
+        merge_selections([one, other])
+    with pytest.raises(ValueError, match="got 0 selections"):
+        merge_selections([])
+
+
+def test_stitches_that_cannot_be_made_are_no_candidates_of_any_rule() -> None:
+    usual = scores(6, 9)
+    allowed = np.random.default_rng(3).random((6, 9)) < 0.5
+    allowed[0, 1] = allowed[5, 8] = True
+    staged_costs = dataclasses.replace(usual.costs, allowed=allowed)
+    made = dataclasses.replace(usual, costs=staged_costs)
+    inside = (staged_costs.macs >= staged_costs.source_total) & (staged_costs.macs <= staged_costs.target_total)
+    probed = allowed & (np.arange(9) > 0)
+    expected = {(i + 1, j) for i, j in np.argwhere(inside & probed).tolist()}
+    everything = (
+        select_stitches(made, threshold=1e9),
+        random_stitches(staged_costs, per_bucket=10_000),
+        min_kl_stitches(made, 10_000),
+        best_stitches(made, count=10_000),
+    )
+    for got in everything:
+        assert set(pairs_of(got)) == expected
+        assert (got.candidates, got.outside) == (len(expected), (probed & ~inside).sum())
+    esta = esta_stitches(staged_costs, mapping="index")
+    assert set(pairs_of(esta)) == expected & {(i, i) for i in range(1, 7)} != {(i, i) for i in range(1, 7)}
+    assert set(pairs_of(match_stitches(made, esta_stitches(usual.costs), tolerance=0.5))) <= expected
+
+
+def test_the_best_are_the_lowest_of_any_score_over_all_pairs() -> None:
+    statistics = [{"mse": np.random.default_rng(k).random((4 + k, 6 + k + 1))} for k in (0, 1)]
+    pairs = [pair_of_anchors(k, k + 1, statistics=statistics[k]).with_score("mse") for k in (0, 1)]
+    values = {}
+    for one in pairs:
+        for stitch in one.stitches:
+            if one.costs.source_total <= one.costs.of(stitch)[0] <= one.costs.target_total:
+                values[stitch] = one.value_of(stitch)
+    for count in (1, 5, 1_000):
+        got = best_stitches(pairs, count=count)
+        assert set(got) == set(sorted(values, key=values.__getitem__)[:count])
+        assert list(got.values) == [values[stitch] for stitch in got]
+        assert list(got.macs) == sorted(got.macs) and set(got.buckets) == {-1}
+        assert (got.rule, got.candidates) == ("mse", len(values))
+    theta = [one.with_score("theta") for one in pairs]
+    lowest = min_kl_stitches(pairs, 6)
+    assert dataclasses.replace(best_stitches(theta, count=6), rule="min_kl") == lowest
+    assert {stitch.source for stitch in min_kl_stitches(pairs, 1_000)} == {0, 1}
+
+
+def test_random_choice_is_made_in_each_pair_of_anchors() -> None:
+    pairs = [pair_of_anchors(0, 1).costs, pair_of_anchors(1, 2).costs]
+    got = random_stitches(pairs, buckets=5, per_bucket=2, seed=4)
+    everything = [random_stitches(one, buckets=5, per_bucket=1_000) for one in pairs]
+    for one, possible in zip(pairs, everything, strict=True):
+        chosen = [(s, b) for s, b in zip(got, got.buckets, strict=True) if s.source == one.source]
+        assert {s for s, _ in chosen} <= set(possible)
+        available = np.bincount(possible.buckets, minlength=5)
+        assert np.bincount([b for _, b in chosen], minlength=5).tolist() == np.minimum(available, 2).tolist()
+    alone = random_stitches(pairs[:1], buckets=5, seed=4)
+    assert alone.stitches == random_stitches(pairs[0], buckets=5, seed=4).stitches
+
+
+def test_overlap_and_recovery_count_a_stitch_once() -> None:
+    first = [Stitch(1, 1), Stitch(1, 2), Stitch(2, 2), Stitch(2, 2), Stitch(3, 3, 1, 2)]
+    second = [Stitch(1, 2), Stitch(2, 2), Stitch(3, 3)]
+    assert overlap(first, second) == Overlap(common=2, of_first=4, of_second=3)
+    assert overlap(first, []) == Overlap(0, 4, 0)
+    assert recovery(first, second) == 2 / 3 and recovery(second, first) == 2 / 4 and recovery([], second) == 0.0
+    chosen = select_stitches(scores())
+    assert recovery(chosen, chosen) == 1.0
+    with pytest.raises(ValueError, match="got no viable stitch"):
+        recovery(first, [])
+
+
+@pytest.mark.parametrize("spacing", ["width", "quantile"])
+def test_more_buckets_than_candidates_are_allowed(spacing: Spacing) -> None:
+    got = select_stitches(scores(2, 4), buckets=999, threshold=0.0, spacing=spacing)
+    expected, candidates, _ = naive_selection(scores(2, 4), 999, 0.0, spacing, False)
+    assert set(pairs_of(got)) == expected and candidates < 999
+    assert max(got.buckets) < 999

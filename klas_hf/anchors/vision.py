@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from klas_hf.anchors.language import HUB_OPTIONS, anchor_config, explained_access
 from klas_hf.anchors.weights import evaluating, fingerprint
 from klas_hf.models.vision_features import Block, Features, VisionKind
-from klas_hf.models.vision_kinds import VISION_KINDS, vision_kind
+from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.models.vision_shapes import FeatureShape, trace
 
 
@@ -102,13 +107,16 @@ def load_vision_anchor(anchor: str | Path | PreTrainedModel | VisionAnchor, **kw
 
 
 def is_vision(anchor: Any, **hub: Any) -> bool:
-    """Whether an anchor (Hub id, folder, model, configuration, or one already loaded) is an image classifier."""
+    """Whether an anchor (Hub id, folder, model, configuration, or one already loaded) is an image classifier.
+
+    Of any type that transformers has a classifier for: one that cannot be stitched is to be told the kinds that can.
+    """
     if isinstance(anchor, VisionAnchor):
         return True
     if isinstance(anchor, str | Path):
-        return anchor_config(anchor, **hub).model_type in VISION_KINDS
+        anchor = anchor_config(anchor, **hub)
     config = anchor if isinstance(anchor, PreTrainedConfig) else anchor.config
-    return config.model_type in VISION_KINDS
+    return type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
 def check_labels(*anchors: VisionAnchor | PreTrainedConfig) -> None:

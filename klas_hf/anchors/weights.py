@@ -27,4 +27,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
+            module.train(training)  # LeViT forgets here the attention biases that it keeps while evaluating
+        for module, training in modes:
             module.training = training

@@ -57,7 +57,7 @@ def stitch_classifiers(
         config = stitched_vision_config(first.config, last.config, stitch, size)
         config.source_name, config.source_revision = first.name, first.revision
         config.target_name, config.target_revision = last.name, last.revision
-        batches = None if calibration is None else usable_images(calibration)
+        batches = None if calibration is None else usable_images(calibration, first.config, last.config)
         loading = {"dtype": last.dtype if dtype in (None, "auto") else dtype, "device_map": device_map}
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         model = load_parts(
@@ -152,16 +152,19 @@ def check_grids(first: PreTrainedConfig, last: PreTrainedConfig, stitch: Stitch,
         )
 
 
-def usable_images(calibration: Iterable[Any]) -> Iterable[ImageBatch]:
-    """The batches, of which the first is read so that empty data fail before long work.
+def usable_images(calibration: Iterable[Any], *configs: PreTrainedConfig) -> Iterable[ImageBatch]:
+    """The batches, read up to the first image so that data that will not do fail before long work.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there is no image, or one that a model of these configurations does not take.
     """
     batches = image_batches(calibration)
     for batch in batches:
-        return chain([batch], batches)
-    raise ValueError("got no calibration batches; expected images. Check that an iterator was not used up before")
+        if len(batch):
+            for config in configs:
+                vision_kind(config).check_pixels(batch.pixel_values, config)
+            return chain([batch], batches)
+    raise ValueError("got no calibration images; expected some. Check that an iterator was not used up before")
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """Costs of image classifiers, stitched or not."""
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.costs.counting import Cost, macs_by_module, parameter_count
 from klas_hf.models import StitchedForImageClassification, StitchedVisionConfig
@@ -18,6 +20,13 @@ from klas_hf.stitches import StitchCosts
 
 def classifier_costs(config: PreTrainedConfig, size: tuple[int, int]) -> Cost:
     """MACs and parameters of an image classifier of this configuration, for one image of (height, width)."""
+    return _classifier_costs(type(config).model_type, config.to_json_string(use_diff=False), size)
+
+
+@lru_cache(maxsize=64)
+def _classifier_costs(model_type: str, settings: str, size: tuple[int, int]) -> Cost:
+    # Every stitching of two anchors asks for their costs, and counting takes longer than loading a small model.
+    config = CONFIG_MAPPING[model_type].from_dict(json.loads(settings))
     model = _on_meta(config)
     macs = sum(_macs_by_module(model, config.num_channels, size).values())
     return Cost(macs, parameter_count(model), image_height=size[0], image_width=size[1])
@@ -106,8 +115,6 @@ class _Parts:
         )
 
 
-
-
 def _has(model: nn.Module, name: str) -> bool:
     return name in {known for known, _ in model.named_modules()}
 
@@ -120,4 +127,4 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _macs_by_module(model: PreTrainedModel, channels: int, size: tuple[int, int]) -> dict[nn.Module, int]:
-    return macs_by_module(model, pixel_values=torch.zeros(1, channels, *size, device="meta"))
+    return macs_by_module(model, pixel_values=torch.zeros(1, channels, *size, device="meta", dtype=model.dtype))

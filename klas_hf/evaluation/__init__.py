@@ -4,7 +4,7 @@ Work is shared out over the processes of an `accelerate launch`; every process g
 process writes it.
 """
 
-from klas_hf.evaluation.images import evaluate_accuracy, evaluate_supernet
+from klas_hf.evaluation.images import evaluate_accuracy, evaluate_supernet, predict_probabilities
 from klas_hf.evaluation.language import evaluate_loss, generate_greedily
 from klas_hf.evaluation.models import Measurement, evaluate_anchor, evaluate_stitches
 
@@ -16,4 +16,5 @@ __all__ = [
     "evaluate_stitches",
     "evaluate_supernet",
     "generate_greedily",
+    "predict_probabilities",
 ]

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -47,6 +49,29 @@ def evaluate_accuracy(
             pixels, labels = batch.labelled()
             sums.add(model(pixel_values=pixels.to(model.device, model.dtype)).logits, labels)
     return sums.measured()
+
+
+@torch.no_grad()
+def predict_probabilities(
+    model: PreTrainedModel, batches: Iterable[object], *, classes: Sequence[int] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Class probabilities `(images, classes)` and labels `(images,)`, for cascades; every process runs all images.
+
+    Args:
+        classes: of these labels only, renormalised; labels are then positions in it.
+    """
+    columns = slice(None) if classes is None else torch.tensor(list(classes))
+    found, labels = [], []
+    with evaluating(model):
+        for batch in progress(image_batches(batches), "predicting"):
+            pixels, of_batch = batch.labelled()
+            logits = model(pixel_values=pixels.to(model.device, model.dtype)).logits.float().cpu()[:, columns]
+            found.append(logits.softmax(-1).double())
+            labels.append(of_batch)
+    truth = torch.cat(labels)
+    if classes is not None:
+        truth = (truth[:, None] == torch.tensor(list(classes))).int().argmax(1)
+    return torch.cat(found).numpy(), truth.numpy()
 
 
 @torch.no_grad()

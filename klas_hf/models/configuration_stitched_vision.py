@@ -71,19 +71,17 @@ class StitchedVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     def stage_ends(self) -> list[tuple[int, int]]:
         """The last block of each stage of the path, as (side, number of the block): 0 source, 1 target.
 
-        Stages are the anchors' own; between anchors of a single stage each block is one, as in their backbones.
+        The stage in which the source is left goes on in the target, where it may have another number: both are on one
+        grid. Between anchors of a single stage each block is one, as in their backbones.
         """
-        source = vision_kind(self.source_config).blocks(self.source_config)[: self.source_stop]
-        target = vision_kind(self.target_config).blocks(self.target_config)
-        path = [(0, n, block.stage) for n, block in enumerate(source)]
-        # The stitch stands for the output of target block j, so it belongs to that block's stage.
-        if self.target_start:
-            path.append((1, self.target_start - 1, target[self.target_start - 1].stage))
-        path += [(1, n, block.stage) for n, block in enumerate(target) if n >= self.target_start]
-        if target[-1].stage == 0:
-            return [(side, n) for side, n, _ in path if (side, n) != (1, self.target_start - 1)]
-        last = {stage: (side, n) for side, n, stage in path}
-        return [last[stage] for stage in sorted(last)]
+        source = [block.stage for block in vision_kind(self.source_config).blocks(self.source_config)]
+        target = [block.stage for block in vision_kind(self.target_config).blocks(self.target_config)]
+        if target[-1] == 0:
+            return [(0, n) for n in range(self.source_stop)] + [(1, n) for n in range(self.target_start, len(target))]
+        left = [(0, n) for n in range(self.source_stop - 1) if source[n] != source[n + 1]]
+        # The stitch stands for the output of target block j, which may be the last of its stage.
+        entered = range(max(self.target_start - 1, 0), len(target))
+        return left + [(1, n) for n in entered if target[n : n + 1] != target[n + 1 : n + 2]]
 
 
 def as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
 from .configuration_stitched_vision import StitchedVisionConfig
@@ -113,6 +114,7 @@ class _StitchedVision(StitchedModel):
         config = self.config
         sides = [(self.source, vision_kind(config.source_config)), (self.target, vision_kind(config.target_config))]
         sides[0][1].check_pixels(pixel_values, config.source_config)
+        sides[1][1].check_size(pixel_values, config.target_config)
         first, last = sides[0][1].blocks(config.source_config), sides[1][1].blocks(config.target_config)
         steps = [(0, n, first[n]) for n in range(config.source_stop)]
         steps += [(1, n, last[n]) for n in range(config.target_start, len(last))]
@@ -249,12 +251,12 @@ def as_map(kind: VisionKind, features: Features) -> Tensor:
 
 def _describe(model: _StitchedVision) -> None:
     """What sharding and checkpointing need to know of both sides: blocks are run, stages as a whole are not."""
-    sides = (model.source, model.target)
-    names = {
-        type(side.get_submodule(module)).__name__
-        for side in sides
+    blocks = [
+        [side.get_submodule(name) for name in block.modules]
+        for side in (model.source, model.target)
         for block in vision_kind(side.config).blocks(side.config)
-        for module in block.modules
-    }
-    model._no_split_modules = sorted(names - {"Identity"})
-    model.supports_gradient_checkpointing = all(side.supports_gradient_checkpointing for side in sides)
+    ]
+    used = [modules for modules in blocks if not isinstance(modules[-1], nn.Identity)]
+    model._no_split_modules = sorted({type(module).__name__ for modules in used for module in modules})
+    # Families whose stages checkpoint as a whole, such as Swin V2, would not do so here, and not say it.
+    model.supports_gradient_checkpointing = all(isinstance(modules[-1], GradientCheckpointingLayer) for modules in used)

@@ -99,6 +99,10 @@ class VisionKind(ABC):
             raise ValueError(
                 f"got pixel_values of shape {tuple(pixel_values.shape)}; expected (batch, {channels}, height, width)"
             )
+        self.check_size(pixel_values, config)
+
+    def check_size(self, pixel_values: Tensor, config: PreTrainedConfig) -> None:
+        """Raise ValueError unless a model of this configuration takes images of this height and width."""
         if self.fixed_size and (size := image_size(config)) != tuple(pixel_values.shape[-2:]):
             raise ValueError(
                 f"got images of {tuple(pixel_values.shape[-2:])} pixels for a {config.model_type} of {size}; expected "

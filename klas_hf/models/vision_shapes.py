@@ -1,6 +1,7 @@
 """Classifiers by configuration: building one, taking parts out of it, and the shapes that its blocks give."""
 
 import copy
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -72,13 +73,11 @@ def trace(config: PreTrainedConfig, size: tuple[int, int] | None = None) -> tupl
 
 @lru_cache(maxsize=64)
 def _trace(model_type: str, settings: str, size: tuple[int, int]) -> tuple[FeatureShape, ...]:
-    import json
-
     config = CONFIG_MAPPING[model_type].from_dict(json.loads(settings))
     kind = vision_kind(config)
     with torch.device("meta"):
         model = classifier(config).eval()
-        pixels = torch.zeros(1, config.num_channels, *size)
+        pixels = torch.zeros(1, config.num_channels, *size, dtype=model.dtype)
     with torch.no_grad():
         kind.check_pixels(pixels, config)
         features = kind.run_embed(model, pixels)

@@ -29,7 +29,7 @@ class StitchedSupernet(PreTrainedModel):
     Attributes:
         anchors: the image classifiers, cheapest first.
         stitches: the stitching layers.
-        paths: every path: the anchors' positions, then the stitches.
+        paths: every path: the positions of the anchors that a stitch joins, then the stitches.
     """
 
     config_class = StitchedSupernetConfig
@@ -57,8 +57,10 @@ class StitchedSupernet(PreTrainedModel):
 
     @cached_property
     def paths(self) -> tuple[Path, ...]:
-        """Every path: the anchors' positions, then the stitches."""
-        return (*range(len(self.anchors)), *(Stitch(*stitch) for stitch in self.config.stitches))
+        """Every path: the positions of the anchors that a stitch joins, then the stitches."""
+        stitches = [Stitch(*stitch) for stitch in self.config.stitches]
+        joined = sorted({place for stitch in stitches for place in (stitch.source, stitch.target)})
+        return (*joined, *stitches)
 
     @cached_property
     def path_macs(self) -> tuple[int, ...]:

@@ -90,8 +90,10 @@ class Checkpoints:
         for key, tensor in load_file(path / "optimizer.safetensors").items():
             parameter, moment = key.rsplit(".", 1)
             moments.setdefault(parameter, {})[moment] = tensor
-        groups = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)["param_groups"]
-        set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups}, options=_OPTIONS)
+        if moments:  # SGD without momentum has none
+            groups = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)["param_groups"]
+            set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups}, options=_OPTIONS)
+            _forget_others(optimizer, groups, moments)
         return Progress(content["step"], tuple(content["losses"]))
 
     def _write(self, weights: Mapping[str, Any], state: Mapping[str, Any], progress: Progress) -> None:
@@ -111,3 +113,16 @@ class Checkpoints:
         for older in self.folder.glob("checkpoint-*"):
             if older != final:
                 shutil.rmtree(older)
+
+
+def _forget_others(optimizer: Optimizer, groups: list[dict[str, Any]], moments: Mapping[str, Any]) -> None:
+    """Leave without state the parameters that had none yet, as those of paths that a supernet has not drawn.
+
+    torch fills them in from a step with zero gradients, which an optimiser would count.
+    """
+    if all(name in moments for group in groups for name in group["params"]):
+        return
+    for group, named in zip(optimizer.param_groups, groups, strict=True):
+        for parameter, name in zip(group["params"], named["params"], strict=True):
+            if name not in moments:
+                optimizer.state.pop(parameter, None)

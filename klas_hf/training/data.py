@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 IGNORED = -100
-_FILLER = -1
+FILLER = -1
 
 
 def batches_of(
@@ -51,10 +51,16 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 class EpochOrder(Sampler[int]):
-    """A permutation of the examples per epoch, filled up to a multiple of `multiple`."""
+    """A permutation of the examples per epoch, filled up to a multiple of `multiple`, the examples of one step.
+
+    Attributes:
+        epoch: which permutation the next iteration takes.
+        step: steps of the epoch that it leaves out, because a resumed run has done them.
+    """
 
     def __init__(self, length: int, multiple: int, seed: int):
-        self.length, self.seed, self.epoch = length, seed, 0
+        self.length, self.multiple, self.seed = length, multiple, seed
+        self.epoch = self.step = 0
         self.filled = -(-length // multiple) * multiple
 
     def __len__(self) -> int:
@@ -62,8 +68,8 @@ class EpochOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.length, generator=generator).tolist()
-        yield from [_FILLER] * (self.filled - self.length)
+        shuffled = torch.randperm(self.length, generator=generator).tolist()
+        yield from (shuffled + [FILLER] * (self.filled - self.length))[self.step * self.multiple :]
 
 
 class _Filled(Dataset):
@@ -74,7 +80,7 @@ class _Filled(Dataset):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        if index == _FILLER:
+        if index == FILLER:
             return {"input_ids": [0], "labels": [IGNORED]}
         return self.examples[index]
 

@@ -1,7 +1,8 @@
-"""Fine-tuning of stitched models through Accelerate (KLAS Sec. 5.5 and App. H).
+"""Fine-tuning of stitched models and supernets through Accelerate (KLAS Sec. 5.5 and App. H; SN-Net).
 
 One loop for one process and many: what to run on is accelerate's business (its flags, its config file). The loss of
-an optimiser step is a mean over all its labels, on whatever process and in whatever forward they are.
+an optimiser step is a mean over all its labels, on whatever process and in whatever forward they are; what that loss
+is, an `Objective` says.
 """
 
 import math
@@ -13,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.optim import AdamW
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from klas_hf.anchors.language import evaluating
 from klas_hf.processes import process_state
 from klas_hf.training.checkpoints import Checkpoints, Progress
-from klas_hf.training.config import TrainingConfig
-from klas_hf.training.data import batches_of
-from klas_hf.training.losses import cross_entropy_sum, distillation_sum, label_count
-from klas_hf.training.trainables import made_trainable, parameter_groups
+from klas_hf.training.config import CommonTrainingConfig, ImageTrainingConfig, TrainingConfig
+from klas_hf.training.data import EpochOrder
+from klas_hf.training.images import ImageData, ImageObjective
+from klas_hf.training.language import LanguageObjective
+from klas_hf.training.objectives import Objective
+from klas_hf.training.trainables import made_trainable, optimizer_of
 
 
 class TrainingDiverged(RuntimeError):
@@ -51,18 +52,22 @@ class TrainingResult:
 
 def train_stitches(
     model: PreTrainedModel,
-    data: Sequence[Mapping[str, Any]],
-    config: TrainingConfig | None = None,
+    data: Sequence[Mapping[str, Any]] | ImageData,
+    config: CommonTrainingConfig | None = None,
     *,
     teacher: PreTrainedModel | None = None,
     output_dir: str | Path | None = None,
 ) -> TrainingResult:
-    """Train a stitched model in place. With trainable="full", any causal language model.
+    """Train a stitched model or a supernet in place. With trainable="full", any language model or image classifier.
+
+    A supernet runs one of its paths per forward and process, drawn at random (SN-Net).
 
     Args:
         model: the model; LoRA updates are merged into it at the end.
-        data: examples with `input_ids` and `labels` (lists of one length; -100 where no loss is taken).
-        config: settings; None takes the defaults.
+        data: of a language model, examples with `input_ids` and `labels` (lists of one length; -100 where no loss is
+            taken); of an image model, a map-style dataset of `(pixels (channels, height, width), label)` with
+            `labels`, the list of all labels. Pixels are uint8, or float and normalised.
+        config: settings, a `TrainingConfig` or an `ImageTrainingConfig`; None takes the defaults of the model's kind.
         teacher: for distillation, usually the target anchor.
         output_dir: where checkpoints go. A run found there is resumed, to the same parameters as without a break.
 
@@ -70,41 +75,56 @@ def train_stitches(
         Steps and losses.
 
     Raises:
+        TypeError: settings of the other kind of model.
         ValueError: examples without labels, distillation without a teacher, a checkpoint of another run.
         TrainingDiverged: a loss or gradient is not finite; the last checkpoint stays.
     """
-    config = config or TrainingConfig()
-    if config.distillation_weight and teacher is None:
-        raise ValueError("got distillation_weight > 0 and no teacher; expected teacher=the target anchor")
+    objective, config = _objective(model, data, config, teacher)
     process_state()  # before the Accelerator, which would not see CPU processes
-    accelerator = Accelerator()
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=objective.may_skip_parameters)
+    accelerator = Accelerator(kwargs_handlers=[parallel])
     multiple = accelerator.num_processes * config.gradient_accumulation_steps
-    loader, order = batches_of(data, config.per_device_batch_size, multiple, config.seed)
+    loader, order = objective.batches(multiple)
     steps_per_epoch = len(loader) // multiple
     total = config.max_steps or max(1, math.ceil(steps_per_epoch * config.epochs))
-    checkpoints = Checkpoints(output_dir, _run(model, data, config, multiple))
+    described = asdict(config) | objective.description()
+    checkpoints = Checkpoints(output_dir, described | {"examples": len(data), "batches_per_step": multiple})
     resumed = checkpoints.latest()
     begun = time.perf_counter()
-    with made_trainable(model, config) as trainable, torch.random.fork_rng():
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = AdamW(parameter_groups(trainable, config), lr=config.learning_rate)
-        prepared, optimizer, loader = accelerator.prepare(trainable, optimizer, loader)
+    with (
+        made_trainable(model, config) as trainable,
+        torch.random.fork_rng(),
+        objective.while_training(accelerator.device),
+    ):
+        prepared, optimizer, loader = accelerator.prepare(trainable, optimizer_of(trainable, config), loader)
         progress = checkpoints.load(resumed, prepared, optimizer.optimizer) if resumed else Progress()
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         warmup = math.ceil(total * config.warmup_ratio)
         schedule = get_cosine_schedule_with_warmup(optimizer.optimizer, warmup, total, last_epoch=progress.step - 1)
-        run = _Run(accelerator, prepared, optimizer, schedule, config, teacher)
+        run = _Run(accelerator, prepared, optimizer, schedule, config, objective)
+        steps = _steps(loader, order, config.gradient_accumulation_steps, steps_per_epoch, progress.step, total)
         try:
-            progress = run.train(
-                _steps(loader, order, config, steps_per_epoch, progress.step, total), progress, total, checkpoints
-            )
+            progress = run.train(steps, progress, total, checkpoints)
         finally:
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-            if config.gradient_checkpointing:
-                model.gradient_checkpointing_disable()
     return TrainingResult(progress.step, progress.losses, time.perf_counter() - begun, accelerator.num_processes)
+
+
+def _objective(
+    model: PreTrainedModel, data: Any, config: CommonTrainingConfig | None, teacher: PreTrainedModel | None
+) -> tuple[Objective, CommonTrainingConfig]:
+    """The loss of this kind of model, and the settings."""
+    is_vision = model.main_input_name == "pixel_values"
+    kind = ImageTrainingConfig if is_vision else TrainingConfig
+    config = kind() if config is None else config
+    if config.distillation_weight and teacher is None:
+        raise ValueError("got distillation_weight > 0 and no teacher; expected teacher=the target anchor")
+    if is_vision and isinstance(config, ImageTrainingConfig):
+        return ImageObjective(model, data, config, teacher), config
+    if not is_vision and isinstance(config, TrainingConfig):
+        return LanguageObjective(model, data, config, teacher), config
+    raise TypeError(f"got a {type(config).__name__} for {type(model).__name__}; expected {kind.__name__}")
 
 
 class _Run:
@@ -116,12 +136,11 @@ class _Run:
         model: nn.Module,
         optimizer: Any,
         schedule: Any,
-        config: TrainingConfig,
-        teacher: PreTrainedModel | None,
+        config: CommonTrainingConfig,
+        objective: Objective,
     ):
         self.accelerator, self.model, self.optimizer, self.schedule = accelerator, model, optimizer, schedule
-        self.config = config
-        self.teacher = teacher.to(accelerator.device) if teacher is not None and config.distillation_weight else None
+        self.config, self.objective = config, objective
 
     def train(
         self, steps: Iterator[list[dict[str, Tensor]]], progress: Progress, total: int, checkpoints: Checkpoints
@@ -146,11 +165,12 @@ class _Run:
     def _step(self, batches: list[dict[str, Tensor]], seed: int) -> float:
         # Reseeding at each step makes dropout independent of what ran before: a resumed run draws the same.
         torch.manual_seed(seed * self.accelerator.num_processes + self.accelerator.process_index)
-        labels = self.accelerator.reduce(sum(label_count(batch["labels"]).float() for batch in batches), "sum")
+        labels = self.accelerator.reduce(sum(self.objective.count(batch).float() for batch in batches), "sum")
+        process = self.accelerator.process_index
         loss_sum = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(batches):
             with self._synchronised(is_last=number == len(batches) - 1):
-                loss = self._loss_sum(batch) / labels
+                loss = self.objective.loss_sum(self.model, batch, (seed, number, process)) / labels
                 # DistributedDataParallel averages gradients over processes; the loss is a sum over them.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             loss_sum += loss.detach()
@@ -169,38 +189,13 @@ class _Run:
     def _synchronised(self, is_last: bool) -> Any:
         return nullcontext() if is_last else self.accelerator.no_sync(self.model)
 
-    def _loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        # Not left to the Accelerator, whose precision is one for the life of the process.
-        is_bf16 = self.config.mixed_precision == "bf16"
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16):
-            logits = self.model(**inputs).logits
-        loss = cross_entropy_sum(logits, batch["labels"])
-        weight = self.config.distillation_weight
-        if self.teacher is None:
-            return loss
-        with torch.no_grad(), evaluating(self.teacher):
-            teacher_logits = self.teacher(**inputs).logits
-        distance = distillation_sum(logits, teacher_logits, batch["labels"], self.config.distillation_temperature)
-        return (1 - weight) * loss + weight * distance
-
 
 def _steps(
-    loader: Any, order: Any, config: TrainingConfig, steps_per_epoch: int, done: int, total: int
+    loader: Any, order: EpochOrder, accumulated: int, steps_per_epoch: int, done: int, total: int
 ) -> Iterator[list[dict[str, Tensor]]]:
     """The batches of each remaining optimiser step, in order, over epochs."""
-    accumulated = config.gradient_accumulation_steps
     for step in range(done, total):
         if step == done or step % steps_per_epoch == 0:
-            order.epoch = step // steps_per_epoch
+            order.epoch, order.step = divmod(step, steps_per_epoch)
             batches = iter(loader)
-            for _ in range(step % steps_per_epoch * accumulated):
-                next(batches)
         yield [next(batches) for _ in range(accumulated)]
-
-
-def _run(model: PreTrainedModel, data: Sequence[Any], config: TrainingConfig, multiple: int) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be resumed."""
-    names = ("source_name", "target_name", "source_stop", "target_start", "num_hidden_layers", "hidden_size")
-    described = {name: getattr(model.config, name, None) for name in names}
-    return asdict(config) | described | {"examples": len(data), "batches_per_step": multiple}

@@ -1,4 +1,4 @@
-"""Losses of language-model training, as sums over labels, so that any split into batches adds up to the same."""
+"""Losses, as sums over labels, so that any split into batches adds up to the same."""
 
 import torch
 import torch.nn.functional as F
@@ -33,3 +33,30 @@ def distillation_sum(logits: Tensor, teacher_logits: Tensor, labels: Tensor, tem
 def label_count(labels: Tensor) -> Tensor:
     """Number of labels that are predicted, as a float64 scalar tensor."""
     return (labels[:, 1:] != IGNORED).sum().to(torch.float64)
+
+
+def soft_cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of class probabilities summed over images, in nats.
+
+    Args:
+        logits: `(images, classes)`.
+        targets: `(images, classes)` probabilities.
+    """
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def soft_distillation_sum(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """KL(teacher ‖ student) of class distributions summed over images, in nats, times temperature².
+
+    Both `(images, classes)`.
+    """
+    student, teacher = ((x / temperature).log_softmax(-1) for x in (logits, teacher_logits))
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+
+
+def hard_distillation_sum(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Cross-entropy with the teacher's best class summed over images, in nats (Touvron et al. 2021, Eq. 3).
+
+    Both `(images, classes)`.
+    """
+    return F.cross_entropy(logits, teacher_logits.argmax(-1), reduction="sum")

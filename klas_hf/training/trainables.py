@@ -1,44 +1,45 @@
-"""What learns: the stitching layer alone, that with LoRA on both sides, or everything."""
+"""What learns: the stitching layers alone, these with LoRA on the anchors, or everything.
 
+A stitching layer that learns at a low rank (SN-Net v2) stays at its least-squares start, W, and trains as W + B A.
+"""
+
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
 from transformers import PreTrainedModel
 
-from klas_hf.training.config import TrainingConfig
+from klas_hf.training.config import CommonTrainingConfig, ImageTrainingConfig
 
-STITCH = "stitch"
+STITCHES = {"stitch", "stitches"}
+# Matrices by their shape, but positions, tokens and offsets by what they are: DeiT and Swin do not decay them.
+_UNDECAYED = re.compile(r"position_embeddings|\w+_token|\w+_bias_table|attention_biases")
 
 
 @contextmanager
-def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[nn.Module]:
+def made_trainable(model: PreTrainedModel, config: CommonTrainingConfig) -> Iterator[nn.Module]:
     """The model prepared for training; afterwards LoRA is merged and dtypes and flags are as they were.
 
     Raises:
         ValueError: the model has no stitching layer to train.
     """
-    has_stitch = any(name.split(".")[-1] == STITCH for name, _ in model.named_modules())
-    if config.trainable == "stitch" and not has_stitch:
+    rank = _stitch_rank(config)
+    if (config.trainable == "stitch" or rank) and not stitching_layers(model):
+        asked = "trainable='stitch'" if config.trainable == "stitch" else f"low_rank_stitches={rank}"
         raise ValueError(
-            f"got trainable='stitch' for {type(model).__name__}, which has no stitching layer; expected a stitched "
-            "model, or trainable='lora' or 'full'"
+            f"got {asked} for {type(model).__name__}, which has no stitching layer; expected a stitched model, or "
+            "trainable='lora' or 'full' without low_rank_stitches"
         )
     dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training = model.training
     if config.mixed_precision == "no":
         model.float()
-    prepared: nn.Module = model
-    if config.trainable == "lora":
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            prepared = get_peft_model(model, lora_config(model, config))
-    else:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(config.trainable == "full" or STITCH in name.split("."))
+    prepared = _prepared(model, config)
     for parameter in prepared.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -55,37 +56,96 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
         model.train(was_training)
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def is_stitching(name: str) -> bool:
+    """Whether a module or parameter of this name belongs to a stitching layer."""
+    return not STITCHES.isdisjoint(name.split("."))
 
 
-def lora_config(model: PreTrainedModel, config: TrainingConfig) -> LoraConfig:
-    """LoRA on every linear layer but the head; the stitching layer, where there is one, is trained whole."""
-    head = model.get_output_embeddings()
-    stitches = [name for name, _ in model.named_modules() if name.split(".")[-1] == STITCH]
+def stitching_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The innermost modules that hold the stitching layers' parameters, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_stitching(name) and next(module.parameters(recurse=False), None) is not None
+    }
+
+
+def lora_config(model: PreTrainedModel, config: CommonTrainingConfig) -> LoraConfig:
+    """LoRA on every linear layer and convolution but a language model's head, as far as `trainable` says.
+
+    The stitching layers are trained whole, or at their own low rank (scale 1: their rate is the learning rate's
+    business).
+    """
+    head, stitches, rank = model.get_output_embeddings(), stitching_layers(model), _stitch_rank(config)
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and name.split(".")[-1] != STITCH
+        if _takes_lora(module) and module is not head and not is_stitching(name) and config.trainable == "lora"
     ]
+    low = [name for name, module in stitches.items() if rank and _takes_lora(module)]
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        modules_to_save=stitches or None,
+        target_modules=targets + low,
+        modules_to_save=(None if rank else list(stitches)) or None,
+        rank_pattern={re.escape(name): rank for name in low},
+        alpha_pattern={re.escape(name): rank for name in low},
     )
 
 
-def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
-    """AdamW groups: the stitching layer at its own rate, weight decay on matrices only."""
+def parameter_groups(model: nn.Module, config: CommonTrainingConfig) -> list[dict]:
+    """The optimiser's groups: the stitching layers at their own rate, weight decay on matrices only."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((STITCH in name.split("."), parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((is_stitching(name), _decays(name, parameter)), []).append(parameter)
     rates = {True: config.stitch_learning_rate or config.learning_rate, False: config.learning_rate}
     return [
-        {"params": parameters, "lr": rates[is_stitch], "weight_decay": config.weight_decay if is_matrix else 0.0}
-        for (is_stitch, is_matrix), parameters in groups.items()
+        {"params": parameters, "lr": rates[is_stitch], "weight_decay": config.weight_decay if decays else 0.0}
+        for (is_stitch, decays), parameters in groups.items()
     ]
+
+
+def optimizer_of(model: nn.Module, config: CommonTrainingConfig) -> Optimizer:
+    """The optimiser that the settings name; language models always take AdamW."""
+    groups = parameter_groups(model, config)
+    if isinstance(config, ImageTrainingConfig) and config.optimizer == "sgd":
+        return SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+    return AdamW(groups, lr=config.learning_rate)
+
+
+def _prepared(model: PreTrainedModel, config: CommonTrainingConfig) -> nn.Module:
+    """The model with its flags set, wrapped where LoRA is part of it."""
+    rank = _stitch_rank(config)
+    prepared: nn.Module = model
+    if config.trainable == "lora" or rank:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            prepared = get_peft_model(model, lora_config(model, config))
+    if config.trainable == "lora":
+        return prepared
+    for name, parameter in prepared.named_parameters():
+        if ".lora_" in name:
+            continue
+        learns = not rank if is_stitching(name) else config.trainable == "full"
+        parameter.requires_grad_(learns)
+    return prepared
+
+
+def _stitch_rank(config: CommonTrainingConfig) -> int:
+    """Rank of the stitching layers' updates; 0: they are trained whole, as those of language models are."""
+    return config.low_rank_stitches if isinstance(config, ImageTrainingConfig) else 0
+
+
+def _takes_lora(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1 and not _UNDECAYED.fullmatch(name.split(".")[-1])
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()

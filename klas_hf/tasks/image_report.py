@@ -1,0 +1,175 @@
+"""The report of an image comparison: tables, figures, and who won (KLAS Fig. 7, Tab. 2, 4, 7 to 10)."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+
+from klas_hf.curve_comparison import cost_at_equal_quality, format_sweep, gain_at_equal_cost, sweep
+from klas_hf.curves import TradeoffCurve, correlation_report, plot_curves
+from klas_hf.processes import process_state
+from klas_hf.regret import bucket_picks
+from klas_hf.rows import ResultRow, format_table
+from klas_hf.selection import overlap
+from klas_hf.tasks.image_comparison import ImageComparison
+
+
+def report(comparison: ImageComparison) -> str:
+    """Markdown of everything that was found; written to the output folder with its figures by the main process."""
+    metric = _metric(comparison)
+    parts = [_anchors(comparison), _selections(comparison), *_rules(comparison, metric)]
+    if "every" in comparison.settings.rules:
+        parts += _scores(comparison, metric)
+    text = "\n\n".join(parts)
+    if process_state().is_main_process:
+        comparison.plot()
+        _draw(comparison, metric)
+        (comparison.output / "report.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def area(rows: Sequence[ResultRow], metric: str, interval: tuple[float, float]) -> tuple[float, float]:
+    """Mean quality over an interval of MACs, of all stitches and of the Pareto front alone."""
+    curve = TradeoffCurve(rows, metric)
+    front = curve.pareto()
+    low, high = max(interval[0], float(front.macs[0])), min(interval[1], float(front.macs[-1]))
+    within = front.auc((low, high)) * (high - low) / (interval[1] - interval[0]) if high > low else 0.0
+    # Beyond its best model a front stays level: nobody pays more for less.
+    level = float(front.values[-1]) * (interval[1] - high) / (interval[1] - interval[0])
+    return curve.auc(interval), within + level
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float]:
+    """Mean difference over common seeds, and its standard error (nan for one seed)."""
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+    return fmean(differences), error
+
+
+def _metric(comparison: ImageComparison) -> str:
+    return "accuracy" if comparison.task.classes is None else "accuracy_among"
+
+
+def _interval(comparison: ImageComparison) -> tuple[float, float]:
+    return float(comparison.macs[0]), float(comparison.macs[-1])
+
+
+def _anchors(comparison: ImageComparison) -> str:
+    rows = comparison.anchor_rows()
+    metrics = list(rows[0].metrics)
+    lines = [f"| anchor | M MACs | M parameters | {' | '.join(metrics)} |", "|---" * (3 + len(metrics)) + "|"]
+    for name, row in zip(comparison.names, rows, strict=True):
+        values = " | ".join(f"{row.metrics[one]:.4f}" for one in metrics)
+        lines.append(f"| {name} | {row.macs / 1e6:,.2f} | {row.parameters / 1e6:.3f} | {values} |")
+    table = "\n".join(lines)
+    return f"## Anchors\n\n{table}\n\n{comparison.pairs}"
+
+
+def _selections(comparison: ImageComparison) -> str:
+    seed = comparison.settings.seeds[0]
+    chosen = {rule: comparison.selection(rule, seed) for rule in comparison.settings.rules}
+    lines = ["| rule | stitches | candidates | in common with SN-Net |", "|---|---|---|---|"]
+    for rule, selection in chosen.items():
+        common = overlap(selection, chosen["snnet"]).common if "snnet" in chosen else "–"
+        lines.append(f"| {rule} | {len(selection)} | {selection.candidates} | {common} |")
+    return "## Selections\n\n" + "\n".join(lines)
+
+
+def _rules(comparison: ImageComparison, metric: str) -> list[str]:
+    """The table of rules with their areas over the anchors' common costs, and who won."""
+    interval, seeds = _interval(comparison), comparison.settings.seeds
+    rules = [rule for rule in comparison.settings.rules if rule != "every"]
+    rows = {rule: {seed: comparison.measured(rule, seed) for seed in seeds} for rule in rules}
+    areas = {rule: {seed: area(rows[rule][seed], metric, interval) for seed in seeds} for rule in rules}
+    if not rules:
+        return []
+    lines = [
+        "| rule | AUC, all stitches | AUC, Pareto front | best gain over SN-Net at equal cost | at | MACs ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rule in rules:
+        cells = [_mean_and_error([areas[rule][seed][column] for seed in seeds]) for column in (0, 1)]
+        gain = ["–", "–", "–"]
+        if rule != "snnet" and "snnet" in rules:
+            gain = _gains(rows[rule], rows["snnet"], metric)
+        lines.append(f"| {rule} | {' | '.join(cells + gain)} |")
+    heading = f"## Rules: {metric} after fine-tuning, mean ± standard error over {len(seeds)} seeds"
+    text = f"{heading}\n\n" + "\n".join(lines)
+    return [text, _winner({rule: {seed: areas[rule][seed][0] for seed in seeds} for rule in rules})]
+
+
+def _gains(
+    ours: Mapping[int, Sequence[ResultRow]], theirs: Mapping[int, Sequence[ResultRow]], metric: str
+) -> list[str]:
+    """KLAS's two headline figures, on means over seeds: gain at equal cost, and costs at equal quality."""
+    curves = [TradeoffCurve([row for seed in one.values() for row in seed], metric) for one in (ours, theirs)]
+    gain = gain_at_equal_cost(*curves)
+    saving = cost_at_equal_quality(*curves)
+    return [f"{gain.largest:+.4f} (mean {gain.mean:+.4f})", f"{gain.macs / 1e6:,.1f} M", f"{saving.ratio:.2f}"]
+
+
+def _winner(areas: Mapping[str, Mapping[int, float]]) -> str:
+    means = {rule: fmean(of_seed.values()) for rule, of_seed in areas.items()}
+    best = max(means, key=lambda rule: means[rule])
+    parts = [f"**{best} has the largest area, {means[best]:.4f}.**"]
+    for rule in sorted(means, key=lambda rule: -means[rule]):
+        if rule != best:
+            difference, error = paired(areas[best], areas[rule])
+            certain = "" if not error == error else ", within two standard errors" if difference < 2 * error else ""
+            parts.append(f"It is {difference:.4f} ± {error:.4f} ahead of {rule}{certain}.")
+    if "klas" in means and best != "klas":
+        parts.append("KLAS did not win here.")
+    return " ".join(parts)
+
+
+def _scores(comparison: ImageComparison, metric: str) -> list[str]:
+    """What each score foretells of all stitches, trained in one supernet: Tab. 9 and 10, picks, Tab. 7 and 8."""
+    rows = [row for seed in comparison.settings.seeds for row in comparison.measured("every", seed)]
+    parts = []
+    for scores in comparison.scores:
+        source, target = (comparison.names[place] for place in (scores.costs.source, scores.costs.target))
+        of_pair = [row for row in rows if row.anchors == (scores.costs.source, scores.costs.target)]
+        lines = ["| score | Pearson | Spearman | picked | oracle | chance |", "|---|---|---|---|---|---|"]
+        for name in scores.available:
+            one = scores.with_score(name)
+            found = correlation_report(one, of_pair, metric)
+            picks = bucket_picks(one, of_pair, metric)
+            lines.append(
+                f"| {name} | {found.pearson:.2f} | {found.spearman:.2f} | {picks.picked:.4f} | {picks.oracle:.4f} "
+                f"| {picks.chance:.4f} |"
+            )
+        parts.append(
+            f"## {source} → {target}: {found.stitches} stitches in one supernet\n\nCorrelation with the drop in "
+            f"{metric}; mean {metric} of the stitch picked in each of {picks.buckets} cost buckets.\n\n"
+            + "\n".join(lines)
+        )
+    if comparison.settings.most_stitches is None:
+        ends = [row for row in rows if row.stitch is None]
+        swept = sweep(comparison.scores, rows, metric, anchors=ends, interval=_interval(comparison))
+        parts.append("## τ and buckets, on the same supernet\n\n" + format_sweep(swept, metric))
+    return parts
+
+
+def _draw(comparison: ImageComparison, metric: str) -> None:
+    """Curves of all rules, means over seeds, with cascades of the two outer anchors."""
+    curves = []
+    for rule in comparison.settings.rules:
+        rows = [row for seed in comparison.settings.seeds for row in comparison.measured(rule, seed)]
+        curves.append(TradeoffCurve(rows, metric, label=rule))
+    cascade = [_renamed(row, metric) for row in comparison.cascade_rows()]
+    curves.append(TradeoffCurve(cascade, metric, label="cascade (no fine-tuning)"))
+    plot_curves(curves, title=" · ".join(comparison.names), path=comparison.output / "curve")
+    shown = [row for row in comparison.rows if row.rule != "every"]
+    table = format_table(shown, [metric, "loss"], comparison.macs[-1])
+    (comparison.output / "stitches.md").write_text(table + "\n", encoding="utf-8")
+
+
+def _renamed(row: ResultRow, metric: str) -> ResultRow:
+    return ResultRow(
+        row.rule, row.stitch, row.seed, row.macs, row.parameters, {metric: row.metrics["accuracy"]}, row.details,
+        row.anchors,
+    )  # fmt: skip
+
+
+def _mean_and_error(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{fmean(values):.4f} ± {stdev(values) / len(values) ** 0.5:.4f}"

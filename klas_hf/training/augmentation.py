@@ -1,0 +1,218 @@
+"""Augmentation of image batches on the device they are on: crops, flips, RandAugment, erasing, mixup, CutMix.
+
+The transforms are kornia's; they draw from torch's global generator on the CPU, so `torch.manual_seed` repeats a
+batch on any device. Sources: RandAugment, Cubuk et al. 2020; random erasing, Zhong et al. 2020; mixup, Zhang et al.
+2018; CutMix, Yun et al. 2019; label smoothing, Szegedy et al. 2016.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Which augmentations are applied, in the order of the fields. The defaults apply none.
+
+    Attributes:
+        crop_padding: black pixels added on each side before a random crop of the old size; 0: none.
+        crop_scale: least and greatest share of the area that a random resized crop keeps; None: none.
+        horizontal_flip: half of the images are mirrored.
+        randaugment: number of operations per image and their magnitude, above 0 and below 30; None: none.
+        erasing: probability that a rectangle of an image is erased to the mean colour.
+        mixup: α of the Beta distribution of mixup's λ; 0: none.
+        cutmix: the same for CutMix. Where both are given, each batch gets one of them, by a fair coin.
+        label_smoothing: share of a target that is spread over all labels.
+    """
+
+    crop_padding: int = 0
+    crop_scale: tuple[float, float] | None = None
+    horizontal_flip: bool = False
+    randaugment: tuple[int, int] | None = None
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "randaugment"):  # YAML gives lists, which cannot be hashed
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        if self.crop_padding < 0:
+            raise ValueError(f"got crop_padding={self.crop_padding}; expected 0 (none) or a number of pixels")
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"got crop_scale={self.crop_scale}; expected a range within (0, 1], such as (0.35, 1.0)")
+        if self.crop_padding and self.crop_scale is not None:
+            raise ValueError(
+                f"got crop_padding={self.crop_padding} and crop_scale={self.crop_scale}; expected one of them"
+            )
+        if self.randaugment is not None and not (self.randaugment[0] >= 1 and 0 < self.randaugment[1] < 30):
+            raise ValueError(
+                f"got randaugment={self.randaugment}; expected (operations, magnitude) with at least one operation "
+                "and a magnitude above 0 and below 30, such as (2, 9)"
+            )
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected 0 (none) or the α of a Beta distribution")
+        for name in ("erasing", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected a number from 0 to 1")
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images as models take them: `(pixels / 255 − mean) / std`, per channel, in float32.
+
+    Args:
+        pixels: `(batch, channels, height, width)`, uint8.
+        mean, std: per channel, of pixels from 0 to 1.
+
+    Raises:
+        TypeError: pixels are not uint8.
+        ValueError: another number of channels than of means and deviations.
+    """
+    if pixels.dtype != torch.uint8:
+        raise TypeError(f"got pixels of {pixels.dtype}; expected uint8 from 0 to 255, which are not yet normalised")
+    shift, scale = _per_channel(pixels, mean, std)
+    return (pixels.float() / 255 - shift) / scale
+
+
+@torch.no_grad()
+def augment(
+    pixel_values: Tensor,
+    labels: Tensor,
+    settings: Augmentation,
+    mean: Sequence[float],
+    std: Sequence[float],
+    num_labels: int,
+) -> tuple[Tensor, Tensor]:
+    """Augment a batch; with nothing switched on the images are returned as they came.
+
+    Args:
+        pixel_values: `(batch, channels, height, width)`, floats, normalised by `mean` and `std`.
+        labels: `(batch,)`, integers from 0.
+        settings: what is applied.
+        mean, std: per channel, of pixels from 0 to 1.
+        num_labels: classes.
+
+    Returns:
+        The images in their dtype, and targets `(batch, num_labels)` in float32 whose rows sum to 1.
+
+    Raises:
+        ImportError: kornia is missing and something is switched on that needs it.
+        TypeError: the images are not floats.
+        ValueError: a label out of range, RandAugment of images that have not 3 channels, means that do not fit.
+    """
+    _check(pixel_values, labels, settings, num_labels)
+    images = _transformed(pixel_values, settings, mean, std)
+    targets = F.one_hot(labels.long(), num_labels).float()
+    images, targets = _mixed(images, labels, targets, settings)
+    smoothing = settings.label_smoothing
+    return images, targets * (1 - smoothing) + smoothing / num_labels if smoothing else targets
+
+
+def _check(pixel_values: Tensor, labels: Tensor, settings: Augmentation, num_labels: int) -> None:
+    if not pixel_values.is_floating_point():
+        raise TypeError(f"got images of {pixel_values.dtype}; expected floats: call `normalise` on uint8 pixels first")
+    if pixel_values.ndim != 4 or labels.shape != pixel_values.shape[:1]:
+        raise ValueError(
+            f"got images of shape {tuple(pixel_values.shape)} and labels of shape {tuple(labels.shape)}; "
+            "expected (batch, channels, height, width) and (batch,)"
+        )
+    if settings.randaugment is not None and pixel_values.shape[1] != 3:
+        raise ValueError(
+            f"got images with {pixel_values.shape[1]} channel(s) and randaugment={settings.randaugment}; expected 3 "
+            "channels, since some of its operations change colours: set randaugment to None, or repeat the grey channel"
+        )
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
+        raise ValueError(
+            f"got labels from {int(labels.min())} to {int(labels.max())}; expected 0 to {num_labels - 1} "
+            f"(num_labels={num_labels}): leave examples without a label out of the batch"
+        )
+
+
+def _transformed(pixel_values: Tensor, settings: Augmentation, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    height, width = pixel_values.shape[-2:]
+    on_pixels = _pixel_transforms(settings, height, width)
+    images = pixel_values
+    if len(on_pixels):
+        shift, scale = _per_channel(images, mean, std)
+        images = (images.float() * scale + shift).clamp(0, 1)  # rounding leaves [0, 1] by an ulp
+        images = (on_pixels(images) - shift) / scale
+    if settings.erasing:
+        images = _eraser(settings.erasing)(images.float())
+    return images.to(pixel_values.dtype)
+
+
+# The modules hold no state but the last draw; building RandAugment for each batch takes milliseconds.
+@lru_cache(maxsize=8)
+def _pixel_transforms(settings: Augmentation, height: int, width: int) -> nn.Sequential:
+    transforms: list[nn.Module] = []
+    if settings.crop_padding:
+        transforms.append(_kornia().RandomCrop((height, width), padding=settings.crop_padding))
+    if settings.crop_scale is not None:
+        transforms.append(_kornia().RandomResizedCrop((height, width), scale=settings.crop_scale))
+    if settings.horizontal_flip:
+        transforms.append(_kornia().RandomHorizontalFlip(p=0.5))
+    if settings.randaugment is not None:
+        # kornia draws the operations once per batch, and their signs per image; the paper draws all per image.
+        operations, magnitude = settings.randaugment
+        transforms.append(_kornia().auto.RandAugment(operations, magnitude))
+    return nn.Sequential(*transforms)
+
+
+@lru_cache(maxsize=8)
+def _eraser(probability: float) -> nn.Module:
+    return _kornia().RandomErasing(p=probability, value=0.0)  # 0 is the mean colour of normalised images
+
+
+def _mixed(images: Tensor, labels: Tensor, targets: Tensor, settings: Augmentation) -> tuple[Tensor, Tensor]:
+    if settings.mixup and settings.cutmix:
+        chosen = _mixup if torch.rand(()) < 0.5 else _cutmix
+    elif settings.mixup:
+        chosen = _mixup
+    elif settings.cutmix:
+        chosen = _cutmix
+    else:
+        return images, targets
+    return chosen(images, labels, targets, settings)
+
+
+def _mixup(images: Tensor, labels: Tensor, targets: Tensor, settings: Augmentation) -> tuple[Tensor, Tensor]:
+    # Not kornia's RandomMixUpV2, which draws λ uniformly; one λ per batch as in the authors' code.
+    lam = torch.distributions.Beta(settings.mixup, settings.mixup).sample().item()
+    others = torch.randperm(len(images)).to(images.device)
+    return lam * images + (1 - lam) * images[others], lam * targets + (1 - lam) * targets[others]
+
+
+def _cutmix(images: Tensor, labels: Tensor, targets: Tensor, settings: Augmentation) -> tuple[Tensor, Tensor]:
+    # kornia draws a λ and a box for each image, and the box lies inside the image; the paper draws one of each for
+    # a batch and clips the box. Either way the share of the target is the area that was kept.
+    mix = _kornia().RandomCutMixV2(beta=settings.cutmix, data_keys=["input", "class"], use_correct_lambda=True)
+    # Rows instead of labels: kornia returns them as floats, and a row number gives the other's target directly.
+    mixed, drawn = mix(images.float(), torch.arange(len(images), device=images.device))
+    _, others, kept = drawn[0].unbind(-1)
+    kept = kept.to(targets.dtype)[:, None]
+    return mixed.to(images.dtype), kept * targets + (1 - kept) * targets[others.long()]
+
+
+def _per_channel(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation as `(channels, 1, 1)`, float32, on the images' device."""
+    if not images.shape[-3] == len(mean) == len(std):
+        raise ValueError(
+            f"got images with {images.shape[-3]} channel(s), {len(mean)} mean(s) and {len(std)} deviation(s); "
+            "expected one mean and one deviation per channel"
+        )
+    return tuple(torch.tensor(list(v), dtype=torch.float32, device=images.device)[:, None, None] for v in (mean, std))
+
+
+def _kornia() -> ModuleType:
+    try:
+        import kornia.augmentation
+    except ImportError as error:
+        raise ImportError('augmentation needs kornia: pip install "klas_hf[vision]"') from error
+    return kornia.augmentation

@@ -1,0 +1,45 @@
+"""Figures show the numbers they are given."""
+
+from pathlib import Path
+
+import numpy as np
+
+from klas_hf import plotting
+
+
+def test_probe_accuracies_are_drawn_from_block_1_with_whole_ticks(tmp_path: Path) -> None:
+    figure = plotting.probe_accuracy({"small": [0.2, 0.5, 0.9], "large": [0.1, 0.4]}, tmp_path / "probes.png")
+    axes = figure.axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("block", "probe accuracy")
+    drawn = [container.lines[0].get_xydata().tolist() for container in axes.containers]
+    assert drawn == [[[1, 0.2], [2, 0.5], [3, 0.9]], [[1, 0.1], [2, 0.4]]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["small", "large"]
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    assert (tmp_path / "probes.png").exists() and (tmp_path / "probes.svg").exists()
+
+
+def test_ticks_may_fall_between_whole_numbers_unless_told_otherwise() -> None:
+    series = [plotting.Series("one", [1, 2], [0.0, 1.0])]
+    free = plotting.lines(series, "x", "y").axes[0].get_xticks()
+    whole = plotting.lines(series, "x", "y", integer_x=True).axes[0].get_xticks()
+    assert any(not float(tick).is_integer() for tick in free)
+    assert all(float(tick).is_integer() for tick in whole)
+
+
+def test_points_without_a_line_and_error_bars() -> None:
+    series = [plotting.Series("one", [1, 2], [0.5, 1.0], error=[0.1, 0.2], line=False), plotting.Series("b", [1], [2])]
+    one, other = plotting.lines(series, "x", "y", "title").axes[0].containers
+    assert (one.lines[0].get_linestyle(), other.lines[0].get_linestyle()) == ("None", "-")
+    bars = one.lines[2][0].get_segments()
+    np.testing.assert_allclose([bar[:, 1] for bar in bars], [[0.4, 0.6], [0.8, 1.2]])
+
+
+def test_marks_and_names_of_heatmaps_are_optional() -> None:
+    values = np.array([[3.0, 1.0], [2.0, 4.0]])
+    plain = plotting.heatmaps({"a": values}, "x", "y").axes[0]
+    assert [line.get_xydata().tolist() for line in plain.lines] == [[[2, 1]]]
+    marked = plotting.heatmaps({"a": values}, "x", "y", names=(["p", "q"], ["r", "s"]), marks=[(0, 0), (1, 1)]).axes[0]
+    assert [line.get_xydata().tolist() for line in marked.lines] == [[[1, 1]], [[2, 2]]]
+    assert [label.get_text() for label in marked.get_yticklabels()] == ["p", "q"]
+    assert [label.get_text() for label in marked.get_xticklabels()] == ["r", "s"]
+    assert not plotting.heatmaps({"a": values}, "x", "y", marks=[]).axes[0].lines
