@@ -89,7 +89,7 @@ def main() -> None:
     for family in args.families:
         process_state().print(f"\n# {family}")
         cache = Path(args.cache_dir) / f"{family}-{args.anchor_steps}-steps"
-        anchors = [anchor(name, config, task, training, args, cache) for name, config in FAMILIES[family].items()]
+        anchors = [anchor(name, config, task, args, cache) for name, config in FAMILIES[family].items()]
         comparison = ImageComparison(
             anchors, list(FAMILIES[family]), task, settings, training, Path(args.output_dir) / family
         )
@@ -101,19 +101,17 @@ def anchor(
     name: str,
     config: PreTrainedConfig,
     task: ImageTask,
-    training: ImageTrainingConfig,
     args: DigitsArguments,
     cache: Path,
 ) -> PreTrainedModel:
     """A classifier trained on the digits, from the cache if it is there."""
     folder = cache / name.replace("×", "x").replace(",", "-")
-    if not (folder / "model.safetensors").exists():
+    if not folder.exists():
         torch.manual_seed(0)
         model = AutoModelForImageClassification.from_config(config)
-        # No stochastic depth and no stitching layer: an ordinary training of an ordinary classifier.
-        steps = replace(
-            training, max_steps=args.anchor_steps, trainable="full", learning_rate=4e-3, drop_path=None,
-            distillation_weight=0.0, mean=list(task.mean), std=list(task.std),
+        # Not the supernets' settings: what is in the cache depends on the number of steps alone.
+        steps = DigitsTraining(
+            max_steps=args.anchor_steps, learning_rate=4e-3, mean=list(task.mean), std=list(task.std)
         )  # fmt: skip
         result = train_stitches(model, task.train, steps)
         measured = evaluate_accuracy(model, image_batches(task.test, 64, task.mean, task.std))
@@ -121,7 +119,9 @@ def anchor(
             f"{name}: {result.steps} steps in {result.seconds:.0f} s, accuracy {measured.metrics['accuracy']:.4f}"
         )
         if process_state().is_main_process:
-            model.save_pretrained(folder)
+            part = folder.with_suffix(".part")
+            model.save_pretrained(part)
+            part.rename(folder)
         process_state().wait_for_everyone()
     return AutoModelForImageClassification.from_pretrained(folder)
 

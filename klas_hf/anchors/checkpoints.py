@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,7 +49,7 @@ class AnchorCheckpoint:
                 self._shards = self._find_shards()
         self.keys = set(self._tensors) | set(self._shards)
 
-    def __enter__(self) -> "AnchorCheckpoint":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

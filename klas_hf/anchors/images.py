@@ -58,6 +58,7 @@ def image_batches(data: Iterable[Any]) -> Iterator[ImageBatch]:
         if pixels.ndim != 4 or (labels is not None and labels.shape != pixels.shape[:1]):
             raise ValueError(
                 f"got pixel_values of shape {tuple(pixels.shape)} and labels of shape "
-                f"{None if labels is None else tuple(labels.shape)}; expected (batch, channels, height, width) and (batch,)"
+                f"{None if labels is None else tuple(labels.shape)}; expected (batch, channels, height, width) and "
+                "(batch,)"
             )
         yield ImageBatch(pixels, labels)

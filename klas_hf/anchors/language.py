@@ -115,7 +115,8 @@ def anchor_config(anchor: str | Path, **hub: Any) -> PreTrainedConfig:
         try:
             return AutoConfig.from_pretrained(anchor, **hub)
         except ValueError as error:
-            raise ValueError(f"{error}\nExpected an anchor of one of {sorted([*DECODER_FAMILIES, *VISION_KINDS])}") from error
+            known = sorted([*DECODER_FAMILIES, *VISION_KINDS])
+            raise ValueError(f"{error}\nExpected an anchor of one of {known}") from error
 
 
 @contextmanager

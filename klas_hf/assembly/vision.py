@@ -60,9 +60,7 @@ def stitch_classifiers(
         batches = None if calibration is None else usable_images(calibration, first.config, last.config)
         loading = {"dtype": last.dtype if dtype in (None, "auto") else dtype, "device_map": device_map}
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
-        model = load_parts(
-            StitchedForImageClassification, config, _state(first, last, config), **loading, **options
-        )
+        model = load_parts(StitchedForImageClassification, config, _state(first, last, config), **loading, **options)
     if batches is None:
         warnings.warn(RANDOM_STITCH, stacklevel=4)
     else:
@@ -71,7 +69,7 @@ def stitch_classifiers(
             for anchor, revision in ((source, source_revision), (target, target_revision))
         ]
         device = next(model.parameters()).device
-        fit = fit_vision_stitch(_on(anchors[0], device), _on(anchors[1], device), stitch, batches, ridge)
+        fit = fit_vision_stitch(_on(anchors[0], device), _on(anchors[1], device), stitch, batches, size, ridge)
         set_vision_stitch(model.stitch, fit)
         model.config.stitch_fit = {"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows}
     return model.eval()
@@ -130,8 +128,8 @@ def check_pair(first: PreTrainedConfig, last: PreTrainedConfig, size: tuple[int,
     macs = [measure_costs(config, image_size=size).macs for config in (first, last)]
     if macs[0] > macs[1]:
         raise ValueError(
-            f"got a source of {macs[0]:,} MACs and a target of {macs[1]:,}: reversed; expected the cheaper anchor as the "
-            "source. Swap source and target"
+            f"got a source of {macs[0]:,} MACs and a target of {macs[1]:,}: reversed; expected the cheaper anchor "
+            "as the source. Swap source and target"
         )
 
 
@@ -146,8 +144,8 @@ def check_grids(first: PreTrainedConfig, last: PreTrainedConfig, stitch: Stitch,
         possible = f"expected j in {matching}" if matching else "the target has no block on the source's grid"
         grids = " → ".join(f"{i}: {shape.height}×{shape.width}" for i, shape in enumerate(shapes[0]) if i)
         raise ValueError(
-            f"got stitch {stitch} from a grid of {source.height}×{source.width} to one of {target.height}×{target.width}; "
-            f"stitches are possible between equal grids only. For i = {stitch.source_stop} {possible}. The source's "
+            f"got stitch {stitch} from a grid of {source.height}×{source.width} to one of {target.height}×{target.width};"
+            f" stitches are possible between equal grids only. For i = {stitch.source_stop} {possible}. The source's "
             f"blocks lie on {grids}"
         )
 
@@ -169,7 +167,12 @@ def usable_images(calibration: Iterable[Any], *configs: PreTrainedConfig) -> Ite
 
 @torch.no_grad()
 def fit_vision_stitch(
-    first: VisionAnchor, last: VisionAnchor, stitch: Stitch, batches: Iterable[Any], ridge: float | None = None
+    first: VisionAnchor,
+    last: VisionAnchor,
+    stitch: Stitch,
+    batches: Iterable[Any],
+    size: tuple[int, int],
+    ridge: float | None = None,
 ) -> LinearFit:
     """Least-squares map from the output of source block i to that of target block j, over all positions of all images.
 
@@ -177,8 +180,8 @@ def fit_vision_stitch(
         ValueError: no image, or activations that are not finite.
     """
     widths = [
-        trace(first.config, None)[stitch.source_stop].channels,
-        trace(last.config, None)[stitch.target_start].channels,
+        trace(first.config, size)[stitch.source_stop].channels,
+        trace(last.config, size)[stitch.target_start].channels,
     ]
     equations = LeastSquares(widths[0], widths[1], first.device)
     dropped = dropped_prefix(first.kind, last.kind)

@@ -16,9 +16,7 @@ __all__ = ["Cost", "measure_costs", "measure_stitch_costs"]
 Size = int | tuple[int, int] | None
 
 
-def measure_costs(
-    model: PreTrainedModel | PreTrainedConfig, *, tokens: int = 128, image_size: Size = None
-) -> Cost:
+def measure_costs(model: PreTrainedModel | PreTrainedConfig, *, tokens: int = 128, image_size: Size = None) -> Cost:
     """MACs, parameters and cache bytes of a causal language model or an image classifier, stitched or not.
 
     Args:

@@ -59,6 +59,9 @@ def predict_probabilities(
 
     Args:
         classes: of these labels only, renormalised; labels are then positions in it.
+
+    Raises:
+        ValueError: no images, or a label that is not among `classes`.
     """
     columns = slice(None) if classes is None else torch.tensor(list(classes))
     found, labels = [], []
@@ -68,10 +71,24 @@ def predict_probabilities(
             logits = model(pixel_values=pixels.to(model.device, model.dtype)).logits.float().cpu()[:, columns]
             found.append(logits.softmax(-1).double())
             labels.append(of_batch)
+    if not found:
+        raise ValueError("got no images to predict; expected batches with labels")
     truth = torch.cat(labels)
     if classes is not None:
-        truth = (truth[:, None] == torch.tensor(list(classes))).int().argmax(1)
+        truth = _positions(truth, classes)
     return torch.cat(found).numpy(), truth.numpy()
+
+
+def _positions(labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """Where each label stands in `classes`."""
+    is_it = labels[:, None] == torch.tensor(list(classes))
+    missing = labels[~is_it.any(1)]
+    if len(missing):
+        raise ValueError(
+            f"got label {int(missing[0])}, which is not among the {len(classes)} classes to predict; expected images of "
+            "these only"
+        )
+    return is_it.int().argmax(1)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ class StitchedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement: list[str] = ["past_key_values"]
     _fsdp_plan = {"stitch": "keep_full_weight"}
 
     @classmethod

@@ -68,8 +68,8 @@ def dropped_prefix(source: VisionKind, target: VisionKind) -> int:
     if target.prefix_tokens == 0:
         return source.prefix_tokens
     raise ValueError(
-        f"got a source with {source.prefix_tokens} class tokens and a target with {target.prefix_tokens}, which nothing "
-        "in the source can stand for; expected as many on both sides, or a target without any"
+        f"got a source with {source.prefix_tokens} class tokens and a target with {target.prefix_tokens}, which "
+        "nothing in the source can stand for; expected as many on both sides, or a target without any"
     )
 
 
@@ -80,7 +80,7 @@ class _StitchedVision(StitchedModel):
     base_model_prefix = ""
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _skip_keys_device_placement = None
+    _skip_keys_device_placement: list[str] = []
     _can_compile_fullgraph = False
     # A checkpoint of an anchor, or of the classifier for the backbone, has more than is used here.
     _keys_to_ignore_on_load_unexpected = [r"^source\.", r"^target\."]
@@ -201,15 +201,14 @@ class StitchedBackbone(BackboneMixin, _StitchedVision):
     def __init__(self, config: StitchedVisionConfig):
         super().__init__(config, head=False)
         ends = config.stage_ends()
-        shapes = trace(config.source_config), trace(config.target_config)
+        size = config.image_size[0], config.image_size[1]
+        shapes = trace(config.source_config, size), trace(config.target_config, size)
         self.num_features = [shapes[0][0].channels, *(shapes[side][number + 1].channels for side, number in ends)]
         kinds = vision_kind(config.source_config), vision_kind(config.target_config)
         self.norms = nn.ModuleDict(
             {
                 name: nn.LayerNorm(channels)
-                for name, channels, (side, _) in zip(
-                    self.stage_names[1:], self.num_features[1:], ends, strict=True
-                )
+                for name, channels, (side, _) in zip(self.stage_names[1:], self.num_features[1:], ends, strict=True)
                 if name in self.out_features and kinds[side].normed_features
             }
         )

@@ -23,13 +23,11 @@ class LevitKind(VisionKind):
         for stage, depth in enumerate(config.depths):
             per_block = 2 if config.mlp_ratio[stage] > 0 else 1
             layers = f"levit.encoder.stages.{stage}.layers"
-            names.append(
-                [tuple(f"{layers}.{n * per_block + part}" for part in range(per_block)) for n in range(depth)]
-            )
+            names.append([tuple(f"{layers}.{n * per_block + part}" for part in range(per_block)) for n in range(depth)])
             names[stage][0] = entry + names[stage][0]
             # Subsampling stands at the end of a stage's list, with an MLP of the next stage's width after it.
-            down = config.down_ops[stage] if stage < len(config.depths) - 1 else [""]
-            length = 0 if down[0] != "Subsample" else 2 if down[4] > 0 else 1
+            down = config.down_ops[stage] if stage < len(config.depths) - 1 else None
+            length = 0 if down is None or down[0] != "Subsample" else 2 if down[4] > 0 else 1
             entry = tuple(f"{layers}.{depth * per_block + part}" for part in range(length))
         return staged_blocks(names)
 

@@ -64,6 +64,12 @@ class ImageProbeNet(PreTrainedModel):
         self.probes = nn.ModuleList(nn.Linear(width, config.num_labels) for width in config.widths or [])
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # The problem is convex: zero is as good a start as any, and needs no seed.
+        for parameter in module.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+
     def log_probs(self, pooled: Sequence[Tensor]) -> Tensor:
         """Class log-probabilities of all probes, fp32, in nats.
 
@@ -81,8 +87,8 @@ class ImageProbeNet(PreTrainedModel):
         if self.config.anchor_fingerprint != anchor.fingerprint:
             raise ValueError(
                 f"got probes of {self.config.anchor_name} (weights {str(self.config.anchor_fingerprint)[:12]}) for "
-                f"{anchor.name} (weights {anchor.fingerprint[:12]}): other weights; expected the model they were trained "
-                "on. Train probes for this anchor with train_probes"
+                f"{anchor.name} (weights {anchor.fingerprint[:12]}): other weights; expected the model they were "
+                "trained on. Train probes for this anchor with train_probes"
             )
 
 

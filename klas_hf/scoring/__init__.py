@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from klas_hf.anchors.vision import is_vision
-from klas_hf.scores import StitchScores
+from klas_hf.scores import SCORES, StitchScores
 from klas_hf.scoring.anchors import select_anchors
 from klas_hf.scoring.images import ImageScoring, score_classifiers
 from klas_hf.scoring.language import WORKSPACE_BYTES, score_decoders
@@ -46,6 +46,8 @@ def score_stitches(
         ValueError: unknown score, or one that lacks its data; vocabularies or classes that differ; probes of another
             model or none for images; source dearer than target; no data; activations that are not finite.
     """
+    if score not in SCORES:
+        raise ValueError(f"got score={score!r}; expected one of {sorted(SCORES)}")
     if not is_vision(source):
         return score_decoders(
             source, target, data, probes=probes, score=score, tokens=tokens, workspace_bytes=workspace_bytes

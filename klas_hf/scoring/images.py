@@ -41,7 +41,7 @@ class ImageScoring:
     Attributes:
         shuffled: probes of both anchors that were trained on shuffled labels, for "klas_shuffled"; None leaves it out.
         moment_images: how many images CKA and DM are measured on (every position of an image is a row; SN-Net fits its
-            stitching layers on 100); 0 leaves both out.
+            stitching layers on 100); 0 leaves out both, and class-conditional CKA, which takes all labelled images.
         moment_bytes: memory that their sums may take.
     """
 
@@ -114,22 +114,22 @@ class _ImageSums:
         self.first, self.last, self.probes, self.settings = first, last, probes, settings
         m, n = first.num_blocks, last.num_blocks
         self.cross, self.capacity, self.gamma = RatioSums((m, n)), RatioSums((n - 1,)), RatioSums((m, n - 1))
-        self.plain = {name: np.zeros((m, n)) for name in ("theta_reversed", "mse", "ce")}
+        self.plain: dict[str, np.ndarray] = {name: np.zeros((m, n)) for name in ("theta_reversed", "mse", "ce")}
         if settings.shuffled:
             self.plain |= {"cross_shuffled": np.zeros((m, n)), "capacity_shuffled": np.zeros(n - 1)}
         self.dropped = dropped_prefix(first.kind, last.kind)
         pairs = _equal_grids(first, last, (costs.image_height, costs.image_width))
-        widths = [[shape.channels for shape in anchor.shapes()[1:]] for anchor in (first, last)]
+        widths, widths_last = ([shape.channels for shape in anchor.shapes()[1:]] for anchor in (first, last))
         self.moments: PairMoments | None = None
         if settings.moment_images:
-            needed = PairMoments.bytes_needed(pairs, *widths)
+            needed = PairMoments.bytes_needed(pairs, widths, widths_last)
             if needed > settings.moment_bytes:
                 raise ValueError(
-                    f"got {len(pairs)} pairs of blocks whose second moments take {needed / 2**30:.1f} GiB; expected at most "
-                    f"{settings.moment_bytes / 2**30:.1f} GiB. Raise moment_bytes, or leave CKA and DM out with "
+                    f"got {len(pairs)} pairs of blocks whose second moments take {needed / 2**30:.1f} GiB; expected at "
+                    f"most {settings.moment_bytes / 2**30:.1f} GiB. Raise moment_bytes, or leave CKA and DM out with "
                     "moment_images=0"
                 )
-            self.moments = PairMoments(pairs, *widths, first.device)
+            self.moments = PairMoments(pairs, widths, widths_last, first.device)
         self.by_class: ClassConditionalCka | None = None
         if settings.moment_images and batch.labels is not None:
             self.by_class = ClassConditionalCka(pairs, (m, n), first.config.num_labels)
@@ -157,8 +157,8 @@ class _ImageSums:
             )
             self.plain["cross_shuffled"] += _sum(pairwise_kl(shuffled_p, shuffled_q))
             self.plain["capacity_shuffled"] += _sum(consecutive_kl(shuffled_q))
-        if self.by_class and batch.labels is not None:
-            self.by_class.update(*pooled, batch.labels)
+        if self.by_class:
+            self.by_class.update(pooled[0], pooled[1], batch.labelled()[1])
         self._add_moments(features)
 
     def combine(self) -> None:
@@ -177,7 +177,9 @@ class _ImageSums:
         found = {name: value / self.cross.sequences for name, value in self.plain.items()}
         if self.moments:
             found |= {"cka": self.moments.cka(), "dm": self.moments.unexplained(RIDGE)}
-        return found | ({"class_cka": self.by_class.cka()} if self.by_class else {})
+        if self.by_class and self.by_class.left_out < self.by_class.num_classes:
+            found["class_cka"] = self.by_class.cka()
+        return found
 
     def _add_divergences(self, log_p: Tensor, log_q: Tensor) -> None:
         cross, capacity = pairwise_kl(log_p, log_q), consecutive_kl(log_q)
@@ -215,9 +217,7 @@ def _sum(terms: Tensor) -> np.ndarray:
 def _equal_grids(first: VisionAnchor, last: VisionAnchor, size: tuple[int, int]) -> list[tuple[int, int]]:
     """Positions, from 0, of the pairs of blocks (i, j) that a stitch can lead from and to."""
     shapes = first.shapes(size)[1:], last.shapes(size)[1:]
-    return [
-        (i, j) for i, one in enumerate(shapes[0]) for j, other in enumerate(shapes[1]) if one.grid == other.grid
-    ]
+    return [(i, j) for i, one in enumerate(shapes[0]) for j, other in enumerate(shapes[1]) if one.grid == other.grid]
 
 
 def _provenance(first: VisionAnchor, last: VisionAnchor, probes: Probes) -> dict[str, Any]:

@@ -14,7 +14,15 @@ import torch
 from klas_hf.anchors.images import image_batches
 from klas_hf.anchors.vision import VisionAnchor, check_anchors, load_vision_anchor
 from klas_hf.assembly.loading import RANDOM_STITCH, load_parts
-from klas_hf.assembly.vision import check_grids, check_pair, common_size, rows, set_vision_stitch, stitched_vision_config
+from klas_hf.assembly.vision import (
+    check_grids,
+    check_pair,
+    common_size,
+    rows,
+    set_vision_stitch,
+    stitched_vision_config,
+    usable_images,
+)
 from klas_hf.least_squares import LinearFit
 from klas_hf.models import StitchedForImageClassification
 from klas_hf.models.modeling_stitched_vision import dropped_prefix
@@ -29,7 +37,7 @@ from klas_hf.supernet.modeling import StitchedSupernet
 
 def assemble_supernet(
     anchors: Sequence[Any],
-    stitches: Iterable[Stitch | tuple[int, ...]],
+    stitches: Iterable[Stitch | tuple[int, int] | tuple[int, int, int, int]],
     *,
     calibration: Iterable[Any] | None = None,
     shared: Sequence[int] | None = None,
@@ -58,14 +66,16 @@ def assemble_supernet(
     chosen = [Stitch.of(stitch) for stitch in stitches]
     size = _check(loaded, chosen, image_size)
     config = _config(loaded, chosen, shared, size)
+    joined = {place for stitch in chosen for place in (stitch.source, stitch.target)}
+    batches = None if calibration is None else usable_images(calibration, *(loaded[place].config for place in joined))
     supernet = StitchedSupernet(config).eval()
     for place, anchor in enumerate(loaded):
         supernet.anchors[place].load_state_dict(anchor.model.state_dict())
     supernet.to(device=loaded[-1].device, dtype=loaded[-1].model.dtype)
-    if calibration is None:
+    if batches is None:
         warnings.warn(RANDOM_STITCH, stacklevel=3)
         return supernet
-    fits = fit_stitches(loaded, chosen, config.layer_of, calibration, ridge)
+    fits = fit_stitches(loaded, chosen, config.layer_of, batches, ridge)
     for layer, fit in zip(supernet.stitches, fits, strict=True):
         set_vision_stitch(layer, fit)
     config.layer_fits = [{"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows} for fit in fits]
@@ -89,19 +99,20 @@ def fit_stitches(
         ValueError: no images, or activations that are not finite.
     """
     pairs = sorted({(stitch.source, stitch.target) for stitch in stitches})
+    widths = [[shape.channels for shape in anchor.shapes()] for anchor in anchors]
     moments = {
-        pair: PairMoments(
-            sorted({(s.source_stop, s.target_start) for s in stitches if (s.source, s.target) == pair}),
-            *([shape.channels for shape in anchors[one].shapes()] for one in pair),
-            anchors[pair[0]].device,
+        (source, target): PairMoments(
+            sorted({(s.source_stop, s.target_start) for s in stitches if (s.source, s.target) == (source, target)}),
+            widths[source],
+            widths[target],
+            anchors[source].device,
         )
-        for pair in pairs
+        for source, target in pairs
     }
-    needed = {
-        place: max(s.source_stop if s.source == place else s.target_start for s in stitches if place in (s.source, s.target))
-        for pair in pairs
-        for place in pair
-    }
+    needed = dict.fromkeys({place for pair in pairs for place in pair}, 0)
+    for s in stitches:
+        needed[s.source] = max(needed[s.source], s.source_stop)
+        needed[s.target] = max(needed[s.target], s.target_start)
     for batch in progress(shared_out(image_batches(calibration)), "calibrating the stitching layers"):
         found = {place: anchors[place].features(batch.pixel_values, stop) for place, stop in needed.items()}
         for (source, target), sums in moments.items():

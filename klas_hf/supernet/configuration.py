@@ -25,8 +25,8 @@ class StitchedSupernetConfig(PreTrainedConfig):
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
 
     anchor_configs: Any = None
-    stitches: list[list[int]] | None = None
-    layer_of: list[int] | None = None
+    stitches: Any = None
+    layer_of: Any = None
     layer_fits: list[dict[str, Any]] | None = None
     image_size: list[int] | None = None
     drop_path_rate: float = 0.0

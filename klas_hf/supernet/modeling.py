@@ -117,6 +117,7 @@ class StitchedSupernet(PreTrainedModel):
         sides = self._sides(path)
         kinds = [vision_kind(model.config) for model, _ in sides]
         kinds[0].check_pixels(pixel_values, sides[0][0].config)
+        kinds[-1].check_size(pixel_values, sides[-1][0].config)
         blocks = [kind.blocks(model.config)[part] for kind, (model, part) in zip(kinds, sides, strict=True)]
         rate = self.config.drop_path_rate if drop_path is None else drop_path
         pairs = [(model, kind) for kind, (model, _) in zip(kinds, sides, strict=True)]
@@ -134,7 +135,7 @@ class StitchedSupernet(PreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def extract(self, stitch: Stitch | tuple[int, ...]) -> StitchedForImageClassification:
+    def extract(self, stitch: Stitch | tuple[int, int] | tuple[int, int, int, int]) -> StitchedForImageClassification:
         """The stitched model of one path, with a copy of its weights: what the supernet gives on that path, to the bit.
 
         Raises:
@@ -150,8 +151,8 @@ class StitchedSupernet(PreTrainedModel):
             self._number(path)
             source, target = self.anchors[path.source], self.anchors[path.target]
             return [(source, slice(None, path.source_stop)), (target, slice(path.target_start, None))]
-        if not 0 <= path < len(self.anchors):
-            raise ValueError(f"got path={path}; expected an anchor from 0 to {len(self.anchors) - 1}, or a stitch")
+        if not (isinstance(path, int) and 0 <= path < len(self.anchors)):
+            raise ValueError(f"got path={path!r}; expected an anchor from 0 to {len(self.anchors) - 1}, or a stitch")
         return [(self.anchors[path], slice(None))]
 
     def _number(self, stitch: Stitch) -> int:

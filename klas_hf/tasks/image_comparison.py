@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from shutil import rmtree
+from typing import Any, get_args
 
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from klas_hf import plotting
-from klas_hf.anchor_selection import AnchorSelection
-from klas_hf.anchors.vision import VisionAnchor, load_vision_anchor
+from klas_hf.anchor_selection import AnchorRule, AnchorSelection
+from klas_hf.anchors.vision import VisionAnchor, check_labels, load_vision_anchor
 from klas_hf.cascades import CascadeMember, cascade_curve, to_rows
 from klas_hf.costs import measure_costs, measure_stitch_costs
 from klas_hf.evaluation import evaluate_accuracy, evaluate_supernet, predict_probabilities
@@ -26,7 +27,7 @@ from klas_hf.rows import ResultRow, RowFile
 from klas_hf.scores import SCORES, StitchScores
 from klas_hf.scoring import ImageScoring, score_stitches, select_anchors
 from klas_hf.selection import StitchSelection, merge_selections, min_kl_stitches, random_stitches, select_stitches
-from klas_hf.snnet import snnet_stitches
+from klas_hf.snnet import Stages, snnet_stitches
 from klas_hf.stitches import Stitch, StitchCosts
 from klas_hf.supernet import StitchedSupernet
 from klas_hf.tasks.images import ImageSet, image_batches
@@ -43,12 +44,12 @@ class ComparisonSettings:
         default_factory=lambda: ["klas", "snnet", "min_kl", "cka", "random"],
         metadata={"help": f"selection rules: {', '.join(RULES)}; 'every' trains all stitches, for correlations"},
     )
-    pairs: str = field(
+    pairs: AnchorRule = field(
         default="least_kl", metadata={"help": "anchors to stitch: 'least_kl' (KLAS), 'nearest' (SN-Net), 'all'"}
     )
     buckets: int = field(default=20, metadata={"help": "cost buckets between two anchors"})
     threshold: float = field(default=0.05, metadata={"help": "tau of Eq. 3, relative"})
-    snnet_stages: str = field(
+    snnet_stages: Stages = field(
         default="all_but_last", metadata={"help": "stages that SN-Net stitches: 'all_but_last', or 'middle' (ResNets)"}
     )
     most_stitches: int | None = field(
@@ -71,6 +72,16 @@ class ComparisonSettings:
             raise ValueError(f"got the rules {unknown}; expected some of {RULES}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"got seeds={self.seeds}; expected at least one, each once")
+        for name, value, known in (
+            ("pairs", self.pairs, get_args(AnchorRule)),
+            ("snnet_stages", self.snnet_stages, get_args(Stages)),
+        ):
+            if value not in known:
+                raise ValueError(f"got {name}={value!r}; expected one of {known}")
+        if self.buckets < 1 or not self.threshold >= 0:
+            raise ValueError(
+                f"got buckets={self.buckets} and threshold={self.threshold}; expected at least 1, and 0 or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,8 @@ class ImageComparison:
         about: anything else that the rows depend on, kept with them.
 
     Raises:
-        ValueError: unknown rules, anchors not in order of cost, rows of another comparison in the folder.
+        ValueError: anchors not in order of cost or without a name each, a teacher without distillation or the other
+            way round, rows of another comparison in the folder.
     """
 
     def __init__(
@@ -125,10 +137,19 @@ class ImageComparison:
         output: str | Path,
         about: dict[str, Any] | None = None,
     ):
+        if len(names) != len(anchors):
+            raise ValueError(f"got {len(names)} names for {len(anchors)} anchors; expected one each")
+        if (settings.teacher == "none") != (training.distillation_weight == 0):
+            raise ValueError(
+                f"got teacher={settings.teacher!r} with distillation_weight={training.distillation_weight}; expected a "
+                "teacher and a weight above 0, or neither"
+            )
         self.anchors: list[VisionAnchor] = [load_vision_anchor(anchor) for anchor in anchors]
         device = process_state().device
-        for anchor in self.anchors:
+        for anchor, name in zip(self.anchors, names, strict=True):
             anchor.model.to(device)
+            # Models in memory have no name of their own but their class's, the same for all of a family.
+            anchor.name = anchor.path or name
         self.names, self.task, self.settings, self.output = list(names), task, settings, Path(output)
         self.training = replace(training, mean=list(task.mean), std=list(task.std))
         self.macs = [measure_costs(anchor.config, image_size=task.size).macs for anchor in self.anchors]
@@ -137,12 +158,14 @@ class ImageComparison:
         run = {name: value for name, value in asdict(settings).items() if name not in ("rules", "seeds")}
         run |= {"anchors": self.names, "fingerprints": [anchor.fingerprint for anchor in self.anchors]}
         run |= {"training": asdict(self.training), "images": [len(s) for s in (task.train, task.validation, task.test)]}
-        self.rows = RowFile(self.output / "rows.jsonl", run | {"size": list(task.size)} | (about or {}))
+        run |= {"size": list(task.size), "classes": None if task.classes is None else list(task.classes)}
+        self.rows = RowFile(self.output / "rows.jsonl", run | (about or {}))
         self._print = process_state().print
 
     def run(self) -> None:
         """Measure the anchors, then every rule under every seed."""
-        self.anchor_rows()
+        for name, row in zip(self.names, self.anchor_rows(), strict=True):
+            self._print(f"{name}: {row.macs / 1e6:,.1f} M MACs, accuracy {row.metrics['accuracy']:.4f}")
         for rule in self.settings.rules:
             chosen = self.selection(rule, self.settings.seeds[0])
             self._print(f"{rule}: {len(chosen)} stitches of {chosen.candidates} candidates")
@@ -163,29 +186,25 @@ class ImageComparison:
                     {"name": self.names[place]}, (place, place),
                 )  # fmt: skip
                 self.rows.append(row, to_disk=process_state().is_main_process)
-            self._print(f"{self.names[place]}: {row.macs / 1e6:,.1f} M MACs, accuracy {row.metrics['accuracy']:.4f}")
             found.append(row)
         return found
 
     def cascade_rows(self) -> list[ResultRow]:
         """Two-model cascades of the cheapest and the dearest anchor (KLAS App. E), thresholds swept."""
-        members = []
-        for place in (0, len(self.anchors) - 1):
-            batches = self.batches(self.task.test)
-            probabilities, labels = predict_probabilities(
-                self.anchors[place].model, batches, classes=self.task.classes
-            )
-            members.append(CascadeMember(probabilities, self.macs[place]))
+        (small, labels), (large, _) = (
+            predict_probabilities(anchor.model, self.batches(self.task.test), classes=self.task.classes)
+            for anchor in (self.anchors[0], self.anchors[-1])
+        )
         thresholds = [number / 20 for number in range(21)] + [0.97, 0.99, 0.999]
-        return to_rows(cascade_curve(*members, labels, thresholds))
+        members = CascadeMember(small, self.macs[0]), CascadeMember(large, self.macs[-1])
+        return to_rows(cascade_curve(members[0], members[1], labels, thresholds))
 
     @cached_property
     def pairs(self) -> AnchorSelection:
         """Which anchors are stitched."""
         chosen = select_anchors(
-            [anchor.model for anchor in self.anchors], self.batches(self.task.validation, self.settings.scoring_images),
-            rule=self.settings.pairs,
-        )  # fmt: skip
+            self.anchors, self.batches(self.task.validation, self.settings.scoring_images), rule=self.settings.pairs
+        )
         return replace(chosen, names=tuple(self.names))
 
     @cached_property
@@ -261,7 +280,7 @@ class ImageComparison:
 
     def _trained(self, chosen: StitchSelection, rule: str, seed: int) -> StitchedSupernet:
         supernet = StitchedSupernet.from_anchors(
-            [anchor.model for anchor in self.anchors], list(chosen), image_size=self.task.size,
+            self.anchors, list(chosen), image_size=self.task.size,
             calibration=self.batches(self.task.train, self.settings.calibration_images),
         )  # fmt: skip
         config = replace(self.training, seed=seed)
@@ -282,20 +301,26 @@ class ImageComparison:
 
     @cached_property
     def _named_teacher(self) -> PreTrainedModel:
-        return load_vision_anchor(self.settings.teacher).model
+        teacher = AutoModelForImageClassification.from_pretrained(self.settings.teacher)
+        check_labels(teacher.config, self.anchors[-1].config)
+        return teacher.eval()
 
     def _probes(self, place: int, *, shuffled: bool) -> ImageProbeNet:
         folder = self.output / f"probes-{place}{'-shuffled' if shuffled else ''}"
         if (folder / "model.safetensors").exists():
             return ImageProbeNet.from_pretrained(folder).to(self.anchors[place].device)
         probes = train_probes(
-            self.anchors[place].model,
+            self.anchors[place],
             self.batches(self.task.train),
             ImageProbeConfig(epochs=self.settings.probe_epochs, shuffled_labels=shuffled),
             validation=self.batches(self.task.validation),
         )
         if process_state().is_main_process:
-            probes.save_pretrained(folder)
+            part = folder.with_name(f".{folder.name}.part")
+            rmtree(part, ignore_errors=True)
+            probes.save_pretrained(part)
+            rmtree(folder, ignore_errors=True)
+            part.rename(folder)
         return probes
 
     def _scores(self, pair: tuple[int, int]) -> StitchScores:
@@ -304,8 +329,8 @@ class ImageComparison:
             return StitchScores.load(path)
         shuffled = tuple(self._probes(place, shuffled=True) for place in pair)
         scores = score_stitches(
-            self.anchors[pair[0]].model,
-            self.anchors[pair[1]].model,
+            self.anchors[pair[0]],
+            self.anchors[pair[1]],
             self.batches(self.task.validation, self.settings.scoring_images),
             probes=(self.probes[pair[0]], self.probes[pair[1]]),
             images=ImageScoring(shuffled=(shuffled[0], shuffled[1])),

@@ -1,6 +1,7 @@
 """The report of an image comparison: tables, figures, and who won (KLAS Fig. 7, Tab. 2, 4, 7 to 10)."""
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 from statistics import fmean, stdev
 
 from klas_hf.curve_comparison import cost_at_equal_quality, format_sweep, gain_at_equal_cost, sweep
@@ -14,14 +15,18 @@ from klas_hf.tasks.image_comparison import ImageComparison
 
 def report(comparison: ImageComparison) -> str:
     """Markdown of everything that was found; written to the output folder with its figures by the main process."""
-    metric = _metric(comparison)
-    parts = [_anchors(comparison), _selections(comparison), *_rules(comparison, metric)]
+    metrics = ["accuracy"] if comparison.task.classes is None else ["accuracy", "accuracy_among"]
+    parts = [_anchors(comparison), _selections(comparison)]
+    for metric in metrics:
+        parts += _rules(comparison, metric)
     if "every" in comparison.settings.rules:
-        parts += _scores(comparison, metric)
+        parts += _scores(comparison, metrics[0])
     text = "\n\n".join(parts)
+    # The figures need these whatever the rules; where they are still to be made, every process takes part.
+    _ = comparison.scores, comparison.probes
     if process_state().is_main_process:
         comparison.plot()
-        _draw(comparison, metric)
+        _draw(comparison, metrics)
         (comparison.output / "report.md").write_text(text + "\n", encoding="utf-8")
     return text
 
@@ -30,11 +35,22 @@ def area(rows: Sequence[ResultRow], metric: str, interval: tuple[float, float]) 
     """Mean quality over an interval of MACs, of all stitches and of the Pareto front alone."""
     curve = TradeoffCurve(rows, metric)
     front = curve.pareto()
-    low, high = max(interval[0], float(front.macs[0])), min(interval[1], float(front.macs[-1]))
+    low = max(interval[0], float(front.macs[0]))
+    high = max(low, min(interval[1], float(front.macs[-1])))
     within = front.auc((low, high)) * (high - low) / (interval[1] - interval[0]) if high > low else 0.0
     # Beyond its best model a front stays level: nobody pays more for less.
     level = float(front.values[-1]) * (interval[1] - high) / (interval[1] - interval[0])
     return curve.auc(interval), within + level
+
+
+def curve_rows(comparison: ImageComparison, rule: str, seed: int) -> list[ResultRow]:
+    """What a rule's curve is drawn from: its paths, and the two outer anchors.
+
+    An anchor that none of the rule's stitches joins was not fine-tuned with it, and counts as it was given.
+    """
+    rows, ends = comparison.measured(rule, seed), comparison.anchor_rows()
+    there = {row.anchors for row in rows if row.stitch is None}
+    return [*rows, *(row for row in (ends[0], ends[-1]) if row.anchors not in there)]
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float]:
@@ -42,10 +58,6 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[floa
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
     return fmean(differences), error
-
-
-def _metric(comparison: ImageComparison) -> str:
-    return "accuracy" if comparison.task.classes is None else "accuracy_among"
 
 
 def _interval(comparison: ImageComparison) -> tuple[float, float]:
@@ -77,7 +89,7 @@ def _rules(comparison: ImageComparison, metric: str) -> list[str]:
     """The table of rules with their areas over the anchors' common costs, and who won."""
     interval, seeds = _interval(comparison), comparison.settings.seeds
     rules = [rule for rule in comparison.settings.rules if rule != "every"]
-    rows = {rule: {seed: comparison.measured(rule, seed) for seed in seeds} for rule in rules}
+    rows = {rule: {seed: curve_rows(comparison, rule, seed) for seed in seeds} for rule in rules}
     areas = {rule: {seed: area(rows[rule][seed], metric, interval) for seed in seeds} for rule in rules}
     if not rules:
         return []
@@ -100,10 +112,12 @@ def _gains(
     ours: Mapping[int, Sequence[ResultRow]], theirs: Mapping[int, Sequence[ResultRow]], metric: str
 ) -> list[str]:
     """KLAS's two headline figures, on means over seeds: gain at equal cost, and costs at equal quality."""
-    curves = [TradeoffCurve([row for seed in one.values() for row in seed], metric) for one in (ours, theirs)]
-    gain = gain_at_equal_cost(*curves)
-    saving = cost_at_equal_quality(*curves)
-    return [f"{gain.largest:+.4f} (mean {gain.mean:+.4f})", f"{gain.macs / 1e6:,.1f} M", f"{saving.ratio:.2f}"]
+    curve, baseline = (TradeoffCurve([row for seed in one.values() for row in seed], metric) for one in (ours, theirs))
+    gain = gain_at_equal_cost(curve, baseline)
+    values = [one.pareto().values for one in (curve, baseline)]
+    overlaps = max(one.min() for one in values) <= min(one.max() for one in values)
+    ratio = f"{cost_at_equal_quality(curve, baseline).ratio:.2f}" if overlaps else "no equal quality"
+    return [f"{gain.largest:+.4f} (mean {gain.mean:+.4f})", f"{gain.macs / 1e6:,.1f} M", ratio]
 
 
 def _winner(areas: Mapping[str, Mapping[int, float]]) -> str:
@@ -113,8 +127,8 @@ def _winner(areas: Mapping[str, Mapping[int, float]]) -> str:
     for rule in sorted(means, key=lambda rule: -means[rule]):
         if rule != best:
             difference, error = paired(areas[best], areas[rule])
-            certain = "" if not error == error else ", within two standard errors" if difference < 2 * error else ""
-            parts.append(f"It is {difference:.4f} ± {error:.4f} ahead of {rule}{certain}.")
+            certain = f" ± {error:.4f}{', within two standard errors' if difference <= 2 * error else ''}"
+            parts.append(f"It is {difference:.4f}{'' if isnan(error) else certain} ahead of {rule}.")
     if "klas" in means and best != "klas":
         parts.append("KLAS did not win here.")
     return " ".join(parts)
@@ -148,17 +162,20 @@ def _scores(comparison: ImageComparison, metric: str) -> list[str]:
     return parts
 
 
-def _draw(comparison: ImageComparison, metric: str) -> None:
-    """Curves of all rules, means over seeds, with cascades of the two outer anchors."""
-    curves = []
-    for rule in comparison.settings.rules:
-        rows = [row for seed in comparison.settings.seeds for row in comparison.measured(rule, seed)]
-        curves.append(TradeoffCurve(rows, metric, label=rule))
-    cascade = [_renamed(row, metric) for row in comparison.cascade_rows()]
-    curves.append(TradeoffCurve(cascade, metric, label="cascade (no fine-tuning)"))
-    plot_curves(curves, title=" · ".join(comparison.names), path=comparison.output / "curve")
-    shown = [row for row in comparison.rows if row.rule != "every"]
-    table = format_table(shown, [metric, "loss"], comparison.macs[-1])
+def _draw(comparison: ImageComparison, metrics: Sequence[str]) -> None:
+    """Curves of all rules, means over seeds; with cascades of the two outer anchors in the figure of the last metric."""
+    seeds, title = comparison.settings.seeds, " · ".join(comparison.names)
+    for metric in metrics:
+        curves = [
+            TradeoffCurve([row for seed in seeds for row in curve_rows(comparison, rule, seed)], metric, label=rule)
+            for rule in comparison.settings.rules
+        ]
+        if metric == metrics[-1]:
+            cascade = [_renamed(row, metric) for row in comparison.cascade_rows()]
+            curves.append(TradeoffCurve(cascade, metric, label="cascade (no fine-tuning)"))
+        name = "curve" if metric == metrics[0] else f"curve-{metric}"
+        plot_curves(curves, title=title, path=comparison.output / name)
+    table = format_table(list(comparison.rows), [*metrics, "loss"], comparison.macs[-1])
     (comparison.output / "stitches.md").write_text(table + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """Training of image probes (KLAS Alg. 1): features once per batch, all probes in one pass, early stopping for each."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from klas_hf.training.loop import TrainingDiverged
 
 FEATURE_BYTES = 1 << 30
 HELD_OUT = 5  # without validation data every fifth batch is held out
+CONSTANT = 1e-5  # spread, relative to the mean, below which an fp32 feature says nothing but rounding
 
 
 def train_image_probes(
@@ -29,12 +30,19 @@ def train_image_probes(
     """One linear probe per block of an image classifier; arguments as for `train_probes`."""
     anchor = load_vision_anchor(anchor)
     config = _described(config or ImageProbeConfig(), anchor)
+    if validation is None and isinstance(data, Iterator):
+        raise ValueError(
+            "got an iterator and no validation data; expected batches that can be read twice, for every fifth is held "
+            "out. Pass a list, or validation=batches"
+        )
     if validation is None:
         train = _Features(anchor, data, config, feature_bytes, lambda number: number % HELD_OUT != HELD_OUT - 1)
         held = _Features(anchor, data, config, feature_bytes, lambda number: number % HELD_OUT == HELD_OUT - 1)
     else:
         train = _Features(anchor, data, config, feature_bytes)
         held = _Features(anchor, validation, config, feature_bytes)
+    # Read before anything is trained, so that data that will not do are found out at once.
+    _check_validation(held)
     moments = _moments(train, anchor)
     probes = ImageProbeNet(config).to(anchor.device).float()
     best = _fit(probes, train, held, moments)
@@ -54,21 +62,30 @@ class _Features:
         data: Iterable[Any],
         config: ImageProbeConfig,
         allowed_bytes: int,
-        chosen: Any = lambda number: True,
+        chosen: Callable[[int], bool] = lambda number: True,
     ):
         self.anchor, self.data, self.config, self.chosen = anchor, data, config, chosen
         self.allowed = allowed_bytes
         self._kept: list[tuple[list[Tensor], Tensor]] | None = []
         self._complete = False
+        self._batches = 0
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         if self._complete and self._kept is not None:
             yield from self._kept
             return
+        batches = 0
         for one in self._extracted():
+            batches += 1
             self._keep(one)
             yield one
-        self._complete = True
+        if self._complete and batches != self._batches:
+            raise ValueError(
+                f"got {batches} batches of images when they were read again and {self._batches} before; expected data that "
+                "can be read in every epoch, since their features do not fit into memory. Pass a list or a DataLoader, or "
+                "raise feature_bytes"
+            )
+        self._batches, self._complete = batches, True
 
     def _extracted(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         state = process_state()
@@ -77,15 +94,21 @@ class _Features:
             if self.chosen(number):
                 pixels, labels = batch.labelled()
                 labels = self._labels(labels, number)[rows].to(self.anchor.device)
-                yield pooled_features(self.anchor, pixels[rows]), labels
+                # A process whose share of a batch is empty waits for the others' gradients all the same.
+                pooled = pooled_features(self.anchor, pixels[rows]) if len(labels) else self._nothing()
+                yield pooled, labels
+
+    def _nothing(self) -> list[Tensor]:
+        return [torch.empty(0, width, device=self.anchor.device) for width in self.config.widths or []]
 
     def _labels(self, labels: Tensor, number: int) -> Tensor:
         """The labels to learn; shuffled ones are the same in every epoch, so that they can be learnt by heart only."""
-        highest, classes = int(labels.max()), self.anchor.config.num_labels
-        if highest >= classes or int(labels.min()) < 0:
+        classes = self.anchor.config.num_labels
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
             raise ValueError(
-                f"got label {highest if highest >= classes else int(labels.min())} for {self.anchor.name}, which has "
-                f"{classes} classes; expected labels from 0 to {classes - 1}. Map the data's labels to the anchor's"
+                f"got label {int(wrong[0])} for {self.anchor.name}, which has {classes} classes; expected labels from 0 to "
+                f"{classes - 1}. Map the data's labels to the anchor's"
             )
         if not self.config.shuffled_labels:
             return labels
@@ -104,8 +127,8 @@ def _moments(train: _Features, anchor: VisionAnchor) -> list[tuple[Tensor, Tenso
     widths = train.config.widths or []
     sums = [torch.zeros(3, width, dtype=torch.float64, device=anchor.device) for width in widths]
     for pooled, _ in train:
-        for total, x in zip(sums, pooled, strict=True):
-            total += torch.stack([torch.ones_like(x[0]) * len(x), x.sum(0), x.square().sum(0)]).double()
+        for total, x in zip(sums, (one.double() for one in pooled), strict=True):
+            total += torch.stack([torch.full_like(total[0], len(x)), x.sum(0), x.square().sum(0)])
     moments = []
     for total in sums:
         count, first, second = sum_over_processes(total)
@@ -116,14 +139,18 @@ def _moments(train: _Features, anchor: VisionAnchor) -> list[tuple[Tensor, Tenso
             )
         mean = first / count
         spread = (second / count - mean.square()).clamp_min(0).sqrt()
-        moments.append((mean.float(), torch.where(spread > 1e-6, spread, torch.inf).float()))
+        varies = spread > CONSTANT * mean.abs()
+        moments.append((mean.float(), torch.where(varies | spread.isnan(), spread, torch.inf).float()))
     return moments
 
 
 def _fit(
     probes: ImageProbeNet, train: _Features, held: _Features, moments: Sequence[tuple[Tensor, Tensor]]
 ) -> list[dict[str, Any]]:
-    """Train all probes; for each block its best weights, validation loss, accuracy and epoch."""
+    """Train all probes; for each block its best weights, validation loss, accuracy and epoch.
+
+    A probe that is done runs on beside the others, but nothing of it is kept: it ends as it would alone.
+    """
     config = probes.config
     optimizer = AdamW(probes.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     best: list[dict[str, Any]] = [{"loss": float("inf"), "epoch": 0} for _ in probes.probes]
@@ -131,7 +158,8 @@ def _fit(
         for pooled, labels in train:
             _step(probes, pooled, labels, moments, optimizer)
         for block, (loss, accuracy) in enumerate(_validate(probes, held, moments)):
-            if loss < best[block]["loss"]:
+            is_done = epoch > best[block]["epoch"] + config.patience
+            if loss < best[block]["loss"] and not is_done:
                 state = {name: tensor.detach().clone() for name, tensor in probes.probes[block].state_dict().items()}
                 best[block] = {"loss": loss, "accuracy": accuracy, "epoch": epoch, "state": state}
         if all(epoch - one["epoch"] >= config.patience for one in best):
@@ -177,18 +205,25 @@ def _validate(
             correct = (logits.argmax(-1) == labels).sum()
             sums[block] += torch.tensor([float(loss), float(correct), len(labels)])
     sums = sum_over_processes(sums)
-    if not sums[0, 2]:
-        raise ValueError(
-            "got no images to validate probes on; expected at least five batches, of which every fifth is held out, or "
-            "validation=batches. Pass smaller batches or validation data"
+    if not sums.isfinite().all():
+        raise TrainingDiverged(
+            f"got validation losses of {sums[:, 0].tolist()} for the probes of {probes.config.anchor_name}; expected "
+            "finite activations. Check the validation images, or lower learning_rate"
         )
     return [(loss / count, correct / count) for loss, correct, count in sums.tolist()]
 
 
+def _check_validation(held: _Features) -> None:
+    images = sum_over_processes(torch.tensor(float(sum(len(labels) for _, labels in held))))
+    if not images:
+        raise ValueError(
+            "got no images to validate probes on; expected at least five batches, of which every fifth is held out, or "
+            "validation=batches. Pass smaller batches or validation data"
+        )
+
+
 @torch.no_grad()
-def _keep(
-    probes: ImageProbeNet, best: Sequence[dict[str, Any]], moments: Sequence[tuple[Tensor, Tensor]]
-) -> None:
+def _keep(probes: ImageProbeNet, best: Sequence[dict[str, Any]], moments: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Put the best weights in place, acting on features as they are, not standardised."""
     for probe, one, (mean, spread) in zip(probes.probes, best, moments, strict=True):
         probe.weight.copy_(one["state"]["weight"] / spread)

@@ -1,0 +1,153 @@
+"""The image recipes' settings files, and the recipes as launched on small anchors and images."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
+
+from klas_hf import ImageTrainingConfig
+from klas_hf.options import parse_options
+from klas_hf.tasks.image_comparison import ComparisonSettings
+from klas_hf.tasks.image_data import ImageDataArguments, class_labels, load_task
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CLASSES = ("circle", "square", "stripe")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("ima*_*.yaml")), ids=lambda path: path.stem)
+def test_settings_files_have_known_options_only(path: Path) -> None:
+    if path.stem == "imagenette_labels":
+        assert len(yaml.safe_load(path.read_text())) == 10
+        return
+    sys.path.insert(0, str(RECIPES))
+    from imagenet import ImageNetArguments
+
+    argv = ["--config", str(path), "--data", "folder", "--anchors", "a", "b"]
+    data, _, settings, training = parse_options(
+        ImageDataArguments, ImageNetArguments, ComparisonSettings, ImageTrainingConfig, argv=argv
+    )
+    given = yaml.safe_load(path.read_text())
+    assert training.learning_rate == given["learning_rate"]
+    assert settings.rules == given["rules"]
+    assert data.test_split == given["test_split"]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("cifar100_*.yaml")), ids=lambda path: path.stem)
+def test_cifar_settings_files_have_known_options_only(path: Path) -> None:
+    sys.path.insert(0, str(RECIPES))
+    from cifar100 import CifarArguments
+
+    kinds = ImageDataArguments, CifarArguments, ComparisonSettings, ImageTrainingConfig
+    data, args, *_ = parse_options(*kinds, argv=["--config", str(path)])
+    assert data.label_column == "fine_label"
+    assert args.anchor_epochs == 10
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes that a small network can tell apart: 30 training and 15 test images each, two of them corrupt."""
+    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 30), ("val", 15)):
+        for number, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 120, (40, 40, 3), dtype=np.uint8)
+                pixels[..., number] += 120
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.jpeg")
+            (folder / split / name / "broken.jpeg").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def anchors(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [save_anchor(tmp_path_factory.mktemp(name), width) for name, width in (("small", 8), ("large", 16))]
+
+
+def save_anchor(folder: Path, width: int, names: tuple[str, ...] = CLASSES) -> str:
+    torch.manual_seed(width)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[width, 2 * width], depths=[2, 2], layer_type="basic",
+        id2label=dict(enumerate(names)), label2id={name: n for n, name in enumerate(names)},
+    )  # fmt: skip
+    ResNetForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def run(recipe: str, *options: str) -> str:
+    command = [sys.executable, str(RECIPES / recipe), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_imagenet_recipe_runs_and_resumes(images: Path, anchors: list[str], tmp_path: Path) -> None:
+    options = [
+        "--data", str(images), "--anchors", *anchors, "--test_split", "val", "--output_dir", str(tmp_path / "out"),
+        "--rules", "klas", "random", "every", "--max_steps", "3", "--probe_epochs", "2", "--validation_share", "0.3",
+        "--buckets", "3", "--calibration_images", "20",
+    ]  # fmt: skip
+    first = run("imagenet.py", *options)
+    assert "6 corrupt ones left out" in first
+    assert "has the largest area" in first
+    for name in ("report.md", "stitches.md", "rows.jsonl", "curve.png", "probes.png", "heatmap-0-1.png", "anchors.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    rows = (tmp_path / "out" / "rows.jsonl").read_text()
+    second = run("imagenet.py", *options)
+    assert (tmp_path / "out" / "rows.jsonl").read_text() == rows  # nothing was measured again
+    assert second[second.index("## Anchors") :] == first[first.index("## Anchors") :]
+
+
+def test_cifar_recipe_gives_anchors_of_other_classes_a_new_head(images: Path, tmp_path: Path) -> None:
+    others = tuple(f"other{n}" for n in range(5))
+    anchors = [save_anchor(tmp_path / name, width, others) for name, width in (("small", 8), ("large", 16))]
+    printed = run(
+        "cifar100.py", "--data", str(images), "--anchors", *anchors, "--test_split", "val", "--smoke",
+        "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--validation_share", "0.3",
+    )  # fmt: skip
+    assert "small: a new head" in printed and "large: a new head" in printed
+    saved = ResNetForImageClassification.from_pretrained(tmp_path / "cache" / "small")
+    assert list(saved.config.id2label.values()) == list(CLASSES)
+    assert saved.classifier[1].out_features == 3
+
+
+def test_labels_by_order_after_the_background_and_by_file(tmp_path: Path) -> None:
+    id2label = {0: "background", 1: "tench, Tinca tinca", 2: "goldfish"}
+    assert class_labels(("n01", "n02"), id2label, None) == {"n01": 1, "n02": 2}
+    file = tmp_path / "labels.yaml"
+    file.write_text("n01: goldfish\nn02: 1\n")
+    assert class_labels(("n01", "n02"), id2label, file) == {"n01": 2, "n02": 1}
+    with pytest.raises(ValueError, match="labels=FILE"):
+        class_labels(("n01",), id2label, None)
+    with pytest.raises(ValueError, match="without the classes"):
+        class_labels(("n01", "n09"), id2label, file)
+
+
+def test_a_task_measures_among_the_datas_classes_only(images: Path, tmp_path: Path) -> None:
+    names = ("stripe", "nothing", "circle", "square")
+    anchors = [save_anchor(tmp_path / name, width, names) for name, width in (("small", 8), ("large", 16))]
+    file = tmp_path / "labels.yaml"
+    file.write_text("".join(f"{name}: {name}\n" for name in CLASSES))
+    with pytest.warns(UserWarning, match="corrupt"):
+        task = load_task(
+            ImageDataArguments(str(images), anchors, test_split="val", labels=str(file), train_images=50)
+        )
+    assert task.classes == (0, 2, 3)
+    assert len(task.train) + len(task.validation) == 50
+    assert set(task.test.labels) == {0, 2, 3}
+    assert task.size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"anchors": ["one"]}, "at least two"), ({"validation_share": 0.0}, "between 0 and 1")],
+)
+def test_bad_options_are_refused_before_anything_is_read(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageDataArguments(**{"data": "nowhere", "anchors": ["a", "b"]} | changes)
