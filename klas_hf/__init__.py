@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         random_stitches,
         select_stitches,
     )
-    from klas_hf.snnet import snnet_stitches
+    from klas_hf.snnet import snnet_groups, snnet_stitches
     from klas_hf.stitches import Stitch, StitchCosts
     from klas_hf.supernet import StitchedSupernet, StitchedSupernetConfig
     from klas_hf.training import (
@@ -85,7 +85,7 @@ _PLACES = {
         "random_stitches",
         "select_stitches",
     ),
-    "klas_hf.snnet": ("snnet_stitches",),
+    "klas_hf.snnet": ("snnet_groups", "snnet_stitches"),
     "klas_hf.stitches": ("Stitch", "StitchCosts"),
     "klas_hf.supernet": ("StitchedSupernet", "StitchedSupernetConfig"),
     "klas_hf.training": (

@@ -6,7 +6,7 @@ stitching"). Anchors of several stages, or of unequal depths, are joined stage b
 has as many places as the target, filled by nearest interpolation, and each place feeds the next ones of its window.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -55,6 +55,36 @@ def snnet_stitches(
     return _selection(costs, pairs)
 
 
+def snnet_groups(
+    stitches: Iterable[Stitch], costs: StitchCosts | Sequence[StitchCosts], *, window: int = 2
+) -> tuple[int, ...]:
+    """Which stitches share a stitching layer in SN-Net: those of one window, between anchors that are paired freely.
+
+    Args:
+        stitches: as `snnet_stitches` gives them.
+        costs, window: as they were given to it.
+
+    Returns:
+        A number per stitch, for `StitchedSupernet.from_anchors(shared=…)`. A stitch of two windows is of the first.
+    """
+    by_pair = {(one.source, one.target): one for one in ([costs] if isinstance(costs, StitchCosts) else costs)}
+    numbers: dict[tuple[int, ...], int] = {}
+    found = []
+    for stitch in stitches:
+        pair = stitch.source, stitch.target
+        place: tuple[int, ...] = (stitch.source_stop, stitch.target_start)
+        if _is_paired_freely(by_pair[pair]):
+            place = (max(0, max(stitch.source_stop - 1, stitch.target_start) - window + 1),)
+        found.append(numbers.setdefault((*pair, *place), len(numbers)))
+    return tuple(found)
+
+
+def _is_paired_freely(costs: StitchCosts) -> bool:
+    """Anchors of one stage and equal depth."""
+    m, n = costs.macs.shape
+    return m == n and len(np.unique(_stage_of(costs.target_stages, n))) == 1
+
+
 def _pairs(costs: StitchCosts, window: int, stages: Stages) -> list[tuple[int, int]]:
     """Every (i, j), sorted."""
     m, n = costs.macs.shape
@@ -65,7 +95,7 @@ def _pairs(costs: StitchCosts, window: int, stages: Stages) -> list[tuple[int, i
             f"got the stages {np.unique(source).tolist()} of the source and {names.tolist()} of the target; expected "
             "the same stages in both"
         )
-    if len(names) == 1 and m == n:
+    if _is_paired_freely(costs):
         return [(a + 1, b) for a in range(m) for b in range(n) if abs(a - b) < window]
     stitched = names if len(names) == 1 else names[_STITCHED_STAGES[stages]]
     pairs = set()

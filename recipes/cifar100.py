@@ -40,7 +40,10 @@ def main() -> None:
     state = process_state()
     state.print(f"{state.num_processes} process(es) on {state.device}")
     task = load_task(data, own_labels=True)
-    state.print(f"{len(task.train)} images to train on, {len(task.validation)} to score on, {len(task.test)} to measure on")
+    state.print(
+        f"{len(task.train)} images to train on, {len(task.validation)} to score on, {len(task.test)} to measure on; "
+        f"{task.train.skipped + task.test.skipped} corrupt ones left out"
+    )
     anchors = [fine_tuned(anchor, task, args, training) for anchor in data.anchors]
     names = [Path(anchor).name for anchor in data.anchors]
     about = {"data": data.data, "data_seed": data.data_seed}

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, SwinConfig, ViTConfig
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    SwinConfig,
+    ViTConfig,
+)
 
 from klas_hf import ImageTrainingConfig, evaluate_accuracy, train_stitches
 from klas_hf.options import parse_options
@@ -39,8 +46,21 @@ def swin(depths: list[int], width: int) -> PreTrainedConfig:
     )  # fmt: skip
 
 
+def resnet(depths: list[int], width: int) -> PreTrainedConfig:
+    return ResNetConfig(
+        num_channels=1, num_labels=CLASSES, layer_type="basic", embedding_size=8, depths=depths,
+        hidden_sizes=[width, 2 * width],
+    )  # fmt: skip
+
+
+SCALE = {"resnet": 4}  # pixels are repeated, because the stem halves the image twice
 FAMILIES = {
     "vit": {"ViT-6×16": vit(6, 16), "ViT-8×32": vit(8, 32), "ViT-12×64": vit(12, 64)},
+    "resnet": {
+        "ResNet-2,2×8": resnet([2, 2], 8),
+        "ResNet-2,4×16": resnet([2, 4], 16),
+        "ResNet-3,6×32": resnet([3, 6], 32),
+    },
     "swin": {"Swin-2,2×8": swin([2, 2], 8), "Swin-2,4×16": swin([2, 4], 16), "Swin-2,6×32": swin([2, 6], 32)},
 }
 
@@ -48,7 +68,7 @@ FAMILIES = {
 @dataclass
 class DigitsArguments:
     families: list[str] = field(
-        default_factory=lambda: list(FAMILIES), metadata={"help": f"which anchors: {', '.join(FAMILIES)}"}
+        default_factory=lambda: ["vit", "swin"], metadata={"help": f"which anchors: {', '.join(FAMILIES)}"}
     )
     output_dir: str = field(default="outputs/digits", metadata={"help": "where rows, scores and pictures go"})
     cache_dir: str = field(default="outputs/digits_anchors", metadata={"help": "where trained anchors are kept"})
@@ -83,11 +103,12 @@ def main() -> None:
     if args.smoke:
         args.families, args.anchor_steps = args.families[:1], 3
         settings, training = replace(settings, seeds=[0], probe_epochs=2), replace(training, max_steps=2)
-    train, validation, test = load_digits_split()
-    task = ImageTask(train, validation, test, MEAN, STD)
-    process_state().print(f"{len(train)} digits to train on, {len(validation)} to score on, {len(test)} held out")
     for family in args.families:
-        process_state().print(f"\n# {family}")
+        train, validation, test = load_digits_split(scale=SCALE.get(family, 1))
+        task = ImageTask(train, validation, test, MEAN, STD)
+        process_state().print(
+            f"\n# {family}: {len(train)} digits to train on, {len(validation)} to score on, {len(test)} held out"
+        )
         cache = Path(args.cache_dir) / f"{family}-{args.anchor_steps}-steps"
         anchors = [anchor(name, config, task, args, cache) for name, config in FAMILIES[family].items()]
         comparison = ImageComparison(
@@ -111,8 +132,8 @@ def anchor(
         model = AutoModelForImageClassification.from_config(config)
         # Not the supernets' settings: what is in the cache depends on the number of steps alone.
         steps = DigitsTraining(
-            max_steps=args.anchor_steps, learning_rate=4e-3, mean=list(task.mean), std=list(task.std)
-        )  # fmt: skip
+            max_steps=args.anchor_steps, learning_rate=4e-3, batch_norm="train", mean=list(MEAN), std=list(STD)
+        )
         result = train_stitches(model, task.train, steps)
         measured = evaluate_accuracy(model, image_batches(task.test, 64, task.mean, task.std))
         process_state().print(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from klas_hf.selection import StitchSelection
-from klas_hf.snnet import Stages, snnet_stitches
+from klas_hf.snnet import Stages, snnet_groups, snnet_stitches
 from klas_hf.stitches import Stitch, StitchCosts
 
 ONE = 10  # MACs of a source block; target blocks cost three times as much
@@ -131,3 +131,21 @@ def test_what_cannot_be_stitched_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             snnet_stitches(given, **options)
+
+
+def test_layers_are_shared_within_a_window_of_freely_paired_anchors() -> None:
+    costs = [anchors([4], [4], (0, 1)), anchors([4], [4], (1, 2))]
+    chosen = snnet_stitches(costs)
+    numbers = dict(zip(chosen, snnet_groups(chosen, costs), strict=True))
+    # Windows {0, 1}, {1, 2} and {2, 3} of each pair; (a, b) is Stitch(a + 1, b), and (1, 1) is of the first window.
+    windows = [[(0, 0), (0, 1), (1, 0), (1, 1)], [(1, 2), (2, 1), (2, 2)], [(2, 3), (3, 2), (3, 3)]]
+    for source in (0, 1):
+        for window in windows:
+            assert len({numbers[Stitch(a + 1, b, source, source + 1)] for a, b in window}) == 1
+    assert set(numbers.values()) == set(range(6))
+
+
+def test_layers_of_staged_anchors_are_their_own() -> None:
+    costs = anchors([2, 2, 6, 2], [2, 2, 18, 2])
+    chosen = snnet_stitches(costs)
+    assert snnet_groups(chosen, costs) == tuple(range(19))

@@ -12,13 +12,14 @@ _GREATEST = 16  # the data's brightest pixel
 
 
 def load_digits_split(
-    seed: int = 0, test_share: float = 0.25, val_share: float = 0.15
+    seed: int = 0, test_share: float = 0.25, val_share: float = 0.15, scale: int = 1
 ) -> tuple[ImageSet, ImageSet, ImageSet]:
-    """Training, validation and test set, `(1, 8, 8)` uint8 images with the digits' shares alike in each.
+    """Training, validation and test set, `(1, 8·scale, 8·scale)` uint8 images with the digits' shares alike in each.
 
     Args:
         seed: of the split.
         test_share, val_share: shares of all images; the rest is for training.
+        scale: how often each pixel is repeated along both sides, for models whose stems halve the image twice.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -35,6 +36,7 @@ def load_digits_split(
         raise ImportError('the digits need scikit-learn: pip install "klas_hf[vision]"') from error
     digits = load_digits()
     pixels = torch.from_numpy(np.rint(digits.images * 255 / _GREATEST).astype(np.uint8))[:, None]
+    pixels = pixels.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
     every = np.arange(len(pixels))
     rest, test = train_test_split(every, test_size=test_share, stratify=digits.target, random_state=seed)
     train, val = train_test_split(

@@ -27,7 +27,7 @@ from klas_hf.rows import ResultRow, RowFile
 from klas_hf.scores import SCORES, StitchScores
 from klas_hf.scoring import ImageScoring, score_stitches, select_anchors
 from klas_hf.selection import StitchSelection, merge_selections, min_kl_stitches, random_stitches, select_stitches
-from klas_hf.snnet import Stages, snnet_stitches
+from klas_hf.snnet import Stages, snnet_groups, snnet_stitches
 from klas_hf.stitches import Stitch, StitchCosts
 from klas_hf.supernet import StitchedSupernet
 from klas_hf.tasks.images import ImageSet, image_batches
@@ -281,6 +281,7 @@ class ImageComparison:
     def _trained(self, chosen: StitchSelection, rule: str, seed: int) -> StitchedSupernet:
         supernet = StitchedSupernet.from_anchors(
             self.anchors, list(chosen), image_size=self.task.size,
+            shared=snnet_groups(chosen, self.costs("nearest")) if rule == "snnet" else None,
             calibration=self.batches(self.task.train, self.settings.calibration_images),
         )  # fmt: skip
         config = replace(self.training, seed=seed)
