@@ -223,13 +223,15 @@ def map_labels(images: ImageSet, mapping: Mapping[str, int]) -> ImageSet:
 
 
 class ImageBatches:
-    """Normalised batches of an `ImageSet`, in its order; iterates as often as one likes, with one batch in memory.
+    """Normalised batches of an `ImageSet`, in its order or a random one; iterates as often as one likes, with one batch in memory.
 
     Args:
         images: the set.
         batch_size: images per batch; the last batch may be smaller.
         mean, std: per channel, of pixels from 0 to 1.
-        count: so many images, drawn at random with seed 0; None: all.
+        count: so many images, drawn at random; None: all.
+        seed: of that choice; without a count, of a random order of all images, for probes that learn from the batches
+            in their order. None: seed 0 for a choice, the set's own order for all.
 
     Raises:
         ValueError: no batch size, or another number of channels than of means and deviations.
@@ -242,10 +244,13 @@ class ImageBatches:
         mean: Sequence[float],
         std: Sequence[float],
         count: int | None = None,
+        seed: int | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"got batch_size={batch_size}; expected at least 1")
-        self.images = images if count is None else subset(images, count=count)
+        if count is not None or seed is not None:
+            images = subset(images, count=len(images) if count is None else count, seed=seed or 0)
+        self.images = images
         self.batch_size, self.mean, self.std = batch_size, tuple(mean), tuple(std)
         normalise(self.images[0][0][None], self.mean, self.std)  # an error of channels comes before long work
 
@@ -264,10 +269,15 @@ class ImageBatches:
 
 
 def image_batches(
-    images: ImageSet, batch_size: int, mean: Sequence[float], std: Sequence[float], count: int | None = None
+    images: ImageSet,
+    batch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    count: int | None = None,
+    seed: int | None = None,
 ) -> ImageBatches:
-    """`ImageBatches` of a set, for calibration, scoring and evaluation."""
-    return ImageBatches(images, batch_size, mean, std, count)
+    """`ImageBatches` of a set, for probes, calibration, scoring and evaluation."""
+    return ImageBatches(images, batch_size, mean, std, count, seed)
 
 
 def _check_classes(labels: Sequence[int], source: str) -> None:

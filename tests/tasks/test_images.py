@@ -515,3 +515,18 @@ def test_batches_that_cannot_be_made() -> None:
         ImageBatches(images, 0, [0.5] * 3, [0.5] * 3)
     with pytest.raises(ValueError, match=r"3 channel\(s\), 1 mean"):
         ImageBatches(images, 1, [0.5], [0.5])
+
+
+def test_a_seed_gives_batches_a_random_order_that_stays() -> None:
+    pixels = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 2, 2)
+    images = ImageSet(pixels, [n // 20 for n in range(40)], ("a", "b"))
+    plain, mixed, other = (ImageBatches(images, 8, (0.0,), (1.0,), seed=seed) for seed in (None, 3, 4))
+    order = [
+        torch.cat([batch["pixel_values"][:, 0, 0, 0] * 255 for batch in one]).round().int()
+        for one in (plain, mixed, other)
+    ]
+    assert order[0].tolist() == list(range(40))
+    assert sorted(order[1].tolist()) == list(range(40)) and order[1].tolist() != order[0].tolist()
+    assert order[1].tolist() != order[2].tolist()
+    assert [batch["labels"].tolist() for batch in mixed] == [batch["labels"].tolist() for batch in mixed]
+    assert all(0 < batch["labels"].sum() < 8 for batch in mixed)
