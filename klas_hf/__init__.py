@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from klas_hf.probes import ImageProbeConfig, ImageProbeNet, ProbeConfig, ProbeNet
     from klas_hf.rows import ResultRow, RowFile, format_table
     from klas_hf.scores import StitchScores
-    from klas_hf.scoring import ImageScoring, score_stitches, select_anchors
+    from klas_hf.scoring import FunctionalScoring, ImageScoring, score_stitches, select_anchors
     from klas_hf.selection import (
         StitchSelection,
         best_stitches,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         min_kl_stitches,
         random_stitches,
         select_stitches,
+        shortlist_stitches,
     )
     from klas_hf.snnet import snnet_groups, snnet_stitches
     from klas_hf.stitches import Stitch, StitchCosts
@@ -74,7 +75,7 @@ _PLACES = {
     "klas_hf.probes": ("ImageProbeConfig", "ImageProbeNet", "ProbeConfig", "ProbeNet"),
     "klas_hf.rows": ("ResultRow", "RowFile", "format_table"),
     "klas_hf.scores": ("StitchScores",),
-    "klas_hf.scoring": ("ImageScoring", "score_stitches", "select_anchors"),
+    "klas_hf.scoring": ("FunctionalScoring", "ImageScoring", "score_stitches", "select_anchors"),
     "klas_hf.selection": (
         "StitchSelection",
         "best_stitches",
@@ -84,6 +85,7 @@ _PLACES = {
         "min_kl_stitches",
         "random_stitches",
         "select_stitches",
+        "shortlist_stitches",
     ),
     "klas_hf.snnet": ("snnet_groups", "snnet_stitches"),
     "klas_hf.stitches": ("Stitch", "StitchCosts"),

@@ -34,6 +34,12 @@ class RatioSums:
         for moment, term in zip(self._moments, (a, b, a * a, a * b, b * b), strict=True):
             moment += term.sum(0)
 
+    def add_at(self, place: tuple[int, ...], numerator: Array, denominator: Array) -> None:
+        """Add the terms of one entry of S, one per sequence; the caller counts the sequences."""
+        a, b = numerator, denominator
+        for moment, term in zip(self._moments, (a, b, a * a, a * b, b * b), strict=True):
+            moment[place] += term.sum()
+
     def moments(self) -> Array:
         """All sums as one vector, so that several processes can add theirs."""
         return np.concatenate([[self.sequences], self._moments.ravel()])

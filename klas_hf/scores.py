@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
+# What probes give: Θ and the capacity.
+PROBED = ("cross", "capacity")
+
 
 @dataclass(frozen=True, eq=False)
 class StitchScores:
@@ -40,7 +43,9 @@ class StitchScores:
         statistics: what the other scores need, each `(m, n)` laid out as `cross` (row i - 1, column j - 1 for target
             block j = 1…n): "theta_reversed" Θ(P_j^g, P_i^f), "mse" and "ce" of the probes' distributions,
             "dm" 1 − R² of the least-squares map, "cka" and "class_cka" similarities (1: the same up to a rotation),
-            "cross_shuffled" Θ of probes trained on shuffled labels; and `(n - 1,)` "capacity_shuffled", theirs too.
+            "cross_shuffled" Θ of probes trained on shuffled labels; "functional" KL of the target's output to the
+            stitched network's at its least-squares start, with "functional_error", and "stitched_loss", that network's
+            loss on labels; and `(n - 1,)` "capacity_shuffled".
 
     Raises:
         ValueError: an unknown score, one whose statistics are missing, or a statistic of another shape.
@@ -59,7 +64,7 @@ class StitchScores:
     statistics: dict[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_score(self.score, self.statistics)
+        check_score(self.score, self._gathered)
         for name, statistic in self.statistics.items():
             expected = self.capacity.shape if name == "capacity_shuffled" else self.cross.shape
             if statistic.shape != expected:
@@ -68,7 +73,13 @@ class StitchScores:
     @property
     def available(self) -> tuple[str, ...]:
         """Names of the scores whose statistics are here, in the order of `SCORES`."""
-        return available_scores(self.statistics)
+        return available_scores(self._gathered)
+
+    @property
+    def _gathered(self) -> set[str]:
+        """Names of all statistics; Θ and the capacity are nan throughout where no probes were used."""
+        probed = PROBED if np.isfinite(self.cross).any() else ()
+        return {*self.statistics, *probed}
 
     def with_score(self, name: str) -> "StitchScores":
         """The same statistics ranked by another score, one of `available`."""
@@ -167,13 +178,16 @@ SCORES: dict[str, Callable[[StitchScores], Array]] = {
     "dm": lambda scores: scores.statistics["dm"][:, :-1],
     "cka": lambda scores: 1 - scores.statistics["cka"][:, :-1],
     "class_cka": lambda scores: 1 - scores.statistics["class_cka"][:, :-1],
+    "functional": lambda scores: scores.statistics["functional"][:, :-1],
+    "stitched_loss": lambda scores: scores.statistics["stitched_loss"][:, :-1],
     "klas_shuffled": lambda scores: _gamma(scores.statistics["cross_shuffled"], scores.statistics["capacity_shuffled"]),
 }
 
 # The entries of `StitchScores.statistics` that each score is made from.
 NEEDED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("klas", "theta"), ()),
+    **dict.fromkeys(("klas", "theta"), PROBED),
     **{name: (name,) for name in ("theta_reversed", "mse", "ce", "dm", "cka", "class_cka")},
+    **{name: (name,) for name in ("functional", "stitched_loss")},
     "klas_shuffled": ("cross_shuffled", "capacity_shuffled"),
 }
 
@@ -183,7 +197,7 @@ def available_scores(statistics: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in SCORES if set(NEEDED[name]) <= set(statistics))
 
 
-def check_score(score: str, statistics: Collection[str] = ()) -> None:
+def check_score(score: str, statistics: Collection[str] = PROBED) -> None:
     """Raise ValueError, naming the scores there are, unless `score` is one that the statistics give.
 
     Args:

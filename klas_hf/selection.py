@@ -197,6 +197,30 @@ def best_stitches(scores: StitchScores | Sequence[StitchScores], *, count: int) 
     return union.take(np.sort(np.argsort(union.values, kind="stable")[:count]).tolist())
 
 
+def shortlist_stitches(
+    scores: StitchScores | Sequence[StitchScores], *, per_bucket: int = 3, buckets: int = 20
+) -> StitchSelection:
+    """The `per_bucket` best stitches of each cost bucket: what a dear score is left to decide between (halving).
+
+    Args:
+        scores: by a cheap score, such as "theta" or "dm"; of several pairs of anchors, each bucketed by itself.
+
+    Raises:
+        ValueError: a number below 1, or no candidate between the anchors' costs.
+    """
+    if per_bucket < 1:
+        raise ValueError(f"got per_bucket={per_bucket}; expected at least 1")
+    each = []
+    for one in [scores] if isinstance(scores, StitchScores) else scores:
+        every = _Candidates.scored(one)
+        bucket = every.buckets(buckets, "width")
+        order = np.lexsort((every.values, bucket))
+        rank = np.arange(len(order)) - np.searchsorted(bucket[order], bucket[order])
+        keep = order[rank < per_bucket]
+        each.append(every.selection(one.score, keep, bucket[keep]))
+    return merge_selections(each)
+
+
 def min_kl_stitches(scores: StitchScores | Sequence[StitchScores], count: int) -> StitchSelection:
     """Min-KL, the paper's ablation (App. C): the `count` stitches of lowest Θ, with no capacity and no buckets."""
     each = [scores] if isinstance(scores, StitchScores) else scores

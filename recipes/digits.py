@@ -102,7 +102,8 @@ def main() -> None:
         raise ValueError(f"got the families {unknown}; expected some of {sorted(FAMILIES)}")
     if args.smoke:
         args.families, args.anchor_steps = args.families[:1], 3
-        settings, training = replace(settings, seeds=[0], probe_epochs=2), replace(training, max_steps=2)
+        settings = replace(settings, seeds=[0], probe_epochs=2, buckets=2)
+        training = replace(training, max_steps=2)
     for family in args.families:
         train, validation, test = load_digits_split(scale=SCALE.get(family, 1))
         task = ImageTask(train, validation, test, MEAN, STD)

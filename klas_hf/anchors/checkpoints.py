@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import torch
@@ -14,6 +15,7 @@ from transformers.utils import cached_file
 
 from klas_hf.anchors.families import decoder_family
 from klas_hf.anchors.language import anchor_config, explained_access
+from klas_hf.models.vision_kinds import vision_kind
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -34,6 +36,8 @@ class AnchorCheckpoint:
         self._files: dict[str, Any] = {}
         self.hub = hub
         self._anchor = anchor
+        self._opening = Lock()  # transformers reads in several threads
+        self.failure: OSError | None = None
         if isinstance(anchor, PreTrainedModel):
             self.config: PreTrainedConfig = anchor.config
             self.dtype = anchor.dtype
@@ -70,8 +74,9 @@ class AnchorCheckpoint:
         if key in self._tensors:
             return self._tensors[key].detach().clone()  # transformers would share it with the anchor
         shard = self._shards[key]
-        if shard not in self._files:
-            self._files[shard] = self._open_files.enter_context(_open(self._path(shard)))
+        with self._opening:
+            if shard not in self._files:
+                self._files[shard] = self._open_files.enter_context(_open(self._path(shard)))
         return self._files[shard].get_slice(key)
 
     def _find_shards(self) -> dict[str, str]:
@@ -90,6 +95,45 @@ class AnchorCheckpoint:
     def _path(self, shard: str) -> str:
         with explained_access(str(self._anchor)):
             return cached_file(self._anchor, shard, **self.hub)
+
+
+class ClassifierCheckpoint(AnchorCheckpoint):
+    """Tensors of an image classifier.
+
+    Raises:
+        ValueError: its kind cannot be stitched.
+    """
+
+    def __init__(self, anchor: str | Path | PreTrainedModel, **hub: Any):
+        config = anchor.config if isinstance(anchor, PreTrainedModel) else anchor_config(anchor, **hub)
+        self.kind = vision_kind(config)
+        super().__init__(anchor, **hub)
+
+
+class UnreadTensor:
+    """A tensor of a checkpoint whose file is opened when transformers takes it, if it does: `tensor[...]` reads it."""
+
+    def __init__(self, checkpoint: AnchorCheckpoint, key: str):
+        self.checkpoint, self.key = checkpoint, key
+
+    def __getitem__(self, index: Any) -> Tensor:
+        try:
+            return self.checkpoint.tensor(self.key)[index]
+        except OSError as error:
+            self.checkpoint.failure = error
+            raise
+
+
+@contextmanager
+def told_of_failures(*checkpoints: AnchorCheckpoint) -> Iterator[None]:
+    """Raise what went wrong with a file, where transformers only says that a tensor could not be had."""
+    try:
+        yield
+    except RuntimeError:
+        for checkpoint in checkpoints:
+            if checkpoint.failure is not None:
+                raise checkpoint.failure from None
+        raise
 
 
 class DecoderCheckpoint(AnchorCheckpoint):

@@ -73,9 +73,13 @@ class LanguageAnchor:
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own head on the output of a block: `(..., width)` → `(..., vocabulary)`, final norm included."""
         norm = self.decoder.get_submodule(self.family.norm)
+        weight = self.model.get_output_embeddings().weight
+        return self.head(norm(hidden.to(device=weight.device, dtype=weight.dtype)))
+
+    def head(self, normed: Tensor) -> Tensor:
+        """The unembedding of normed hidden states: `(..., width)` → `(..., vocabulary)`."""
         head = self.model.get_output_embeddings()
-        normed = norm(hidden.to(device=head.weight.device, dtype=head.weight.dtype))
-        return scale_logits(head(normed), self.config)
+        return scale_logits(head(normed.to(head.weight.device)), self.config)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -133,8 +133,8 @@ def check_labels(*anchors: VisionAnchor | PreTrainedConfig) -> None:
             n = differing[0]
             raise ValueError(
                 f"got anchors that name {len(differing)} classes differently, class {n} as {configs[0].id2label[n]!r} "
-                f"and as {config.id2label.get(n)!r}; expected the same classes in the same order. If they are, give both "
-                "configurations the same id2label"
+                f"and as {config.id2label.get(n)!r}; expected the same classes in the same order. If they are, give "
+                "both configurations the same id2label"
             )
 
 

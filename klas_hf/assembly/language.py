@@ -16,7 +16,7 @@ from transformers import MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreT
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.checkpoints import DecoderCheckpoint
 from klas_hf.anchors.families import DecoderFamily
-from klas_hf.anchors.language import HUB_OPTIONS
+from klas_hf.anchors.language import HUB_OPTIONS, LanguageAnchor
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
 from klas_hf.assembly.loading import RANDOM_STITCH, load_parts, with_revision
@@ -102,6 +102,22 @@ def cut_config(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedCon
         if per_block and name not in ("architectures", "eos_token_id"):
             setattr(cut, name, value[start:stop])
     return cut
+
+
+def decoder_rear(anchor: LanguageAnchor, start: int) -> PreTrainedModel:
+    """`blocks[start:]` of a decoder with its final norm, fed by `inputs_embeds`; it shares the anchor's weights."""
+    config = cut_config(anchor.config, start, anchor.num_blocks)
+    for name, value in anchor.family.fed_hidden.items():
+        setattr(config, name, value)
+    config._attn_implementation = anchor.config._attn_implementation
+    with torch.device("meta"):
+        rear = MODEL_MAPPING[type(config)](config)
+    for name, module in anchor.decoder.named_children():
+        if name not in (anchor.family.blocks, anchor.family.embeddings):
+            rear.set_submodule(name, module)
+    rear.set_submodule(anchor.family.blocks, nn.ModuleList(anchor.blocks[start:]))
+    rear.set_input_embeddings(None)
+    return rear.eval()
 
 
 def usable_batches(calibration: Iterable[Any], bos_token_id: int | None) -> Iterable[TokenBatch]:

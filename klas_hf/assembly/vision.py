@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from klas_hf.anchors.checkpoints import AnchorCheckpoint
+from klas_hf.anchors.checkpoints import ClassifierCheckpoint, UnreadTensor, told_of_failures
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.language import HUB_OPTIONS
 from klas_hf.anchors.vision import VisionAnchor, check_labels, load_vision_anchor
@@ -50,8 +50,8 @@ def stitch_classifiers(
     """Join two image classifiers; see `stitch_anchors`."""
     hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
     with ExitStack() as files:
-        first = files.enter_context(AnchorCheckpoint(source, **with_revision(hub, source_revision)))
-        last = files.enter_context(AnchorCheckpoint(target, **with_revision(hub, target_revision)))
+        first = files.enter_context(ClassifierCheckpoint(source, **with_revision(hub, source_revision)))
+        last = files.enter_context(ClassifierCheckpoint(target, **with_revision(hub, target_revision)))
         size = common_size(first.config, last.config, image_size)
         check_pair(first.config, last.config, size)
         config = stitched_vision_config(first.config, last.config, stitch, size)
@@ -60,7 +60,9 @@ def stitch_classifiers(
         batches = None if calibration is None else usable_images(calibration, first.config, last.config)
         loading = {"dtype": last.dtype if dtype in (None, "auto") else dtype, "device_map": device_map}
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
-        model = load_parts(StitchedForImageClassification, config, _state(first, last, config), **loading, **options)
+        state = _state(first, last, config)
+        with told_of_failures(first, last):
+            model = load_parts(StitchedForImageClassification, config, state, **loading, **options)
     if batches is None:
         warnings.warn(RANDOM_STITCH, stacklevel=4)
     else:
@@ -144,9 +146,9 @@ def check_grids(first: PreTrainedConfig, last: PreTrainedConfig, stitch: Stitch,
         possible = f"expected j in {matching}" if matching else "the target has no block on the source's grid"
         grids = " → ".join(f"{i}: {shape.height}×{shape.width}" for i, shape in enumerate(shapes[0]) if i)
         raise ValueError(
-            f"got stitch {stitch} from a grid of {source.height}×{source.width} to one of {target.height}×{target.width};"
-            f" stitches are possible between equal grids only. For i = {stitch.source_stop} {possible}. The source's "
-            f"blocks lie on {grids}"
+            f"got stitch {stitch} from a grid of {source.height}×{source.width} to one of {target.height}×"
+            f"{target.width}; stitches are possible between equal grids only. For i = {stitch.source_stop} {possible}. "
+            f"The source's blocks lie on {grids}"
         )
 
 
@@ -186,6 +188,8 @@ def fit_vision_stitch(
     equations = LeastSquares(widths[0], widths[1], first.device)
     dropped = dropped_prefix(first.kind, last.kind)
     for batch in progress(shared_out(image_batches(batches)), "calibrating the stitching layer"):
+        if not len(batch):
+            continue
         x = first.features(batch.pixel_values, stitch.source_stop)[-1]
         y = last.features(batch.pixel_values, stitch.target_start)[-1]
         equations.update(rows(x, first.kind, dropped), rows(y, last.kind).to(first.device))
@@ -209,13 +213,16 @@ def set_vision_stitch(layer: StitchingLayer, fit: LinearFit) -> None:
         layer.projection.bias.copy_(fit.bias)
 
 
-def _state(first: AnchorCheckpoint, last: AnchorCheckpoint, config: StitchedVisionConfig) -> dict[str, Any]:
+def _state(first: ClassifierCheckpoint, last: ClassifierCheckpoint, config: StitchedVisionConfig) -> dict[str, Any]:
     layer = StitchingLayer(
         vision_kind(first.config), vision_kind(last.config), config.source_channels, config.target_channels,
         config.stitch_bias,
     )  # fmt: skip
     sides = {"source": first, "target": last}
-    state = {f"{side}.{key}": anchor.tensor(key) for side, anchor in sides.items() for key in sorted(anchor.keys)}
+    # What is used is for transformers to say, which renames the tensors of some families.
+    state: dict[str, Any] = {
+        f"{side}.{key}": UnreadTensor(anchor, key) for side, anchor in sides.items() for key in sorted(anchor.keys)
+    }
     return state | {f"stitch.{name}": tensor for name, tensor in layer.state_dict().items()}
 
 

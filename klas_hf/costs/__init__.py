@@ -48,9 +48,13 @@ def measure_stitch_costs(
         positions: of the two anchors in a list of more.
 
     Raises:
-        ValueError: a family is unknown, or the target has class tokens that the source lacks.
+        ValueError: a family is unknown, the target has class tokens that the source lacks, or one anchor is for text
+            and one for images.
     """
     first, last = _config(source), _config(target)
+    if is_vision(first) != is_vision(last):
+        kinds = ["an image classifier" if is_vision(config) else "a language model" for config in (first, last)]
+        raise ValueError(f"got {kinds[0]} and {kinds[1]}; expected two anchors of one kind")
     if is_vision(first):
         return classifier_stitch_costs(first, last, _pair(image_size, last), positions)
     return decoder_stitch_costs(first, last, tokens)

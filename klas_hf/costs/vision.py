@@ -93,6 +93,7 @@ class _Parts:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, size: tuple[int, int]) -> "_Parts":
+        shapes = trace(config, size)
         kind, model = vision_kind(config), _on_meta(config)
         by_module = _macs_by_module(model, config.num_channels, size)
         blocks = kind.blocks(config)
@@ -105,7 +106,7 @@ class _Parts:
 
         head = tuple(name for name in kind.head if _has(model, name))
         return cls(
-            shapes=trace(config, size),
+            shapes=shapes,
             block_macs=[macs(block.modules) for block in blocks],
             embed_macs=macs(kind.embed),
             head_macs=macs(head),

@@ -85,8 +85,8 @@ def _positions(labels: Tensor, classes: Sequence[int]) -> Tensor:
     missing = labels[~is_it.any(1)]
     if len(missing):
         raise ValueError(
-            f"got label {int(missing[0])}, which is not among the {len(classes)} classes to predict; expected images of "
-            "these only"
+            f"got label {int(missing[0])}, which is not among the {len(classes)} classes to predict; expected images "
+            "of these only"
         )
     return is_it.int().argmax(1)
 

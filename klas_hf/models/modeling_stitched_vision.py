@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
 from .configuration_stitched_vision import StitchedVisionConfig
 from .modeling_stitched import StitchedModel
-from .vision_features import Features, VisionKind, drop_block
+from .vision_features import Features, VisionKind, drop_block, image_size
 from .vision_kinds import vision_kind
 from .vision_shapes import classifier, keep_blocks, trace
 
@@ -201,7 +201,7 @@ class StitchedBackbone(BackboneMixin, _StitchedVision):
     def __init__(self, config: StitchedVisionConfig):
         super().__init__(config, head=False)
         ends = config.stage_ends()
-        size = config.image_size[0], config.image_size[1]
+        size = image_size(config)
         shapes = trace(config.source_config, size), trace(config.target_config, size)
         self.num_features = [shapes[0][0].channels, *(shapes[side][number + 1].channels for side, number in ends)]
         kinds = vision_kind(config.source_config), vision_kind(config.target_config)

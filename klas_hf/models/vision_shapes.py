@@ -46,7 +46,8 @@ def classifier(config: PreTrainedConfig) -> PreTrainedModel:
     if not config.architectures:
         found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
         config.architectures = [(found[0] if isinstance(found, tuple) else found).__name__]
-    return AutoModelForImageClassification.from_config(config)
+    # Not in the dtype of its configuration: both sides of a stitched model are in that of the whole.
+    return AutoModelForImageClassification.from_config(config, dtype=torch.get_default_dtype())
 
 
 def keep_blocks(model: PreTrainedModel, start: int, stop: int, *, embed: bool, head: bool) -> None:

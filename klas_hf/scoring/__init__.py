@@ -1,15 +1,17 @@
 """Scores of all stitches between two anchors (KLAS Alg. 2), and of anchors against each other (Alg. 3, line 2)."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from klas_hf.anchors.vision import is_vision
 from klas_hf.scores import SCORES, StitchScores
 from klas_hf.scoring.anchors import select_anchors
+from klas_hf.scoring.functional import FUNCTIONAL, FunctionalScoring, score_functionally
 from klas_hf.scoring.images import ImageScoring, score_classifiers
 from klas_hf.scoring.language import WORKSPACE_BYTES, score_decoders
 
-__all__ = ["WORKSPACE_BYTES", "ImageScoring", "score_stitches", "select_anchors"]
+__all__ = ["WORKSPACE_BYTES", "FunctionalScoring", "ImageScoring", "score_stitches", "select_anchors"]
 
 
 def score_stitches(
@@ -22,6 +24,7 @@ def score_stitches(
     tokens: int = 128,
     workspace_bytes: int = WORKSPACE_BYTES,
     images: ImageScoring | None = None,
+    functional: FunctionalScoring | None = None,
     positions: tuple[int, int] = (0, 1),
 ) -> StitchScores:
     """Score every stitch (i, j) between two anchors; lower is better.
@@ -32,11 +35,13 @@ def score_stitches(
             of images, whose labels only class-conditional CKA needs.
         probes: of source and target, trained on other data (`train_probes`). For language models None fits ridge
             probes to the first half of the batches and scores on the second.
-        score: which statistic ranks the stitches: "klas" (Γ, Eq. 2), "theta" (Θ, Eq. 1), and for images all of
-            `SCORES`. All that the data allow are computed; `StitchScores.with_score` changes the ranking later.
+        score: which statistic ranks the stitches: "klas" (Γ, Eq. 2), "theta" (Θ, Eq. 1), "functional" (no probes,
+            labels or training), and for images all of `SCORES`. All that the data allow are computed, the functional
+            ones only where they are asked for; `StitchScores.with_score` changes the ranking later.
         tokens: sequence length that a language model's costs are counted for.
         workspace_bytes: memory for a language model's distributions; more is faster up to a point.
         images: what else is measured on images.
+        functional: how functional KL is measured, beside the rest; None measures it only where `score` wants it.
         positions: of the two anchors in a list of more.
 
     Returns:
@@ -48,7 +53,33 @@ def score_stitches(
     """
     if score not in SCORES:
         raise ValueError(f"got score={score!r}; expected one of {sorted(SCORES)}")
-    if not is_vision(source):
+    vision = is_vision(source)
+    if functional is None and score not in FUNCTIONAL:
+        return _probed(vision, source, target, data, probes, score, tokens, workspace_bytes, images, positions)
+    batches = list(data)
+    found = score_functionally(
+        source, target, batches, settings=functional or FunctionalScoring(), tokens=tokens, positions=positions
+    )
+    if probes is None and score in FUNCTIONAL:
+        return found.with_score(score)
+    first = "klas" if score in FUNCTIONAL else score
+    scores = _probed(vision, source, target, batches, probes, first, tokens, workspace_bytes, images, positions)
+    return replace(scores, score=score, statistics=scores.statistics | found.statistics)
+
+
+def _probed(
+    vision: bool,
+    source: Any,
+    target: Any,
+    data: Iterable[Any],
+    probes: Any,
+    score: str,
+    tokens: int,
+    workspace_bytes: int,
+    images: ImageScoring | None,
+    positions: tuple[int, int],
+) -> StitchScores:
+    if not vision:
         return score_decoders(
             source, target, data, probes=probes, score=score, tokens=tokens, workspace_bytes=workspace_bytes
         )

@@ -25,7 +25,7 @@ from klas_hf.models.modeling_stitched_vision import dropped_prefix
 from klas_hf.probes import ImageProbeNet
 from klas_hf.processes import process_state, progress, shared_out, sum_array_over_processes, sum_over_processes
 from klas_hf.rows import library_versions
-from klas_hf.scores import StitchScores, check_score
+from klas_hf.scores import PROBED, StitchScores, check_score
 from klas_hf.similarities import ClassConditionalCka, PairMoments, pairwise_ce, pairwise_mse
 from klas_hf.stitches import StitchCosts
 
@@ -138,7 +138,7 @@ class _ImageSums:
     @property
     def will_have(self) -> set[str]:
         """Names of the statistics that the pass gathers."""
-        names = set(self.plain)
+        names = {*PROBED, *self.plain}
         return names | ({"cka", "dm"} if self.moments else set()) | ({"class_cka"} if self.by_class else set())
 
     @torch.no_grad()

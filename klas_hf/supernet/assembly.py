@@ -69,9 +69,9 @@ def assemble_supernet(
     joined = {place for stitch in chosen for place in (stitch.source, stitch.target)}
     batches = None if calibration is None else usable_images(calibration, *(loaded[place].config for place in joined))
     supernet = StitchedSupernet(config).eval()
+    supernet.to(device=loaded[-1].device, dtype=loaded[-1].model.dtype)  # before weights that float32 would round
     for place, anchor in enumerate(loaded):
         supernet.anchors[place].load_state_dict(anchor.model.state_dict())
-    supernet.to(device=loaded[-1].device, dtype=loaded[-1].model.dtype)
     if batches is None:
         warnings.warn(RANDOM_STITCH, stacklevel=3)
         return supernet
@@ -198,8 +198,8 @@ def _check(
     for pair in sorted({(stitch.source, stitch.target) for stitch in stitches}):
         if not all(0 <= place < len(anchors) for place in pair):
             raise ValueError(
-                f"got a stitch between the anchors {pair[0]} and {pair[1]} of {len(anchors)}; expected positions from 0 to "
-                f"{len(anchors) - 1}"
+                f"got a stitch between the anchors {pair[0]} and {pair[1]} of {len(anchors)}; expected positions from "
+                f"0 to {len(anchors) - 1}"
             )
         first, last = (anchors[place].config for place in pair)
         sizes.add(common_size(first, last, size))

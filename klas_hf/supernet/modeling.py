@@ -45,6 +45,7 @@ class StitchedSupernet(PreTrainedModel):
         self.anchors = nn.ModuleList(classifier(one) for one in config.anchor_configs)
         self.stitches = nn.ModuleList(self._layer(number) for number in range(len(set(config.layer_of))))
         self.num_labels = config.num_labels
+        self.loss_type = "ForImageClassification"  # transformers would go by the name of the class
         self.post_init()
         self.supports_gradient_checkpointing = all(anchor.supports_gradient_checkpointing for anchor in self.anchors)
 

@@ -25,7 +25,8 @@ from klas_hf.probes import ImageProbeConfig, ImageProbeNet
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile
 from klas_hf.scores import SCORES, StitchScores
-from klas_hf.scoring import ImageScoring, score_stitches, select_anchors
+from klas_hf.scoring import FunctionalScoring, ImageScoring, score_stitches, select_anchors
+from klas_hf.scoring.functional import FUNCTIONAL
 from klas_hf.selection import StitchSelection, merge_selections, min_kl_stitches, random_stitches, select_stitches
 from klas_hf.snnet import Stages, snnet_groups, snnet_stitches
 from klas_hf.stitches import Stitch, StitchCosts
@@ -160,6 +161,7 @@ class ImageComparison:
         run |= {"training": asdict(self.training), "images": [len(s) for s in (task.train, task.validation, task.test)]}
         run |= {"size": list(task.size), "classes": None if task.classes is None else list(task.classes)}
         self.rows = RowFile(self.output / "rows.jsonl", run | (about or {}))
+        self._costs: dict[tuple[int, int], StitchCosts] = {}
         self._print = process_state().print
 
     def run(self) -> None:
@@ -168,7 +170,10 @@ class ImageComparison:
             self._print(f"{name}: {row.macs / 1e6:,.1f} M MACs, accuracy {row.metrics['accuracy']:.4f}")
         for rule in self.settings.rules:
             chosen = self.selection(rule, self.settings.seeds[0])
-            self._print(f"{rule}: {len(chosen)} stitches of {chosen.candidates} candidates")
+            self._print(
+                f"{rule}: {len(chosen)} stitches; {chosen.candidates} candidates lie between the anchors' costs, "
+                f"{chosen.outside} outside"
+            )
         for seed in self.settings.seeds:
             for rule in self.settings.rules:
                 self.measured(rule, seed)
@@ -183,7 +188,7 @@ class ImageComparison:
                 cost = measure_costs(anchor.config, image_size=self.task.size)
                 row = ResultRow(
                     "anchor", None, 0, cost.macs, cost.parameters, dict(measured.metrics),
-                    {"name": self.names[place]}, (place, place),
+                    {"name": self.names[place]} | measured.details, (place, place),
                 )  # fmt: skip
                 self.rows.append(row, to_disk=process_state().is_main_process)
             found.append(row)
@@ -222,12 +227,12 @@ class ImageComparison:
         pairs = self.pairs.pairs
         if rule == "nearest":
             pairs = tuple((place, place + 1) for place in range(len(self.anchors) - 1))
-        return [
-            measure_stitch_costs(
-                self.anchors[one].config, self.anchors[other].config, image_size=self.task.size, positions=(one, other)
-            )
-            for one, other in pairs
-        ]
+        for one, other in pairs:
+            if (one, other) not in self._costs:
+                configs = self.anchors[one].config, self.anchors[other].config
+                counted = measure_stitch_costs(*configs, image_size=self.task.size, positions=(one, other))
+                self._costs[one, other] = counted
+        return [self._costs[pair] for pair in pairs]
 
     def selection(self, rule: str, seed: int) -> StitchSelection:
         """The stitches that a rule chooses; only a random choice depends on the seed."""
@@ -326,8 +331,12 @@ class ImageComparison:
 
     def _scores(self, pair: tuple[int, int]) -> StitchScores:
         path = self.output / f"scores-{pair[0]}-{pair[1]}.safetensors"
+        functional = bool({"every", *FUNCTIONAL} & set(self.settings.rules))
         if path.exists():
-            return StitchScores.load(path)
+            stored = StitchScores.load(path)
+            if not functional or set(FUNCTIONAL) <= set(stored.available):
+                return stored
+        calibration = self.batches(self.task.train, self.settings.calibration_images)
         shuffled = tuple(self._probes(place, shuffled=True) for place in pair)
         scores = score_stitches(
             self.anchors[pair[0]],
@@ -335,6 +344,7 @@ class ImageComparison:
             self.batches(self.task.validation, self.settings.scoring_images),
             probes=(self.probes[pair[0]], self.probes[pair[1]]),
             images=ImageScoring(shuffled=(shuffled[0], shuffled[1])),
+            functional=FunctionalScoring(calibration=calibration) if functional else None,
             positions=pair,
         )
         if process_state().is_main_process:

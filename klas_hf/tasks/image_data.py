@@ -62,7 +62,9 @@ def load_task(args: ImageDataArguments, *, own_labels: bool = False) -> ImageTas
     processing = common_processing(args.anchors, args.image_size)
     train, test = (_split(args, split, processing) for split in (args.train_split, args.test_split))
     if train.names != test.names:
-        raise ValueError(f"got splits of different classes, {train.names[:5]} … and {test.names[:5]} …; expected the same")
+        raise ValueError(
+            f"got splits of different classes, {train.names[:5]} … and {test.names[:5]} …; expected the same classes"
+        )
     classes = None
     if not own_labels:
         id2label = anchor_config(args.anchors[-1]).id2label
@@ -103,8 +105,8 @@ def class_labels(names: tuple[str, ...], id2label: Mapping[int, str], labels: st
     background = int(str(id2label[0]).lower() == "background")
     if len(names) + background != len(id2label):
         raise ValueError(
-            f"got data of {len(names)} classes for anchors of {len(id2label)}; expected as many, in one order. Say which "
-            "label each class has with labels=FILE.yaml (class name: label number or name)"
+            f"got data of {len(names)} classes for anchors of {len(id2label)}; expected as many, in one order. Say "
+            "which label each class has with labels=FILE.yaml (class name: label number or name)"
         )
     return {name: number + background for number, name in enumerate(names)}
 

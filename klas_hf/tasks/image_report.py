@@ -127,8 +127,10 @@ def _winner(areas: Mapping[str, Mapping[int, float]]) -> str:
     for rule in sorted(means, key=lambda rule: -means[rule]):
         if rule != best:
             difference, error = paired(areas[best], areas[rule])
-            certain = f" ± {error:.4f}{', within two standard errors' if difference <= 2 * error else ''}"
-            parts.append(f"It is {difference:.4f}{'' if isnan(error) else certain} ahead of {rule}.")
+            # One seed has no standard error: nan is neither shown nor compared.
+            spread = "" if isnan(error) else f" ± {error:.4f}"
+            certain = ", within two standard errors" if difference <= 2 * error else ""
+            parts.append(f"It is {difference:.4f}{spread} ahead of {rule}{certain}.")
     if "klas" in means and best != "klas":
         parts.append("KLAS did not win here.")
     return " ".join(parts)
@@ -163,8 +165,8 @@ def _scores(comparison: ImageComparison, metric: str) -> list[str]:
 
 
 def _draw(comparison: ImageComparison, metrics: Sequence[str]) -> None:
-    """Curves of all rules, means over seeds; with cascades of the two outer anchors in the figure of the last metric."""
-    seeds, title = comparison.settings.seeds, " · ".join(comparison.names)
+    """Curves of all rules, means over seeds; with cascades of the two outer anchors in the last metric's figure."""
+    seeds, title = comparison.settings.seeds, f"{comparison.names[0]} … {comparison.names[-1]}"
     for metric in metrics:
         curves = [
             TradeoffCurve([row for seed in seeds for row in curve_rows(comparison, rule, seed)], metric, label=rule)

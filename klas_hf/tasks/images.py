@@ -223,7 +223,7 @@ def map_labels(images: ImageSet, mapping: Mapping[str, int]) -> ImageSet:
 
 
 class ImageBatches:
-    """Normalised batches of an `ImageSet`, in its order or a random one; iterates as often as one likes, with one batch in memory.
+    """Normalised batches of an `ImageSet`; iterates as often as one likes, with one batch in memory.
 
     Args:
         images: the set.

@@ -54,6 +54,8 @@ class _Features:
     """Pooled features and labels of each batch, `(list of (images, width), (images,))`, the rows of this process.
 
     They are kept from the first pass on where they fit into the memory allowed, else extracted anew in every pass.
+    Shuffled labels are so from the second pass on, when all are known: shuffled within its batch, a label would stay
+    with an image of its class more often than chance has it.
     """
 
     def __init__(
@@ -66,60 +68,67 @@ class _Features:
     ):
         self.anchor, self.data, self.config, self.chosen = anchor, data, config, chosen
         self.allowed = allowed_bytes
-        self._kept: list[tuple[list[Tensor], Tensor]] | None = []
-        self._complete = False
-        self._batches = 0
+        self._kept: list[list[Tensor]] | None = []
+        self._labels: list[Tensor] | None = None
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        if self._complete and self._kept is not None:
-            yield from self._kept
+        if self._labels is not None and self._kept is not None:
+            yield from zip(self._kept, map(self._share, self._labels), strict=True)
             return
-        batches = 0
-        for one in self._extracted():
-            batches += 1
-            self._keep(one)
-            yield one
-        if self._complete and batches != self._batches:
+        known, read = self._labels, list[Tensor]()
+        for pooled, labels in self._extracted():
+            read.append(labels)
+            if known is not None and len(read) > len(known):
+                break
+            self._keep(pooled)
+            learnt = known[len(read) - 1] if known is not None and self.config.shuffled_labels else labels
+            yield pooled, self._share(learnt)
+        if known is None:
+            self._labels = self._shuffled(read) if self.config.shuffled_labels and read else read
+        elif len(read) != len(known):
             raise ValueError(
-                f"got {batches} batches of images when they were read again and {self._batches} before; expected data that "
-                "can be read in every epoch, since their features do not fit into memory. Pass a list or a DataLoader, or "
-                "raise feature_bytes"
+                f"got {len(read)} batches of images when they were read again and {len(known)} before; expected data "
+                "that can be read in every epoch, since their features do not fit into memory. Pass a list or a "
+                "DataLoader, or raise feature_bytes"
             )
-        self._batches, self._complete = batches, True
 
     def _extracted(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        state = process_state()
-        rows = slice(state.process_index, None, state.num_processes)
+        """Features of this process's rows, and the labels of all."""
         for number, batch in enumerate(progress(image_batches(self.data), f"features of {self.anchor.name}")):
             if self.chosen(number):
                 pixels, labels = batch.labelled()
-                labels = self._labels(labels, number)[rows].to(self.anchor.device)
+                self._check_labels(labels)
+                share = self._share(pixels)
                 # A process whose share of a batch is empty waits for the others' gradients all the same.
-                pooled = pooled_features(self.anchor, pixels[rows]) if len(labels) else self._nothing()
-                yield pooled, labels
+                yield pooled_features(self.anchor, share) if len(share) else self._nothing(), labels
+
+    def _share(self, rows: Tensor) -> Tensor:
+        state = process_state()
+        return rows[state.process_index :: state.num_processes].to(self.anchor.device)
 
     def _nothing(self) -> list[Tensor]:
         return [torch.empty(0, width, device=self.anchor.device) for width in self.config.widths or []]
 
-    def _labels(self, labels: Tensor, number: int) -> Tensor:
-        """The labels to learn; shuffled ones are the same in every epoch, so that they can be learnt by heart only."""
+    def _check_labels(self, labels: Tensor) -> None:
         classes = self.anchor.config.num_labels
         wrong = labels[(labels < 0) | (labels >= classes)]
         if len(wrong):
             raise ValueError(
-                f"got label {int(wrong[0])} for {self.anchor.name}, which has {classes} classes; expected labels from 0 to "
-                f"{classes - 1}. Map the data's labels to the anchor's"
+                f"got label {int(wrong[0])} for {self.anchor.name}, which has {classes} classes; expected labels from "
+                f"0 to {classes - 1}. Map the data's labels to the anchor's"
             )
-        if not self.config.shuffled_labels:
-            return labels
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + number)
-        return labels[torch.randperm(len(labels), generator=generator)]
 
-    def _keep(self, one: tuple[list[Tensor], Tensor]) -> None:
+    def _shuffled(self, labels: Sequence[Tensor]) -> list[Tensor]:
+        """The same for every epoch, so that they can be learnt by heart only."""
+        every = torch.cat(list(labels))
+        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(self.config.seed))
+        return list(every[order].split([len(one) for one in labels]))
+
+    def _keep(self, pooled: list[Tensor]) -> None:
         if self._kept is None:
             return
-        self.allowed -= sum(x.numel() * x.element_size() for x in one[0])
-        self._kept = None if self.allowed < 0 else [*self._kept, one]
+        self.allowed -= sum(x.numel() * x.element_size() for x in pooled)
+        self._kept = None if self.allowed < 0 else [*self._kept, pooled]
 
 
 def _moments(train: _Features, anchor: VisionAnchor) -> list[tuple[Tensor, Tensor]]:
@@ -134,8 +143,8 @@ def _moments(train: _Features, anchor: VisionAnchor) -> list[tuple[Tensor, Tenso
         count, first, second = sum_over_processes(total)
         if not count[0]:
             raise ValueError(
-                "got no labelled images to train probes on; expected at least two batches, of which every fifth is held "
-                "out, or validation=batches. Check that an iterator was not used up before"
+                "got no labelled images to train probes on; expected some. Check that an iterator was not used up "
+                "before"
             )
         mean = first / count
         spread = (second / count - mean.square()).clamp_min(0).sqrt()
@@ -182,8 +191,8 @@ def _step(
     total = torch.stack(losses).sum()
     if not total.isfinite():
         raise TrainingDiverged(
-            f"got a loss of {float(total)} for the probes of {probes.config.anchor_name}; expected finite activations. "
-            "Check the anchor's weights, or lower learning_rate"
+            f"got a loss of {float(total.detach())} for the probes of {probes.config.anchor_name}; expected finite "
+            "activations. Check the anchor's weights, or lower learning_rate"
         )
     optimizer.zero_grad()
     total.backward()
