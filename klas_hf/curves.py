@@ -132,6 +132,11 @@ def correlation_report(
     return CorrelationReport(_pearson(table), _pearson(np.apply_along_axis(_ranks, 0, table)), len(table))
 
 
+def spearman(values: NDArray, drops: NDArray) -> float:
+    """Rank correlation of two series; ties share their mean rank, and a constant series gives nan."""
+    return _pearson(np.stack([_ranks(values), _ranks(drops)], axis=1))
+
+
 def _value(row: ResultRow, metric: str) -> float:
     if metric not in row.metrics:
         raise ValueError(f"got a row without {metric!r}; it has {sorted(row.metrics)}")

@@ -94,6 +94,24 @@ class StitchScores:
         return _gamma(self.cross, self.capacity)
 
     @property
+    def staged_gamma(self) -> Array:
+        """`(m, n - 1)` Γ with the capacity of a block that begins a stage replaced by its neighbours'; ours.
+
+        Such a block changes the grid, so its capacity outweighs the distance. It counts here with the mean capacity of
+        the blocks within the stage that the stitch leads to, or of all blocks within stages where that stage has none.
+        """
+        stages = self.costs.target_stages
+        if stages is None:
+            return self.gamma
+        boundary = stages[1:] != stages[:-1]
+        capacity = self.capacity.copy()
+        for place in np.flatnonzero(boundary):
+            within = ~boundary & (stages[:-1] == stages[place])
+            inner = within if within.any() else ~boundary
+            capacity[place] = self.capacity[inner].mean() if inner.any() else self.capacity[place]
+        return _gamma(self.cross, capacity)
+
+    @property
     def values(self) -> Array:
         """`(m, n)` the chosen score laid out as `StitchCosts.macs`: row i - 1, column j.
 
@@ -171,6 +189,7 @@ _ARRAYS = ("cross", "capacity", "cross_error", "capacity_error", "gamma_error")
 # Each takes the statistics and returns (m, n - 1) values for i = 1…m, j = 1…n-1; lower is better.
 SCORES: dict[str, Callable[[StitchScores], Array]] = {
     "klas": lambda scores: scores.gamma,
+    "klas_staged": lambda scores: scores.staged_gamma,
     "theta": lambda scores: scores.cross[:, :-1],
     "theta_reversed": lambda scores: scores.statistics["theta_reversed"][:, :-1],
     "mse": lambda scores: scores.statistics["mse"][:, :-1],
@@ -185,7 +204,7 @@ SCORES: dict[str, Callable[[StitchScores], Array]] = {
 
 # The entries of `StitchScores.statistics` that each score is made from.
 NEEDED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("klas", "theta"), PROBED),
+    **dict.fromkeys(("klas", "klas_staged", "theta"), PROBED),
     **{name: (name,) for name in ("theta_reversed", "mse", "ce", "dm", "cka", "class_cka")},
     **{name: (name,) for name in ("functional", "stitched_loss")},
     "klas_shuffled": ("cross_shuffled", "capacity_shuffled"),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -37,7 +37,6 @@ class AnchorCheckpoint:
         self.hub = hub
         self._anchor = anchor
         self._opening = Lock()  # transformers reads in several threads
-        self.failure: OSError | None = None
         if isinstance(anchor, PreTrainedModel):
             self.config: PreTrainedConfig = anchor.config
             self.dtype = anchor.dtype
@@ -117,23 +116,7 @@ class UnreadTensor:
         self.checkpoint, self.key = checkpoint, key
 
     def __getitem__(self, index: Any) -> Tensor:
-        try:
-            return self.checkpoint.tensor(self.key)[index]
-        except OSError as error:
-            self.checkpoint.failure = error
-            raise
-
-
-@contextmanager
-def told_of_failures(*checkpoints: AnchorCheckpoint) -> Iterator[None]:
-    """Raise what went wrong with a file, where transformers only says that a tensor could not be had."""
-    try:
-        yield
-    except RuntimeError:
-        for checkpoint in checkpoints:
-            if checkpoint.failure is not None:
-                raise checkpoint.failure from None
-        raise
+        return self.checkpoint.tensor(self.key)[index]
 
 
 class DecoderCheckpoint(AnchorCheckpoint):

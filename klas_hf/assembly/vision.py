@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from klas_hf.anchors.checkpoints import ClassifierCheckpoint, UnreadTensor, told_of_failures
+from klas_hf.anchors.checkpoints import ClassifierCheckpoint, UnreadTensor
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.language import HUB_OPTIONS
 from klas_hf.anchors.vision import VisionAnchor, check_labels, load_vision_anchor
@@ -61,8 +61,7 @@ def stitch_classifiers(
         loading = {"dtype": last.dtype if dtype in (None, "auto") else dtype, "device_map": device_map}
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         state = _state(first, last, config)
-        with told_of_failures(first, last):
-            model = load_parts(StitchedForImageClassification, config, state, **loading, **options)
+        model = load_parts(StitchedForImageClassification, config, state, **loading, **options)
     if batches is None:
         warnings.warn(RANDOM_STITCH, stacklevel=4)
     else:

@@ -4,7 +4,12 @@ Work is shared out over the processes of an `accelerate launch`; every process g
 process writes it.
 """
 
-from klas_hf.evaluation.images import evaluate_accuracy, evaluate_supernet, predict_probabilities
+from klas_hf.evaluation.images import (
+    evaluate_accuracy,
+    evaluate_divergence,
+    evaluate_supernet,
+    predict_probabilities,
+)
 from klas_hf.evaluation.language import evaluate_loss, generate_greedily
 from klas_hf.evaluation.models import Measurement, evaluate_anchor, evaluate_stitches
 
@@ -12,6 +17,7 @@ __all__ = [
     "Measurement",
     "evaluate_accuracy",
     "evaluate_anchor",
+    "evaluate_divergence",
     "evaluate_loss",
     "evaluate_stitches",
     "evaluate_supernet",

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.anchors.weights import evaluating
+from klas_hf.divergences import kl_divergence
 from klas_hf.evaluation.models import Measurement
 from klas_hf.models.vision_features import Features
 from klas_hf.processes import process_state, progress, shared_out, sum_over_processes
@@ -49,6 +50,27 @@ def evaluate_accuracy(
             pixels, labels = batch.labelled()
             sums.add(model(pixel_values=pixels.to(model.device, model.dtype)).logits, labels)
     return sums.measured()
+
+
+@torch.no_grad()
+def evaluate_divergence(model: PreTrainedModel, target: PreTrainedModel, batches: Iterable[object]) -> float:
+    """Mean KL(target ‖ model) of two classifiers' outputs, in nats per image.
+
+    Raises:
+        ValueError: no images.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    with evaluating(model), evaluating(target):
+        for batch in progress(shared_out(image_batches(batches)), "comparing outputs"):
+            log_p, log_q = (
+                one(pixel_values=batch.pixel_values.to(one.device, one.dtype)).logits.float().log_softmax(-1).cpu()
+                for one in (target, model)
+            )
+            sums += torch.tensor([float(kl_divergence(log_p, log_q).sum()), len(batch)], dtype=torch.float64)
+    total, images = sum_over_processes(sums).tolist()
+    if not images:
+        raise ValueError("got no images to compare outputs on; expected batches")
+    return total / images
 
 
 @torch.no_grad()
@@ -155,7 +177,9 @@ def _all_logits(
     fronts = {place: anchors[place].features(batch.pixel_values, stop) for place, stop in needed.items()}
     for path in paths:
         if isinstance(path, Stitch):
-            yield _rear(anchors[path.target], supernet.layer_of(path)(fronts[path.source][path.source_stop]), path)
+            target = anchors[path.target]
+            target.kind.check_size(batch.pixel_values, target.config)
+            yield _rear(target, supernet.layer_of(path)(fronts[path.source][path.source_stop]), path)
         else:
             yield anchors[path].logits(fronts[path][-1])
 

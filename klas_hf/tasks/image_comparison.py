@@ -289,6 +289,8 @@ class ImageComparison:
             shared=snnet_groups(chosen, self.costs("nearest")) if rule == "snnet" else None,
             calibration=self.batches(self.task.train, self.settings.calibration_images),
         )  # fmt: skip
+        if self.training.max_steps == 0:
+            return supernet  # as it starts
         config = replace(self.training, seed=seed)
         result = train_stitches(
             supernet, self.task.train, config, teacher=self._teacher(),

@@ -47,7 +47,7 @@ def recalibrate_batch_norm(
     with evaluating(model), _averaging(layers):
         ran = False
         for batch in batches:
-            model(pixel_values=batch["pixel_values"].to(model.device), **forward_options)
+            model(pixel_values=batch["pixel_values"].to(model.device, model.dtype), **forward_options)
             ran = True
         if not ran:
             raise ValueError("got no batches to take BatchNorm statistics from; expected at least one")
