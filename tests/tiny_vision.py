@@ -6,10 +6,12 @@ code with the package: the lists of blocks here are found in the modules, not fr
 
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.levit.modeling_levit import LevitAttention, LevitAttentionSubsample
@@ -113,6 +115,42 @@ def images(kind: str, count: int = 2, *, seed: int = 0, dtype: torch.dtype = tor
     """Random pixels `(count, 3, side, side)`, of the side that the tiny models of a kind are for."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, SIDE[kind], SIDE[kind], generator=generator, dtype=torch.float64).to(dtype)
+
+
+def small_resnet() -> PreTrainedModel:
+    """One whose third stage lies on a grid of 4 × 4 for images of 64 pixels, as LeViT's first."""
+    return tiny_classifier("resnet", embedding_size=4, hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1])
+
+
+def middle(kind: str) -> tuple[PreTrainedModel, PreTrainedModel, tuple[int, int]]:
+    """Anchors, and a stitch that leaves out blocks of both."""
+    source, target = tiny_pair(kind)
+    every = [(i, j) for i, j in possible(source, target, images(kind)) if i < len(blocks(source)) and j > 0]
+    return source, target, every[len(every) // 2]
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, pixels: Tensor) -> Tensor:
+    return model(pixels).logits
+
+
+def values(tensor: Tensor) -> tuple[float, ...]:
+    """By which a tensor is known where it may have another name."""
+    return tuple(tensor.double().flatten().tolist())
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a saved model, by their names in its files."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def sized(kind: str) -> dict[str, Any]:
+    """ResNet's configuration has no image size, so it is for 224 pixels unless told otherwise."""
+    return {"image_size": SIDE[kind]} if kind in ("resnet", "bottleneck") else {}
 
 
 def body(model: PreTrainedModel) -> nn.Module:

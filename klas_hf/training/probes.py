@@ -41,7 +41,7 @@ def train_probes(
 
     Raises:
         ValueError: unknown family, nothing to learn from, or activations that are not finite.
-        TrainingDiverged: a tuned probe's loss is not finite.
+        TrainingDiverged: the loss of a tuned or an image probe is not finite.
 
     Example:
         >>> probes = train_probes("meta-llama/Llama-3.2-1B", batches)  # doctest: +SKIP
