@@ -297,9 +297,13 @@ def test_folders_are_loaded(tmp_path: Path, source: LlamaForCausalLM, target: Ll
     assert got.provenance["target"]["name"] == str(tmp_path / "large")
 
 
-def test_an_unknown_score_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(ValueError, match=r"got score='cka'; expected one of \['klas', 'theta'\]"):
-        score_stitches("no such folder", "nor this", [], score="cka")
+def test_an_unknown_score_is_refused_before_anything_is_loaded(
+    source: LlamaForCausalLM, target: LlamaForCausalLM
+) -> None:
+    with pytest.raises(ValueError, match="got score='best'; expected one of"):
+        score_stitches("no such folder", "nor this", [], score="best")
+    with pytest.raises(ValueError, match=r"got score='cka'; expected one of .* it needs \['cka'\]"):
+        score_stitches(source, target, [], score="cka")  # known, but of images
 
 
 @pytest.mark.parametrize("count", [0, 1])
