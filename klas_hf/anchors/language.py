@@ -1,6 +1,6 @@
 """A causal language model as an anchor: its blocks' hidden states, and its head on any of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -102,10 +102,15 @@ def load_anchor(anchor: str | Path | PreTrainedModel | LanguageAnchor, **kwargs:
         return anchor
     if isinstance(anchor, PreTrainedModel):
         return LanguageAnchor(anchor)
-    decoder_family(anchor_config(anchor, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}))
+    model = pretrained(AutoModelForCausalLM, anchor, decoder_family, **kwargs)
+    return LanguageAnchor(model, revision=kwargs.get("revision"))
+
+
+def pretrained(auto_class: Any, anchor: str | Path, check: Callable[[PreTrainedConfig], Any], **kwargs: Any) -> Any:
+    """A model in eval mode, by Hub id or folder; `check` sees its configuration before anything is downloaded."""
+    check(anchor_config(anchor, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}))
     with explained_access(anchor):
-        model = AutoModelForCausalLM.from_pretrained(anchor, **kwargs)
-    return LanguageAnchor(model.eval(), revision=kwargs.get("revision"))
+        return auto_class.from_pretrained(anchor, **kwargs).eval()
 
 
 def anchor_config(anchor: str | Path, **hub: Any) -> PreTrainedConfig:

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from klas_hf.anchors.language import HUB_OPTIONS, anchor_config, explained_access
+from klas_hf.anchors.language import anchor_config, pretrained
 from klas_hf.anchors.weights import evaluating, fingerprint
 from klas_hf.models.vision_features import Block, Features, VisionKind
 from klas_hf.models.vision_kinds import vision_kind
@@ -100,10 +100,8 @@ def load_vision_anchor(anchor: str | Path | PreTrainedModel | VisionAnchor, **kw
         return anchor
     if isinstance(anchor, PreTrainedModel):
         return VisionAnchor(anchor)
-    vision_kind(anchor_config(anchor, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}))
-    with explained_access(anchor):
-        model = AutoModelForImageClassification.from_pretrained(anchor, **kwargs)
-    return VisionAnchor(model.eval(), revision=kwargs.get("revision"))
+    model = pretrained(AutoModelForImageClassification, anchor, vision_kind, **kwargs)
+    return VisionAnchor(model, revision=kwargs.get("revision"))
 
 
 def is_vision(anchor: Any, **hub: Any) -> bool:

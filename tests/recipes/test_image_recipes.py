@@ -135,9 +135,7 @@ def test_a_task_measures_among_the_datas_classes_only(images: Path, tmp_path: Pa
     file = tmp_path / "labels.yaml"
     file.write_text("".join(f"{name}: {name}\n" for name in CLASSES))
     with pytest.warns(UserWarning, match="corrupt"):
-        task = load_task(
-            ImageDataArguments(str(images), anchors, test_split="val", labels=str(file), train_images=50)
-        )
+        task = load_task(ImageDataArguments(str(images), anchors, test_split="val", labels=str(file), train_images=50))
     assert task.classes == (0, 2, 3)
     assert len(task.train) + len(task.validation) == 50
     assert set(task.test.labels) == {0, 2, 3}

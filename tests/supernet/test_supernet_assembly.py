@@ -236,6 +236,9 @@ def test_mistakes_among_three_anchors_are_told() -> None:
     stitches = [Stitch(1, 1), Stitch(1, 1, 1, 2)]
     with pytest.raises(ValueError, match="sharing a layer with stitches between other anchors or widths"):
         StitchedSupernet.from_anchors(anchors, stitches, shared=[0, 0])
+    deeper = tiny_classifier("vit", large=True, num_hidden_layers=5)  # as wide as the one in the middle
+    with pytest.raises(ValueError, match="sharing a layer with stitches between other anchors or widths"):
+        StitchedSupernet.from_anchors([*anchors[:2], deeper], [Stitch(1, 1), Stitch(1, 1, 0, 2)], shared=[0, 0])
     with pytest.raises(ValueError, match="reversed"):
         StitchedSupernet.from_anchors(anchors, [*stitches, Stitch(1, 1, 2, 0)])
     with pytest.raises(ValueError, match=r"got stitch 1→2 \(4, 1\), out of range"):

@@ -23,7 +23,7 @@ from klas_hf.tasks.image_report import area, curve_rows, paired, report
 from klas_hf.tasks.images import ImageSet
 
 CLASSES, SEEDS = 3, (0, 1, 4)
-TRAINING = ImageTrainingConfig(max_steps=1, per_device_batch_size=8)
+TRAINING = ImageTrainingConfig(max_steps=3, per_device_batch_size=8, learning_rate=1e-2)
 SETTINGS = ComparisonSettings(
     rules=["klas", "snnet", "random"], seeds=list(SEEDS), buckets=3, threshold=0.1, batch_size=16,
     calibration_images=20, probe_epochs=2,
