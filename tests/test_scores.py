@@ -127,7 +127,7 @@ def staged() -> StitchScores:
         image_height=32,
         image_width=48,
     )
-    names = ("theta_reversed", "mse", "ce", "dm", "cka", "class_cka", "cross_shuffled")
+    names = ("theta_reversed", "mse", "ce", "dm", "cka", "class_cka", "cross_shuffled", "functional", "stitched_loss")
     statistics = {name: generator.random((3, 5)) for name in names}
     return dataclasses.replace(
         made, costs=costs, statistics=statistics | {"capacity_shuffled": generator.random(4) + 0.1}
@@ -149,8 +149,11 @@ def test_the_scores_that_klas_is_compared_with() -> None:
         for j in range(1, 5):
             expected = {
                 "klas": made.cross[i - 1, j - 1] / made.capacity[j - 1],
+                # Block 3 begins the second stage; the first has blocks 1 and 2, so one capacity within it.
+                "klas_staged": made.cross[i - 1, j - 1] / made.capacity[0 if j == 2 else j - 1],
                 "theta": made.cross[i - 1, j - 1],
                 **{name: of[name][i - 1, j - 1] for name in ("theta_reversed", "mse", "ce", "dm")},
+                **{name: of[name][i - 1, j - 1] for name in ("functional", "stitched_loss")},
                 **{name: 1 - of[name][i - 1, j - 1] for name in ("cka", "class_cka")},
                 "klas_shuffled": of["cross_shuffled"][i - 1, j - 1] / of["capacity_shuffled"][j - 1],
             }
@@ -179,15 +182,22 @@ def test_a_score_without_its_statistics_is_refused_and_the_others_named() -> Non
     made = staged()
     few = {name: made.statistics[name] for name in ("mse", "cross_shuffled")}
     fewer = dataclasses.replace(made, statistics=few)
-    assert fewer.available == ("klas", "theta", "mse")
-    message = r"got score='klas_shuffled'; expected one of \['klas', 'theta', 'mse'\].*needs \['capacity_shuffled'\]"
+    assert fewer.available == ("klas", "klas_staged", "theta", "mse")
+    message = r"got score='klas_shuffled'; expected one of \['klas', 'klas_staged', 'theta', 'mse'\].*needs \['capacity_shuffled'\]"
     for call in (lambda: fewer.with_score("klas_shuffled"), lambda: check_score("klas_shuffled", few)):
         with pytest.raises(ValueError, match=message):
             call()
     check_score("klas_shuffled", ["capacity_shuffled", "cross_shuffled"])
-    with pytest.raises(ValueError, match=r"got score='mse'; expected one of \['klas', 'theta'\]"):
+    with pytest.raises(ValueError, match=r"got score='mse'; expected one of \['klas', 'klas_staged', 'theta'\]"):
         check_score("mse")
-    assert scores().available == ("klas", "theta")
+    assert scores().available == ("klas", "klas_staged", "theta")
+
+
+def test_staged_gamma_where_no_stage_has_two_blocks_is_gamma() -> None:
+    made = scores()
+    np.testing.assert_array_equal(made.staged_gamma, made.gamma)  # one stage for all
+    alone = dataclasses.replace(made.costs, target_stages=np.arange(5), source_stages=np.arange(3))
+    np.testing.assert_array_equal(dataclasses.replace(made, costs=alone).staged_gamma, made.gamma)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("mse", (3, 4)), ("capacity_shuffled", (3, 5))])
