@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from scipy import stats
 
-from klas_hf.scores import NEEDED, SCORES, StitchScores, check_score
+from klas_hf.scores import NEEDED, PROBED, SCORES, StitchScores, check_score
 from klas_hf.stitches import Stitch, StitchCosts
 
 
@@ -183,8 +183,9 @@ def test_a_score_without_its_statistics_is_refused_and_the_others_named() -> Non
     few = {name: made.statistics[name] for name in ("mse", "cross_shuffled")}
     fewer = dataclasses.replace(made, statistics=few)
     assert fewer.available == ("klas", "klas_staged", "theta", "mse")
-    message = r"got score='klas_shuffled'; expected one of \['klas', 'klas_staged', 'theta', 'mse'\].*needs \['capacity_shuffled'\]"
-    for call in (lambda: fewer.with_score("klas_shuffled"), lambda: check_score("klas_shuffled", few)):
+    known = r"\['klas', 'klas_staged', 'theta', 'mse'\]"
+    message = rf"got score='klas_shuffled'; expected one of {known}.*needs \['capacity_shuffled'\]"
+    for call in (lambda: fewer.with_score("klas_shuffled"), lambda: check_score("klas_shuffled", [*PROBED, *few])):
         with pytest.raises(ValueError, match=message):
             call()
     check_score("klas_shuffled", ["capacity_shuffled", "cross_shuffled"])
