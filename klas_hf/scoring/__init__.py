@@ -64,7 +64,7 @@ def score_stitches(
         return found.with_score(score)
     first = "klas" if score in FUNCTIONAL else score
     scores = _probed(vision, source, target, batches, probes, first, tokens, workspace_bytes, images, positions)
-    return replace(scores, score=score, statistics=scores.statistics | found.statistics)
+    return replace(scores, score=score, statistics=found.statistics | scores.statistics)
 
 
 def _probed(

@@ -195,9 +195,10 @@ def test_what_a_file_has_is_not_measured_again(tmp_path: Path) -> None:
     assert evaluate_supernet(supernet, [], rule="all", rows=rows_in(tmp_path)) == first
     assert not seen
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "rows.jsonl").write_text("".join(lines[:-1]))  # of the stitch (2, 2)
+    place = supernet.paths.index(Stitch(1, 2))
+    (tmp_path / "rows.jsonl").write_text("".join(lines[: 1 + place] + lines[2 + place :]))
     assert evaluate_supernet(supernet, data, rule="all", rows=rows_in(tmp_path)) == first
-    assert seen == [(0, 0), (0, 1), (0, 2), (1, 3)]
+    assert seen == [(0, 0), (0, 1), (1, 3)]
     evaluate_supernet(supernet, data, rule="all", rows=rows_in(tmp_path), seed=1)
     evaluate_supernet(supernet, data, rule="other", rows=rows_in(tmp_path))
     assert len(rows_in(tmp_path)) == 3 * len(first)

@@ -41,6 +41,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             np.testing.assert_allclose(other.statistics[name], statistic, rtol=2e-3, err_msg=name)
         there = json.loads((tmp_path / f"reports-{process}.json").read_text())
         assert there["macs"] == [list(macs) for macs in reports["macs"]]
+        assert there["images"] == reports["images"] == [24] * 4
         for name in ("divergences", "r2", "metrics"):
             np.testing.assert_allclose(there[name], reports[name], rtol=1e-6, err_msg=name)
         for got, expected in zip(there["reports"], reports["reports"], strict=True):

@@ -7,20 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from image_examples import changed, interrupted_after
-from labelled_images import joined, labelled
+from image_examples import changed
 from tiny_supernets import by_hooks, stitches_of, supernet_of, three_vits, tiny_supernet
 from tiny_vision import CLASSES, LABELS, SIDE, images, possible, tiny_pair, used_tensors
 from torch import Tensor, nn
 
-from klas_hf import (
-    ImageTrainingConfig,
-    Stitch,
-    StitchedForImageClassification,
-    StitchedSupernet,
-    measure_costs,
-    train_stitches,
-)
+from klas_hf import Stitch, StitchedForImageClassification, StitchedSupernet, measure_costs
 
 KINDS = ["vit", "deit_teacher", "dinov2", "swin", "swinv2", "levit", "resnet", "convnext"]
 ACROSS = [("resnet", "swin"), ("dinov2", "swin"), ("swin", "resnet"), ("mobilenet_v1", "convnext")]
@@ -77,7 +69,7 @@ def test_paths_list_only_the_anchors_that_a_stitch_joins() -> None:
     assert torch.equal(logits(supernet, images("vit"), path=1), logits(three_vits()[1], images("vit")))  # it is there
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin", "levit", "resnet", "convnext"])
+@pytest.mark.parametrize("kind", ["vit", "swin", "resnet"])
 def test_paths_cost_what_the_models_cost_by_themselves(kind: str) -> None:
     supernet, anchors = supernet_of(kind)
     for number, path in enumerate(supernet.paths):
@@ -202,8 +194,8 @@ def test_save_and_load_gives_the_same_supernet(kind: str, tmp_path: Path) -> Non
     again = copy.deepcopy(again)  # what safetensors maps into memory may be aligned otherwise, and so rounded
     for path in supernet.paths:
         assert torch.equal(logits(again, pixels, path=path), logits(supernet, pixels, path=path))
-        if isinstance(path, Stitch):
-            assert torch.equal(logits(again.extract(path), pixels), logits(supernet, pixels, path=path))
+    first = stitches_of(supernet)[0]
+    assert torch.equal(logits(again.extract(first), pixels), logits(supernet, pixels, path=first))
 
 
 def test_an_extracted_model_is_a_copy_that_saves_by_itself(tmp_path: Path) -> None:
@@ -249,81 +241,3 @@ def test_gradients_with_checkpointing_are_those_without() -> None:
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, msg=name)
     assert not supernet_of("resnet")[0].supports_gradient_checkpointing
-
-
-# Training: the images of a class share a pattern, so a few steps are enough to learn them.
-
-
-class Normalised:
-    """Labelled float images as a data set."""
-
-    def __init__(self, kind: str, count: int = 3, size: int = 16):
-        self.pixels, labels = joined(labelled(kind, count, size, noise=0.3))
-        self.labels = labels.tolist()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.pixels[index], self.labels[index]
-
-
-def trained_supernet(kind: str, data: Normalised) -> StitchedSupernet:
-    pair = [model.float() for model in tiny_pair(kind)]
-    return StitchedSupernet.from_anchors(pair, [(1, 1), (2, 1)], calibration=[data.pixels], image_size=SIDE[kind])
-
-
-def losses(supernet: StitchedSupernet, data: Normalised) -> list[float]:
-    labels = torch.tensor(data.labels)
-    return [F.cross_entropy(logits(supernet, data.pixels, path=path), labels).item() for path in supernet.paths]
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("vit", {}),
-        ("vit", {"sampling": "bucket", "sampling_buckets": 3}),
-        ("vit", {"drop_path": 0.1}),
-        ("vit", {"low_rank_stitches": 2}),
-        ("vit", {"trainable": "lora", "lora_rank": 8, "learning_rate": 2e-2}),
-        ("vit", {"trainable": "stitch"}),
-        ("resnet", {"batch_norm": "frozen"}),
-        ("resnet", {"batch_norm": "train"}),
-    ],
-)
-def test_training_lowers_the_loss_of_the_paths(kind: str, options: dict[str, Any]) -> None:
-    data = Normalised(kind)
-    supernet = trained_supernet(kind, data)
-    before, old = losses(supernet, data), copy.deepcopy(supernet)
-    settings = {"max_steps": 24, "per_device_batch_size": 16, "learning_rate": 5e-3} | options
-    result = train_stitches(supernet, data, ImageTrainingConfig(**settings))
-    assert result.steps == 24 and not supernet.training
-    after, frozen = losses(supernet, data), options.get("trainable") == "stitch"
-    assert [tensor.dtype for tensor in supernet.parameters()] == [tensor.dtype for tensor in old.parameters()]
-    for path, one, other in zip(supernet.paths, before, after, strict=True):
-        if frozen and isinstance(path, int):
-            assert other == pytest.approx(one)
-        elif options.get("batch_norm") != "train":
-            assert other < one
-    assert sum(after) < sum(before) * (0.98 if frozen else 0.8)
-    assert (changed(supernet, old) <= {name for name in supernet.state_dict() if name.startswith("stitches")}) == frozen
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("vit", {"drop_path": 0.2}), ("vit", {"low_rank_stitches": 2}), ("resnet", {"sampling": "bucket"})],
-)
-def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    data = Normalised(kind)
-    config = ImageTrainingConfig(
-        max_steps=6, per_device_batch_size=8, learning_rate=5e-3, save_steps=2, **options
-    )  # fmt: skip
-    whole, parts = trained_supernet(kind, data), trained_supernet(kind, data)
-    expected = train_stitches(whole, data, config)
-    with interrupted_after(3):
-        train_stitches(parts, data, config, output_dir=tmp_path)
-    fresh = trained_supernet(kind, data)
-    result = train_stitches(fresh, data, config, output_dir=tmp_path)
-    assert result.losses == pytest.approx(expected.losses, rel=1e-6)
-    for name, tensor in fresh.state_dict().items():
-        torch.testing.assert_close(tensor, whole.state_dict()[name], atol=1e-6, rtol=1e-5, msg=name)

@@ -18,12 +18,13 @@ from tiny_vision import (
     outputs,
     possible,
     tiny_classifier,
+    tiny_config,
     tiny_pair,
 )
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from klas_hf import Stitch, StitchedModel, StitchedSupernet, measure_costs
+from klas_hf import Stitch, StitchedModel, StitchedSupernet, StitchedSupernetConfig, measure_costs
 from klas_hf.training.batch_norm import batch_norms
 
 PAIRS = [("vit", "vit"), ("swin", "swin"), ("resnet", "resnet"), ("resnet", "swin"), ("dinov2", "swin")]
@@ -187,6 +188,14 @@ def test_the_image_size_is_the_one_asked_for_or_the_anchors_own() -> None:
         assert supernet.extract((1, 1)).config.image_size == list(size)
     mixed = StitchedSupernet.from_anchors(tiny_pair("dinov2", "vit"), [(1, 1)], calibration=[images("vit", 6)])
     assert mixed.config.image_size == [32, 32]
+
+
+def test_a_configuration_has_defaults() -> None:
+    config = StitchedSupernetConfig(
+        anchor_configs=[tiny_config("resnet"), tiny_config("swin").to_dict()], stitches=[(1, 1, 0, 1), (2, 1, 0, 1)]
+    )
+    assert config.image_size == [32, 32] and config.layer_of == [0, 1]  # the last anchor's; nothing is shared
+    assert StitchedSupernet(config).paths == (0, 1, Stitch(1, 1), Stitch(2, 1))
 
 
 def test_any_form_of_stitches_will_do() -> None:
