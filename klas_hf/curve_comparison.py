@@ -118,6 +118,39 @@ def cost_at_equal_quality(curve: TradeoffCurve, baseline: TradeoffCurve) -> Savi
     return Saving(float(theirs[best] / ours[best]), quality, float(ours[best]), float(theirs[best]))
 
 
+def viable_stitches(rows: Iterable[ResultRow], metric: str, *, higher_is_better: bool = True) -> set[Stitch]:
+    """The stitches that are worth their cost: no worse than the straight line between their two anchors.
+
+    KLAS recovers "viable" stitches (Tab. 1) without saying what they are: this is our reading. Seeds count by mean.
+
+    Args:
+        rows: of stitches, and of their anchors (stitch None, `anchors=(k, k)`), measured alike.
+
+    Raises:
+        ValueError: a stitch without the rows of its anchors.
+    """
+    sign = 1 if higher_is_better else -1
+    qualities: dict[tuple, dict[int, float]] = {}
+    macs: dict[tuple, int] = {}
+    for row in rows:
+        qualities.setdefault((row.stitch, row.anchors), {})[row.seed] = sign * row.metrics[metric]
+        macs[row.stitch, row.anchors] = row.macs
+    means = {key: float(np.mean(list(of_seed.values()))) for key, of_seed in qualities.items()}
+    found = set()
+    for (pair, anchors), quality in means.items():
+        if pair is None:
+            continue
+        ends = [(None, (place, place)) for place in anchors]
+        if missing := [end[1][0] for end in ends if end not in means]:
+            raise ValueError(
+                f"got a stitch between the anchors {anchors} without rows of {missing}; expected both ends"
+            )
+        line = np.interp(macs[pair, anchors], [macs[end] for end in ends], [means[end] for end in ends])
+        if quality >= line:
+            found.add(Stitch(*pair, *anchors))
+    return found
+
+
 @dataclass(frozen=True)
 class SweepRow:
     """What one threshold and bucket count select.

@@ -11,10 +11,18 @@ from hypothesis import strategies as st
 from scipy import integrate
 from test_curves import row, scores
 
-from klas_hf.curve_comparison import common_quality, cost_at_equal_quality, format_sweep, gain_at_equal_cost, sweep
+from klas_hf.curve_comparison import (
+    common_quality,
+    cost_at_equal_quality,
+    format_sweep,
+    gain_at_equal_cost,
+    sweep,
+    viable_stitches,
+)
 from klas_hf.curves import TradeoffCurve
 from klas_hf.rows import ResultRow
 from klas_hf.selection import select_stitches
+from klas_hf.stitches import Stitch
 
 points = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 20)), min_size=2, max_size=9)
 
@@ -177,3 +185,27 @@ def test_sweeps_are_shown_as_a_table() -> None:
     assert cells[0] == ["τ", "buckets", "stitches", "top-1", "AUC"]
     assert cells[2] == ["5%", "10", str(got[0].stitches), f"{got[0].mean:.4f}", f"{got[0].auc:.4f}"]
     assert "mean quality" in format_sweep(got)
+
+
+def test_viable_stitches_lie_on_or_above_the_line_between_their_anchors() -> None:
+    def measured(stitch: tuple[int, int] | None, macs: int, values: list[float], anchors: tuple[int, int]) -> list:
+        return [
+            ResultRow("every", stitch, seed, macs, 0, {"q": value}, {}, anchors) for seed, value in enumerate(values)
+        ]
+
+    ends = [
+        measured(None, macs, [quality], (k, k))
+        for k, (macs, quality) in enumerate([(100, 0.2), (200, 0.6), (400, 0.8)])
+    ]
+    stitches = [
+        measured((1, 1), 150, [0.4], (0, 1)),  # on the line
+        measured((1, 2), 150, [0.39], (0, 1)),
+        measured((2, 1), 300, [0.9, 0.5], (1, 2)),  # its mean is on the line
+        measured((2, 2), 250, [0.9, 0.2], (0, 2)),  # .55, above .5
+        measured((3, 3), 500, [0.79], (1, 2)),  # dearer than the target: it must be as good
+    ]
+    rows = [one for group in ends + stitches for one in group]
+    assert viable_stitches(rows, "q") == {Stitch(1, 1, 0, 1), Stitch(2, 1, 1, 2), Stitch(2, 2, 0, 2)}
+    assert Stitch(1, 2, 0, 1) in viable_stitches(rows, "q", higher_is_better=False)
+    with pytest.raises(ValueError, match=r"without rows of \[2\]"):
+        viable_stitches([one for group in ends[:2] + stitches for one in group], "q")

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from statistics import fmean, stdev
 
-from klas_hf.curve_comparison import cost_at_equal_quality, format_sweep, gain_at_equal_cost, sweep
+from klas_hf.curve_comparison import cost_at_equal_quality, format_sweep, gain_at_equal_cost, sweep, viable_stitches
 from klas_hf.curves import TradeoffCurve, correlation_report, plot_curves
 from klas_hf.processes import process_state
 from klas_hf.regret import bucket_picks
 from klas_hf.rows import ResultRow, format_table
-from klas_hf.selection import overlap
+from klas_hf.selection import overlap, recovery
 from klas_hf.tasks.image_comparison import ImageComparison
 
 
@@ -157,11 +157,27 @@ def _scores(comparison: ImageComparison, metric: str) -> list[str]:
             f"{metric}; mean {metric} of the stitch picked in each of {picks.buckets} cost buckets.\n\n"
             + "\n".join(lines)
         )
+    parts.append(_recovery(comparison, rows, metric))
     if comparison.settings.most_stitches is None:
         ends = [row for row in rows if row.stitch is None]
         swept = sweep(comparison.scores, rows, metric, anchors=ends, interval=_interval(comparison))
         parts.append("## τ and buckets, on the same supernet\n\n" + format_sweep(swept, metric))
     return parts
+
+
+def _recovery(comparison: ImageComparison, rows: Sequence[ResultRow], metric: str) -> str:
+    """Share of the viable stitches that each rule chose (Tab. 1)."""
+    viable = viable_stitches(rows, metric)
+    heading = f"## Recovery of viable stitches\n\n{len(viable)} stitches lie on or above the line between their anchors"
+    if not viable:
+        return f"{heading}."
+    seed = comparison.settings.seeds[0]
+    shares = [
+        f"{rule} {recovery(comparison.selection(rule, seed), viable):.0%}"
+        for rule in comparison.settings.rules
+        if rule != "every"
+    ]
+    return f"{heading}{', of which the rules chose: ' if shares else ''}{', '.join(shares)}."
 
 
 def _draw(comparison: ImageComparison, metrics: Sequence[str]) -> None:
