@@ -140,7 +140,9 @@ def draw(regrets: dict[tuple[str, int], dict[str, float]], args: StudyArguments,
         for score in shown
     ]
     labels = ", ".join(str(length) for length in args.lengths)
-    lines(series, f"length of the fine-tuning: {labels} steps", "mean regret (accuracy)", path=output / "regret")
+    title = "regret of each score, mean over families"
+    x = f"length of the fine-tuning: {labels} steps"
+    lines(series, x, "mean regret (accuracy)", title, output / "regret", integer_x=True)
 
 
 if __name__ == "__main__":
