@@ -54,6 +54,11 @@ def score_stitches(
     if score not in SCORES:
         raise ValueError(f"got score={score!r}; expected one of {sorted(SCORES)}")
     vision = is_vision(source)
+    if vision and probes is None and score not in FUNCTIONAL:
+        raise ValueError(
+            "got no probes for two image classifiers; expected probes=(of source, of target), made by train_probes on "
+            "labelled images other than those that are scored on"
+        )
     if functional is None and score not in FUNCTIONAL:
         return _probed(vision, source, target, data, probes, score, tokens, workspace_bytes, images, positions)
     batches = list(data)
@@ -82,10 +87,5 @@ def _probed(
     if not vision:
         return score_decoders(
             source, target, data, probes=probes, score=score, tokens=tokens, workspace_bytes=workspace_bytes
-        )
-    if probes is None:
-        raise ValueError(
-            "got no probes for two image classifiers; expected probes=(of source, of target), made by train_probes on "
-            "labelled images other than those that are scored on"
         )
     return score_classifiers(source, target, data, probes=probes, score=score, settings=images, positions=positions)

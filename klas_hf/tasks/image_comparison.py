@@ -179,7 +179,7 @@ class ImageComparison:
                 self.measured(rule, seed)
 
     def anchor_rows(self) -> list[ResultRow]:
-        """The anchors as they were given, on the test images, and cascades of the cheapest with the dearest."""
+        """The anchors as they were given, on the test images."""
         found = []
         for place, anchor in enumerate(self.anchors):
             row = self.rows.find("anchor", None, 0, anchors=(place, place))
