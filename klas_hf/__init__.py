@@ -48,7 +48,12 @@ if TYPE_CHECKING:
     )
     from klas_hf.snnet import snnet_groups, snnet_stitches
     from klas_hf.stitches import Stitch, StitchCosts
-    from klas_hf.supernet import StitchedSupernet, StitchedSupernetConfig
+    from klas_hf.supernet import (
+        StitchedSupernet,
+        StitchedSupernetConfig,
+        StitchedSupernetForCausalLM,
+        StitchedSupernetForImageClassification,
+    )
     from klas_hf.training import (
         ImageTrainingConfig,
         TrainingConfig,
@@ -89,7 +94,12 @@ _PLACES = {
     ),
     "klas_hf.snnet": ("snnet_groups", "snnet_stitches"),
     "klas_hf.stitches": ("Stitch", "StitchCosts"),
-    "klas_hf.supernet": ("StitchedSupernet", "StitchedSupernetConfig"),
+    "klas_hf.supernet": (
+        "StitchedSupernet",
+        "StitchedSupernetConfig",
+        "StitchedSupernetForCausalLM",
+        "StitchedSupernetForImageClassification",
+    ),
     "klas_hf.training": (
         "ImageTrainingConfig",
         "TrainingConfig",

@@ -66,7 +66,7 @@ class LanguageAnchor:
         Dropout is off meanwhile.
         """
         batch = batch.to(self.device)
-        with evaluating(self.model), _captured_outputs(self.blocks) as outputs:
+        with evaluating(self.model), captured_outputs(self.blocks) as outputs:
             self.decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         return outputs
 
@@ -142,7 +142,8 @@ def explained_access(anchor: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _captured_outputs(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
+def captured_outputs(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """What each block gives, `(batch, tokens, width)`, in the order in which they run."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:

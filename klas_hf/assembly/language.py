@@ -54,9 +54,9 @@ def stitch_decoders(
         batches = None if calibration is None else usable_batches(calibration, config.bos_token_id)
         loading = {"dtype": last.dtype if dtype in (None, "auto") else dtype, "device_map": device_map}
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
-        state = _stitched_state(first, last, stitch, config)
+        state = stitched_state(first, last, stitch, config)
         model = load_parts(StitchedForCausalLM, config, state, **loading, **options)
-        model.generation_config = _generation_config(last)
+        model.generation_config = target_generation_config(last)
         if batches is None:
             warnings.warn(RANDOM_STITCH, stacklevel=4)
         else:
@@ -104,20 +104,33 @@ def cut_config(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedCon
     return cut
 
 
+def decoder_front(anchor: LanguageAnchor, stop: int) -> PreTrainedModel:
+    """The embedding and `blocks[:stop]` of a decoder without its final norm; it shares the anchor's modules."""
+    front = _shared_part(anchor, cut_config(anchor.config, 0, stop), anchor.blocks[:stop])
+    front.set_submodule(anchor.family.norm, nn.Identity())
+    front.set_input_embeddings(anchor.decoder.get_input_embeddings())
+    return front
+
+
 def decoder_rear(anchor: LanguageAnchor, start: int) -> PreTrainedModel:
-    """`blocks[start:]` of a decoder with its final norm, fed by `inputs_embeds`; it shares the anchor's weights."""
+    """`blocks[start:]` of a decoder with its final norm, fed by `inputs_embeds`; it shares the anchor's modules."""
     config = cut_config(anchor.config, start, anchor.num_blocks)
     for name, value in anchor.family.fed_hidden.items():
         setattr(config, name, value)
+    rear = _shared_part(anchor, config, anchor.blocks[start:])
+    rear.set_input_embeddings(None)
+    return rear
+
+
+def _shared_part(anchor: LanguageAnchor, config: PreTrainedConfig, blocks: Iterable[nn.Module]) -> PreTrainedModel:
     config._attn_implementation = anchor.config._attn_implementation
     with torch.device("meta"):
-        rear = MODEL_MAPPING[type(config)](config)
+        part = MODEL_MAPPING[type(config)](config)
     for name, module in anchor.decoder.named_children():
         if name not in (anchor.family.blocks, anchor.family.embeddings):
-            rear.set_submodule(name, module)
-    rear.set_submodule(anchor.family.blocks, nn.ModuleList(anchor.blocks[start:]))
-    rear.set_input_embeddings(None)
-    return rear.eval()
+            part.set_submodule(name, module)
+    part.set_submodule(anchor.family.blocks, nn.ModuleList(blocks))
+    return part
 
 
 def usable_batches(calibration: Iterable[Any], bos_token_id: int | None) -> Iterable[TokenBatch]:
@@ -196,9 +209,10 @@ def _size(config: PreTrainedConfig) -> int:
     return (sum(p.numel() for p in model.parameters()) - embedding) * config.num_hidden_layers
 
 
-def _stitched_state(
+def stitched_state(
     first: DecoderCheckpoint, last: DecoderCheckpoint, stitch: Stitch, config: StitchedConfig
 ) -> dict[str, Any]:
+    """Name in the stitched model → tensor; the stitching layer's are random."""
     state = _side(first, 0, stitch.source_stop, "model.source.", without=(f"{first.family.norm}.",))
     state |= _side(
         last, stitch.target_start, config.target_blocks, "model.target.", without=(f"{last.family.embeddings}.",)
@@ -238,7 +252,7 @@ def _target_prefix(anchor: DecoderCheckpoint, stitch: Stitch, **loading: Any) ->
     return model
 
 
-def _generation_config(anchor: DecoderCheckpoint) -> GenerationConfig:
+def target_generation_config(anchor: DecoderCheckpoint) -> GenerationConfig:
     """The target's generation config, with its list of EOS tokens."""
     if anchor.generation_config is not None:
         return copy.deepcopy(anchor.generation_config)

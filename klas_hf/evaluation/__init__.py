@@ -7,11 +7,11 @@ process writes it.
 from klas_hf.evaluation.images import (
     evaluate_accuracy,
     evaluate_divergence,
-    evaluate_supernet,
     predict_probabilities,
 )
-from klas_hf.evaluation.language import evaluate_loss, generate_greedily
+from klas_hf.evaluation.language import evaluate_loss, evaluate_token_divergence, generate_greedily
 from klas_hf.evaluation.models import Measurement, evaluate_anchor, evaluate_stitches
+from klas_hf.evaluation.supernets import evaluate_supernet
 
 __all__ = [
     "Measurement",
@@ -21,6 +21,7 @@ __all__ = [
     "evaluate_loss",
     "evaluate_stitches",
     "evaluate_supernet",
+    "evaluate_token_divergence",
     "generate_greedily",
     "predict_probabilities",
 ]

@@ -1,4 +1,4 @@
-"""Image classifiers and supernets: accuracy and loss, over all classes or among some.
+"""Image classifiers and paths of their supernets: accuracy and loss, over all classes or among some.
 
 The paths of a supernet share their work: on each batch every anchor runs once, and a stitch then costs only its
 stitching layer and the target's blocks behind it.
@@ -21,13 +21,10 @@ from klas_hf.anchors.weights import evaluating
 from klas_hf.divergences import kl_divergence
 from klas_hf.evaluation.models import Measurement
 from klas_hf.models.vision_features import Features
-from klas_hf.processes import process_state, progress, shared_out, sum_over_processes
-from klas_hf.rows import ResultRow, RowFile
+from klas_hf.processes import progress, shared_out, sum_over_processes
 from klas_hf.stitches import Stitch
-from klas_hf.supernet import Path, StitchedSupernet
+from klas_hf.supernet import Path, StitchedSupernetForImageClassification
 from klas_hf.training.batch_norm import batch_norms, recalibrate_batch_norm
-
-GROUP = 24  # paths that are evaluated in one pass, and written when it ends
 
 
 @torch.no_grad()
@@ -114,48 +111,13 @@ def _positions(labels: Tensor, classes: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate_supernet(
-    supernet: StitchedSupernet,
+def measure_image_paths(
+    supernet: StitchedSupernetForImageClassification,
+    paths: Sequence[Path],
     batches: Iterable[object],
-    *,
-    rule: str,
-    rows: RowFile,
-    seed: int = 0,
-    classes: Sequence[int] | None = None,
-    recalibration: Iterable[object] | None = None,
-) -> list[ResultRow]:
-    """Measure every path of a supernet, one row each, leaving out what the file already has.
-
-    Args:
-        supernet: it is put back in the mode it was in.
-        batches: images with labels, such that they can be read several times.
-        rule: the name under which the rows are kept; the anchors as paths get rows of stitch None.
-        rows: where rows go.
-        seed: recorded with the rows.
-        classes: measure among these classes only too.
-        recalibration: images on which BatchNorm statistics are taken anew for each path, and put back after it; None
-            measures with the supernet's own.
-
-    Raises:
-        ValueError: no images.
-    """
-    missing = [path for path in supernet.paths if _find(rows, rule, path, seed) is None]
-    size = 1 if recalibration is not None else GROUP
-    for start in range(0, len(missing), size):
-        group = missing[start : start + size]
-        if recalibration is None:
-            found = _measure(supernet, group, batches, classes)
-        else:
-            with _recalibrated(supernet, group[0], recalibration):
-                found = _measure(supernet, group, batches, classes)
-        for path, measured in zip(group, found, strict=True):
-            rows.append(_row(supernet, path, measured, rule, seed), to_disk=process_state().is_main_process)
-    return [row for path in supernet.paths if (row := _find(rows, rule, path, seed)) is not None]
-
-
-def _measure(
-    supernet: StitchedSupernet, paths: Sequence[Path], batches: Iterable[object], classes: Sequence[int] | None
+    classes: Sequence[int] | None,
 ) -> list[Measurement]:
+    """Accuracy and loss of some paths, in one pass."""
     sums = [_Sums(classes) for _ in paths]
     anchors = [VisionAnchor(model) for model in supernet.anchors]
     with evaluating(supernet):
@@ -167,7 +129,10 @@ def _measure(
 
 
 def _all_logits(
-    supernet: StitchedSupernet, anchors: Sequence[VisionAnchor], paths: Sequence[Path], batch: ImageBatch
+    supernet: StitchedSupernetForImageClassification,
+    anchors: Sequence[VisionAnchor],
+    paths: Sequence[Path],
+    batch: ImageBatch,
 ) -> Iterator[Tensor]:
     """Logits of each path; each anchor's front runs once for all paths that begin with it."""
     needed: dict[int, int] = {}
@@ -191,7 +156,9 @@ def _rear(anchor: VisionAnchor, features: Features, stitch: Stitch) -> Tensor:
 
 
 @contextmanager
-def _recalibrated(supernet: StitchedSupernet, path: Path, batches: Iterable[object]) -> Iterator[None]:
+def recalibrated(
+    supernet: StitchedSupernetForImageClassification, path: Path, batches: Iterable[object]
+) -> Iterator[None]:
     """A path's own BatchNorm statistics, for a while."""
     layers = batch_norms(supernet)
     before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
@@ -230,23 +197,3 @@ class _Sums:
         metrics = {"accuracy": correct / images, "loss": loss / images}
         metrics |= {} if self.classes is None else {"accuracy_among": among / images}
         return Measurement(metrics, {"images": int(images)})
-
-
-def _find(rows: RowFile, rule: str, path: Path, seed: int) -> ResultRow | None:
-    if isinstance(path, Stitch):
-        return rows.find(rule, path, seed)
-    return rows.find(rule, None, seed, anchors=(path, path))
-
-
-def _row(supernet: StitchedSupernet, path: Path, measured: Measurement, rule: str, seed: int) -> ResultRow:
-    number = supernet.paths.index(path)
-    return ResultRow(
-        rule=rule,
-        stitch=(path.source_stop, path.target_start) if isinstance(path, Stitch) else None,
-        seed=seed,
-        macs=supernet.path_macs[number],
-        parameters=supernet.path_parameters[number],
-        metrics=dict(measured.metrics),
-        details=dict(measured.details),
-        anchors=(path.source, path.target) if isinstance(path, Stitch) else (path, path),
-    )

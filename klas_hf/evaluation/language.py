@@ -1,14 +1,19 @@
-"""Language models: loss on text and greedy generations."""
+"""Language models and paths of their supernets: loss on text, divergence of outputs, greedy generations."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.weights import evaluating
+from klas_hf.divergences import kl_divergence
+from klas_hf.evaluation.models import Measurement
 from klas_hf.processes import progress, shared_out, sum_over_processes
+from klas_hf.stitches import Stitch
+from klas_hf.supernet import Path, StitchedSupernetForCausalLM
 from klas_hf.training.losses import cross_entropy_sum, label_count
 
 
@@ -35,6 +40,74 @@ def evaluate_loss(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]
     if not labels:
         raise ValueError("got no labels to measure a loss on; expected batches with at least one label")
     return loss / labels
+
+
+@torch.no_grad()
+def measure_text_paths(
+    supernet: StitchedSupernetForCausalLM, paths: Sequence[Path], batches: Iterable[Mapping[str, Tensor]]
+) -> list[Measurement]:
+    """Mean next-token cross-entropy of some paths in nats per label, in one pass; each anchor runs once per batch.
+
+    Raises:
+        ValueError: no labels.
+    """
+    sums = torch.zeros(len(paths), dtype=torch.float64)
+    labels_seen = torch.zeros(1, dtype=torch.float64)
+    device = supernet.get_input_embeddings().weight.device
+    with evaluating(supernet):
+        for batch in progress(shared_out(batches), f"measuring {len(paths)} paths"):
+            labels = batch["labels"].to(device)
+            losses = [cross_entropy_sum(logits, labels) for logits in _path_logits(supernet, paths, batch)]
+            sums += torch.stack(losses).double().cpu()
+            labels_seen += label_count(labels).cpu()
+    count = int(sum_over_processes(labels_seen))
+    if not count:
+        raise ValueError("got no labels to measure a loss on; expected batches with at least one label")
+    return [Measurement({"loss": loss / count}, {"labels": count}) for loss in sum_over_processes(sums).tolist()]
+
+
+def _path_logits(
+    supernet: StitchedSupernetForCausalLM, paths: Sequence[Path], batch: Mapping[str, Tensor]
+) -> Iterator[Tensor]:
+    anchors = {place: supernet.anchor(place) for place in range(len(supernet.anchors))}
+    needed = {path.source if isinstance(path, Stitch) else path for path in paths}
+    tokens = TokenBatch(batch["input_ids"], batch["attention_mask"])
+    states = {place: anchors[place].hidden_states(tokens) for place in needed}
+    mask = tokens.attention_mask.to(supernet.device)
+    for path in paths:
+        if isinstance(path, Stitch):
+            hidden = states[path.source][path.source_stop - 1]
+            yield supernet.rear_logits(path, hidden, attention_mask=mask, use_cache=False)
+        else:
+            yield anchors[path].logits(states[path][-1])
+
+
+@torch.no_grad()
+def evaluate_token_divergence(model: PreTrainedModel, target: PreTrainedModel, batches: Iterable[object]) -> float:
+    """Mean KL(target ‖ model) of two language models' next-token distributions, in nats per token.
+
+    Args:
+        batches: token ids; padding and BOS are left out.
+
+    Raises:
+        ValueError: no tokens.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    with evaluating(model), evaluating(target):
+        for batch in progress(shared_out(token_batches(batches)), "comparing outputs"):
+            counted = batch.counted(target.config.bos_token_id)
+            log_p, log_q = (_log_probs(one, batch)[counted] for one in (target, model))
+            sums += torch.tensor([float(kl_divergence(log_p, log_q).sum()), len(log_p)], dtype=torch.float64)
+    total, tokens = sum_over_processes(sums).tolist()
+    if not tokens:
+        raise ValueError("got no tokens to compare outputs on; expected batches of text")
+    return total / tokens
+
+
+def _log_probs(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    batch = batch.to(model.get_input_embeddings().weight.device)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return logits.float().log_softmax(-1).cpu()
 
 
 @torch.no_grad()

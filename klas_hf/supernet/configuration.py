@@ -4,20 +4,23 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from klas_hf.anchors.vision import is_vision
 from klas_hf.models.configuration_stitched_vision import as_config
 from klas_hf.models.vision_features import image_size
 
 
 class StitchedSupernetConfig(PreTrainedConfig):
-    """Configuration of `StitchedSupernet`; `StitchedSupernet.from_anchors` makes it.
+    """Configuration of every `StitchedSupernet`; `StitchedSupernet.from_anchors` makes it.
 
     Args:
         anchor_configs: configurations (or their dicts) of the anchors, cheapest first.
         stitches: `[i, j, source, target]` of every stitch, the last two being positions of anchors.
         layer_of: the stitching layer of every stitch; stitches with the same number share one.
         layer_fits: how each stitching layer was initialised (`r2`, `ridge`, `rows`), or None.
-        image_size: (height, width) in pixels; None takes the dearest anchor's.
-        drop_path_rate: stochastic depth of a path's last block in training.
+        image_size: (height, width) in pixels; None takes the dearest anchor's. None for text.
+        tokens: of the sequence that the costs of language models are counted for.
+        generation_configs: of language models, each anchor's own settings.
+        drop_path_rate: stochastic depth of a path's last block in training, for images.
         anchor_names, anchor_revisions: Hub ids or folders of the anchors, and their commits, where known.
     """
 
@@ -29,6 +32,8 @@ class StitchedSupernetConfig(PreTrainedConfig):
     layer_of: Any = None
     layer_fits: list[dict[str, Any]] | None = None
     image_size: list[int] | None = None
+    tokens: int = 128
+    generation_configs: list[dict[str, Any]] | None = None
     drop_path_rate: float = 0.0
     initializer_range: float = 0.02
     anchor_names: list[Any] | None = None
@@ -38,12 +43,17 @@ class StitchedSupernetConfig(PreTrainedConfig):
         self.anchor_configs = [as_config(config) for config in self.anchor_configs or [None]]
         self.stitches = [list(stitch) for stitch in self.stitches or []]
         self.layer_of = list(range(len(self.stitches))) if self.layer_of is None else self.layer_of
-        self.image_size = list(self.image_size or image_size(self.anchor_configs[-1]))
+        if is_vision(self.anchor_configs[-1]):
+            self.image_size = list(self.image_size or image_size(self.anchor_configs[-1]))
         super().__post_init__(**kwargs)
 
     @property
     def num_channels(self) -> int:
         return self.anchor_configs[-1].num_channels
+
+    @property
+    def vocab_size(self) -> int:
+        return self.anchor_configs[-1].vocab_size
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""

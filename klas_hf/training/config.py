@@ -41,13 +41,21 @@ class CommonTrainingConfig:
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA updates"})
     lora_alpha: int = field(default=32, metadata={"help": "scale of the LoRA updates"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the LoRA updates"})
+    sampling: str = field(
+        default="uniform",
+        metadata={"help": "a supernet's path: 'uniform' over paths, 'bucket' over cost buckets, then in the bucket"},
+    )
+    sampling_buckets: int = field(default=20, metadata={"help": "cost buckets of equal width for sampling='bucket'"})
     save_steps: int = field(default=100, metadata={"help": "optimiser steps between checkpoints"})
     seed: int = field(default=0, metadata={"help": "of every random choice: data order, dropout, LoRA's start"})
 
     def __post_init__(self) -> None:
         self._one_of("trainable", TRAINABLE)
         self._one_of("mixed_precision", PRECISIONS)
-        self._at_least(1, "per_device_batch_size", "gradient_accumulation_steps", "lora_rank", "save_steps")
+        self._one_of("sampling", SAMPLINGS)
+        self._at_least(
+            1, "per_device_batch_size", "gradient_accumulation_steps", "lora_rank", "save_steps", "sampling_buckets"
+        )
         self._within(0, 1, "warmup_ratio", "distillation_weight")
         if self.max_steps is None and self.epochs <= 0:
             raise ValueError(f"got epochs={self.epochs} and no max_steps; expected a positive number of epochs")
@@ -116,11 +124,6 @@ class ImageTrainingConfig(CommonTrainingConfig):
         default="soft",
         metadata={"help": "'soft' KL(teacher || student), 'hard' cross-entropy with the teacher's best class"},
     )
-    sampling: str = field(
-        default="uniform",
-        metadata={"help": "a supernet's path: 'uniform' over paths, 'bucket' over cost buckets, then in the bucket"},
-    )
-    sampling_buckets: int = field(default=20, metadata={"help": "cost buckets of equal width for sampling='bucket'"})
     mean: list[float] = field(
         default_factory=lambda: [0.485, 0.456, 0.406],
         metadata={"help": "of pixels from 0 to 1, per channel, taken off by the anchors' processing"},
@@ -146,9 +149,7 @@ class ImageTrainingConfig(CommonTrainingConfig):
         super().__post_init__()
         self._one_of("optimizer", OPTIMIZERS)
         self._one_of("distillation", DISTILLATIONS)
-        self._one_of("sampling", SAMPLINGS)
         self._one_of("batch_norm", BATCH_NORMS)
-        self._at_least(1, "sampling_buckets")
         self._at_least(0, "low_rank_stitches", "num_workers", "seed")
         self._within(0, 1, "momentum")
         if self.drop_path is not None and not 0 <= self.drop_path < 1:

@@ -1,6 +1,5 @@
 """Training of image classifiers and supernets (SN-Net): augmented batches, soft targets, distillation, random paths."""
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -13,14 +12,13 @@ from transformers import PreTrainedModel
 
 from klas_hf.anchors.language import evaluating
 from klas_hf.processes import process_state
-from klas_hf.stitches import Stitch
 from klas_hf.training.augmentation import augment, normalise
 from klas_hf.training.batch_norm import batch_norms
 from klas_hf.training.config import ImageTrainingConfig
 from klas_hf.training.data import FILLER, EpochOrder
 from klas_hf.training.losses import hard_distillation_sum, soft_cross_entropy_sum, soft_distillation_sum
 from klas_hf.training.objectives import Objective, stitched_from
-from klas_hf.training.paths import PathSampler
+from klas_hf.training.paths import path_sampler, takes
 
 
 class ImageData(Protocol):
@@ -65,7 +63,7 @@ class ImageObjective(Objective):
         _check_model(model, config, len(data))
         if self.teacher is not None:
             _check_teacher(self.teacher, model)
-        self.paths = _sampler(model, config) if _takes(model, "path") else None
+        self.paths = path_sampler(model, config)
         self.size = sum(parameter.numel() for parameter in model.parameters())
 
     def batches(self, multiple: int) -> tuple[DataLoader, EpochOrder]:
@@ -159,16 +157,6 @@ class _Filled(Dataset):
         return (self.blank, None) if index == FILLER else self.data[index]
 
 
-def _takes(model: PreTrainedModel, option: str) -> bool:
-    return option in inspect.signature(model.forward).parameters
-
-
-def _sampler(model: PreTrainedModel, config: ImageTrainingConfig) -> PathSampler:
-    # Where only stitching layers learn, an anchor run whole has nothing to learn.
-    wanted = [n for n, path in enumerate(model.paths) if config.trainable != "stitch" or isinstance(path, Stitch)]
-    return PathSampler(model.path_macs, config.sampling, config.sampling_buckets, wanted)
-
-
 def _check_data(data: ImageData, classes: int, config: ImageTrainingConfig) -> None:
     if not len(data):
         raise ValueError("got no images to train on; expected at least one")
@@ -194,13 +182,11 @@ def _check_data(data: ImageData, classes: int, config: ImageTrainingConfig) -> N
 
 def _check_model(model: PreTrainedModel, config: ImageTrainingConfig, images: int) -> None:
     name = type(model).__name__
-    if config.drop_path is not None and not _takes(model, "drop_path"):
+    if config.drop_path is not None and not takes(model, "drop_path"):
         raise ValueError(
             f"got drop_path={config.drop_path} for {name}, whose forward has no drop_path; expected drop_path=None, "
             "and the rate in the model's config"
         )
-    if config.sampling != "uniform" and not _takes(model, "path"):
-        raise ValueError(f"got sampling={config.sampling!r} for {name}, which has one path; expected a supernet")
     # A BatchNorm over one vector has no variance; torch would say so in the middle of an epoch.
     is_alone = 1 in (config.per_device_batch_size, images % config.per_device_batch_size)
     if config.batch_norm == "train" and batch_norms(model) and is_alone:

@@ -1,4 +1,4 @@
-"""Next-token training of language models: cross-entropy, and distillation from a teacher's distributions."""
+"""Next-token training of language models and supernets: cross-entropy, distillation from a teacher, random paths."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import EpochOrder, batches_of
 from klas_hf.training.losses import cross_entropy_sum, distillation_sum, label_count
 from klas_hf.training.objectives import Objective, stitched_from
+from klas_hf.training.paths import path_sampler
 
 
 class LanguageObjective(Objective):
@@ -26,8 +27,6 @@ class LanguageObjective(Objective):
         teacher: for distillation; unused without a `distillation_weight`.
     """
 
-    may_skip_parameters = False
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -37,6 +36,8 @@ class LanguageObjective(Objective):
     ):
         self.model, self.data, self.config = model, data, config
         self.teacher = teacher if config.distillation_weight else None
+        self.paths = path_sampler(model, config)
+        self.may_skip_parameters = self.paths is not None
 
     def batches(self, multiple: int) -> tuple[DataLoader, EpochOrder]:
         return batches_of(self.data, self.config.per_device_batch_size, multiple, self.config.seed)
@@ -49,7 +50,7 @@ class LanguageObjective(Objective):
         # Not left to the Accelerator, whose precision is one for the life of the process.
         is_bf16 = self.config.mixed_precision == "bf16"
         with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=is_bf16):
-            logits = model(**inputs).logits
+            logits = model(**inputs, **self._options(seed)).logits
         loss = cross_entropy_sum(logits, batch["labels"])
         weight = self.config.distillation_weight
         if self.teacher is None:
@@ -73,4 +74,8 @@ class LanguageObjective(Objective):
 
     def description(self) -> dict[str, Any]:
         sizes = {name: getattr(self.model.config, name, None) for name in ("num_hidden_layers", "hidden_size")}
-        return stitched_from(self.model.config) | sizes
+        paths = None if self.paths is None else [str(path) for path in self.model.paths]
+        return stitched_from(self.model.config) | sizes | ({} if paths is None else {"paths": paths})
+
+    def _options(self, seed: tuple[int, ...]) -> dict[str, Any]:
+        return {} if self.paths is None else {"path": self.model.paths[self.paths.draw(seed)]}

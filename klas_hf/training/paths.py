@@ -1,8 +1,13 @@
 """Which path of a supernet a forward takes: any (SN-Net), or first a cost bucket, then a path in it (SN-Net v2)."""
 
+import inspect
 from collections.abc import Sequence
 
 import numpy as np
+from transformers import PreTrainedModel
+
+from klas_hf.stitches import Stitch
+from klas_hf.training.config import CommonTrainingConfig
 
 
 class PathSampler:
@@ -28,3 +33,24 @@ class PathSampler:
         generator = np.random.default_rng(seed)
         group = self.groups[generator.integers(len(self.groups))]
         return int(generator.choice(group))
+
+
+def path_sampler(model: PreTrainedModel, config: CommonTrainingConfig) -> PathSampler | None:
+    """What draws a supernet's paths; None for a model that has one path.
+
+    Raises:
+        ValueError: sampling by bucket of a model that is no supernet.
+    """
+    if not takes(model, "path"):
+        if config.sampling != "uniform":
+            name = type(model).__name__
+            raise ValueError(f"got sampling={config.sampling!r} for {name}, which has one path; expected a supernet")
+        return None
+    # Where only stitching layers learn, an anchor run whole has nothing to learn.
+    wanted = [n for n, path in enumerate(model.paths) if config.trainable != "stitch" or isinstance(path, Stitch)]
+    return PathSampler(model.path_macs, config.sampling, config.sampling_buckets, wanted)
+
+
+def takes(model: PreTrainedModel, option: str) -> bool:
+    """Whether a model's forward has an option."""
+    return option in inspect.signature(model.forward).parameters

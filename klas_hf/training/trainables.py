@@ -76,11 +76,12 @@ def lora_config(model: PreTrainedModel, config: CommonTrainingConfig) -> LoraCon
     The stitching layers are trained whole, or at their own low rank (scale 1: their rate is the learning rate's
     business).
     """
-    head, stitches, rank = model.get_output_embeddings(), stitching_layers(model), _stitch_rank(config)
+    heads = [one.get_output_embeddings() for one in model.modules() if isinstance(one, PreTrainedModel)]
+    stitches, rank = stitching_layers(model), _stitch_rank(config)
     targets = [
         name
         for name, module in model.named_modules()
-        if _takes_lora(module) and module is not head and not is_stitching(name) and config.trainable == "lora"
+        if _takes_lora(module) and module not in heads and not is_stitching(name) and config.trainable == "lora"
     ]
     low = [name for name, module in stitches.items() if rank and _takes_lora(module)]
     return LoraConfig(

@@ -25,8 +25,8 @@ from klas_hf import (
     measure_costs,
     recalibrate_batch_norm,
 )
-from klas_hf.evaluation import images as evaluation
 from klas_hf.evaluation import predict_probabilities
+from klas_hf.evaluation import supernets as evaluation
 
 AMONG = [3, 0, 1]
 
