@@ -1,6 +1,7 @@
 """When does a score hold? Scores against measured quality: rank correlation, regret per cost bucket, and the area kept.
 
-Intervals are percentile bootstrap intervals over stitches: each resample draws as many stitches, with replacement.
+Intervals are percentile bootstrap intervals: of correlations over stitches, of regrets over cost buckets. (Resampling
+stitches would leave each bucket fewer to choose from, and regrets too small.)
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ class MeasuredStitch:
     Attributes:
         stitch: which one.
         macs: its cost.
-        quality: mean over seeds; higher is better.
+        quality: mean over seeds; higher is better, so a loss counts negatively.
         values: score → value, lower is better.
     """
 
@@ -39,9 +40,11 @@ class ScoreOutcome:
 
     Attributes:
         score: its name.
-        spearman: rank correlation with the drop in quality, with its interval.
+        spearman, pearson: rank and linear correlation with the drop in quality.
+        spearman_interval: of the rank correlation.
         regret: mean over cost buckets of the best stitch's quality less that of the score's pick, with its interval.
-        area: mean quality over cost of the curve through the picks, between the cheapest and the dearest bucket.
+        relative_regret: the same as a share of what a random pick in each bucket loses: 0 is the oracle, 1 is chance.
+        area: mean quality over cost of the curve through the picks, on the costs that the picks of all scores span.
         oracle_area: the same through the best stitch of each bucket.
         stitches: number of stitches.
     """
@@ -49,17 +52,50 @@ class ScoreOutcome:
     score: str
     spearman: float
     spearman_interval: tuple[float, float]
+    pearson: float
     regret: float
     regret_interval: tuple[float, float]
+    relative_regret: float
     area: float
     oracle_area: float
     stitches: int
 
 
+@dataclass(frozen=True)
+class HalvingOutcome:
+    """What is lost when a cheap score leaves only some stitches for a dear one to decide between.
+
+    Attributes:
+        cheap, dear: the scores.
+        per_bucket: stitches that the cheap one leaves in each cost bucket.
+        share: of all stitches, how many the dear one still has to score.
+        agreement: share of the buckets in which the choice is the one that the dear score makes among all.
+        regret: as of `ScoreOutcome`.
+        full_regret: of the dear score among all stitches.
+    """
+
+    cheap: str
+    dear: str
+    per_bucket: int
+    share: float
+    agreement: float
+    regret: float
+    full_regret: float
+
+
 def measured_stitches(
-    rows: Iterable[ResultRow], metric: str, values: Mapping[str, Mapping[Stitch, float]]
+    rows: Iterable[ResultRow],
+    metric: str,
+    values: Mapping[str, Mapping[Stitch, float]],
+    *,
+    higher_is_better: bool = True,
 ) -> list[MeasuredStitch]:
     """Stitches with their mean quality over seeds and their scores; those that lack a finite score are left out.
+
+    Args:
+        metric: key of `ResultRow.metrics`.
+        values: score → stitch → value.
+        higher_is_better: of the metric; False for a loss.
 
     Raises:
         ValueError: fewer than three are left.
@@ -69,8 +105,11 @@ def measured_stitches(
         if row.stitch is not None:
             stitch = Stitch(*row.stitch, *row.anchors)
             found.setdefault(stitch, (row.macs, {}))[1][row.seed] = row.metrics[metric]
+    sign = 1.0 if higher_is_better else -1.0
     kept = [
-        MeasuredStitch(stitch, macs, float(np.mean(list(seeds.values()))), {n: v[stitch] for n, v in values.items()})
+        MeasuredStitch(
+            stitch, macs, sign * float(np.mean(list(seeds.values()))), {n: v[stitch] for n, v in values.items()}
+        )
         for stitch, (macs, seeds) in found.items()
         if all(np.isfinite(of_score.get(stitch, np.nan)) for of_score in values.values())
     ]
@@ -89,30 +128,58 @@ def score_outcomes(
         buckets: cost buckets of equal width between the cheapest and the dearest stitch.
         resamples, seed: of the bootstrap.
     """
-    macs = np.array([one.macs for one in stitches], dtype=np.float64)
-    quality = np.array([one.quality for one in stitches])
-    bucket = np.digitize(macs, np.linspace(macs.min(), macs.max(), buckets + 1)[1:-1])
+    macs, quality, bucket = _measured(stitches, buckets)
     draws = np.random.default_rng(seed).integers(len(stitches), size=(resamples, len(stitches)))
+    names = list(stitches[0].values)
+    values = {name: np.array([one.values[name] for one in stitches]) for name in names}
     best = picks(-quality, bucket)
+    chosen = {name: picks(values[name], bucket) for name in names}
+    ends = [(macs[places].min(), macs[places].max()) for places in (best, *chosen.values())]
+    span = max(low for low, _ in ends), min(high for _, high in ends)
+    chance = quality[best] - np.array([quality[bucket == bucket[place]].mean() for place in best])
     outcomes = []
-    for name in stitches[0].values:
-        values = np.array([one.values[name] for one in stitches])
-        chosen = picks(values, bucket)
-        correlations = [spearman(values[draw], -quality[draw]) for draw in draws]
-        regrets = [_regret(values[draw], quality[draw], bucket[draw]) for draw in draws]
+    for name in names:
+        lost = quality[best] - quality[chosen[name]]
+        again = lost[np.random.default_rng(seed).integers(len(lost), size=(resamples, len(lost)))]
         outcomes.append(
             ScoreOutcome(
                 score=name,
-                spearman=spearman(values, -quality),
-                spearman_interval=_interval(correlations),
-                regret=_regret(values, quality, bucket),
-                regret_interval=_interval(regrets),
-                area=_area(macs[chosen], quality[chosen], macs),
-                oracle_area=_area(macs[best], quality[best], macs),
+                spearman=spearman(values[name], -quality),
+                spearman_interval=_interval([spearman(values[name][draw], -quality[draw]) for draw in draws]),
+                pearson=_pearson(values[name], -quality),
+                regret=float(lost.mean()),
+                regret_interval=_interval(again.mean(axis=1)),
+                relative_regret=float(lost.sum() / chance.sum()) if chance.sum() > 0 else 0.0,
+                area=_area(macs[chosen[name]], quality[chosen[name]], span),
+                oracle_area=_area(macs[best], quality[best], span),
                 stitches=len(stitches),
             )
         )
     return outcomes
+
+
+def halving_outcome(
+    stitches: Sequence[MeasuredStitch], cheap: str, dear: str, *, per_bucket: int, buckets: int = 10
+) -> HalvingOutcome:
+    """What halving would have chosen: the cheap score's best few of each bucket, and of these the dear score's best.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+    if per_bucket < 1:
+        raise ValueError(f"got per_bucket={per_bucket}; expected at least 1")
+    _, quality, bucket = _measured(stitches, buckets)
+    first, last = (np.array([one.values[name] for one in stitches]) for name in (cheap, dear))
+    left = np.zeros(len(stitches), dtype=bool)
+    for number in np.unique(bucket):
+        there = np.flatnonzero(bucket == number)
+        left[there[np.argsort(first[there], kind="stable")[:per_bucket]]] = True
+    best, full = picks(-quality, bucket), picks(last, bucket)
+    halved = picks(np.where(left, last, np.inf), bucket)
+    return HalvingOutcome(
+        cheap, dear, per_bucket, float(left.mean()), float((halved == full).mean()),
+        float((quality[best] - quality[halved]).mean()), float((quality[best] - quality[full]).mean()),
+    )  # fmt: skip
 
 
 def combined_values(
@@ -143,7 +210,7 @@ def with_score(stitches: Sequence[MeasuredStitch], name: str, values: Mapping[St
 
 def format_outcomes(outcomes: Iterable[ScoreOutcome]) -> str:
     """Outcomes as a Markdown table, the least regret first."""
-    lines = [["score", "Spearman", "95 %", "regret", "95 %", "area of picks"]]
+    lines = [["score", "Spearman", "95 %", "Pearson", "regret", "95 %", "of chance", "area of picks"]]
     for one in sorted(outcomes, key=lambda one: one.regret):
         low, high = one.spearman_interval
         lines.append(
@@ -151,11 +218,26 @@ def format_outcomes(outcomes: Iterable[ScoreOutcome]) -> str:
                 one.score,
                 f"{one.spearman:.2f}",
                 f"{low:.2f} … {high:.2f}",
+                f"{one.pearson:.2f}",
                 f"{one.regret:.4f}",
                 "{:.4f} … {:.4f}".format(*one.regret_interval),
+                f"{one.relative_regret:.0%}",
                 f"{one.area:.4f} of {one.oracle_area:.4f}",
             ]  # fmt: skip
         )
+    return markdown_table(lines)
+
+
+def format_halving(outcomes: Iterable[HalvingOutcome]) -> str:
+    """Outcomes of halving as a Markdown table."""
+    lines = [["first", "then", "kept per bucket", "scored twice", "same choice", "regret", "without halving"]]
+    lines += [
+        [
+            one.cheap, one.dear, str(one.per_bucket), f"{one.share:.0%}", f"{one.agreement:.0%}", f"{one.regret:.4f}",
+            f"{one.full_regret:.4f}",
+        ]
+        for one in outcomes
+    ]  # fmt: skip
     return markdown_table(lines)
 
 
@@ -165,15 +247,31 @@ def picks(values: Array, bucket: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.array([there[np.argmin(values[there])] for there in by_bucket])
 
 
-def _regret(values: Array, quality: Array, bucket: NDArray[np.int64]) -> float:
-    return float((quality[picks(-quality, bucket)] - quality[picks(values, bucket)]).mean())
+def _measured(stitches: Sequence[MeasuredStitch], buckets: int) -> tuple[Array, Array, NDArray[np.int64]]:
+    """MACs, quality and cost bucket of every stitch."""
+    macs = np.array([one.macs for one in stitches], dtype=np.float64)
+    bucket = np.digitize(macs, np.linspace(macs.min(), macs.max(), buckets + 1)[1:-1])
+    return macs, np.array([one.quality for one in stitches]), bucket
 
 
-def _area(x: Array, y: Array, every: Array) -> float:
-    """Mean of a curve over the span of all costs; beyond its ends it stays level."""
+def _area(x: Array, y: Array, span: tuple[float, float]) -> float:
+    """Mean of a curve over a span of costs that it covers: of no width, its value there; of less, nan."""
+    if span[0] > span[1]:
+        return float("nan")
     order = np.argsort(x)
-    grid = np.unique(np.concatenate([x, [every.min(), every.max()]]))
-    return float(np.trapezoid(np.interp(grid, x[order], y[order]), grid) / (grid[-1] - grid[0]))
+    x, y = x[order], y[order]
+    grid = np.unique([*x[(x > span[0]) & (x < span[1])], *span])
+    heights = np.interp(grid, x, y)
+    if len(grid) == 1:
+        return float(heights[0])
+    return float(np.trapezoid(heights, grid) / (grid[-1] - grid[0]))
+
+
+def _pearson(x: Array, y: Array) -> float:
+    """Linear correlation; nan where one of the two is constant."""
+    if not (x.std() > 0 and y.std() > 0):
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
 
 
 def _features(stitches: Sequence[MeasuredStitch], scores: Sequence[str]) -> Array:
@@ -186,6 +284,9 @@ def _standardised(values: Array) -> Array:
     return (values - values.mean()) / (spread if spread > 0 else 1.0)
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+def _interval(values: Sequence[float] | Array) -> tuple[float, float]:
+    known = np.asarray(values)[~np.isnan(values)]
+    if not len(known):
+        return float("nan"), float("nan")
+    low, high = np.percentile(known, [2.5, 97.5])
     return float(low), float(high)

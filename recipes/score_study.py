@@ -2,85 +2,131 @@
 
     accelerate launch recipes/score_study.py
     accelerate launch recipes/score_study.py --families mobilenet --data imagenette --anchors SMALL LARGE
+    accelerate launch recipes/score_study.py --families stories --stories LLAMA TRAIN.txt TEST.txt
 
-Families of scikit-learn's digits (ViT, Swin, ResNet) need nothing but this; "mobilenet" stands for any image
-classifiers and images. Prints a table for each family and length, and over all families how the ranking of scores
-changes with the length; writes rows, tables and a figure.
+Families of scikit-learn's digits (ViT, Swin, ResNet) and small Llamas on Python's documentation (of one width, of two)
+need nothing but this; "mobilenet" stands for any image classifiers and images, "stories" for any small Llama and text.
+Prints a table for each family and length, how the ranking of scores changes with the length, what halving loses, and
+how little data functional KL needs; writes rows, tables and a figure. Runs into one folder add up: a family that was
+measured before is read, not measured again.
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import digits
 import numpy as np
+import small_llamas
 
+from klas_hf import TrainingConfig
+from klas_hf.curves import spearman
 from klas_hf.options import parse_options
 from klas_hf.plotting import Series, lines
 from klas_hf.processes import process_state
-from klas_hf.study import combined_values, format_outcomes, score_outcomes, with_score
+from klas_hf.rows import markdown_table
+from klas_hf.study import (
+    MeasuredStitch,
+    ScoreOutcome,
+    combined_values,
+    format_halving,
+    format_outcomes,
+    halving_outcome,
+    score_outcomes,
+    with_score,
+)
 from klas_hf.tasks.digits import load_digits_split
 from klas_hf.tasks.image_comparison import ComparisonSettings, ImageTask
 from klas_hf.tasks.image_data import ImageDataArguments, load_task
-from klas_hf.tasks.score_study import ImageScoreStudy, StudySettings
+from klas_hf.tasks.language_study import LanguageScoreStudy
+from klas_hf.tasks.score_study import ImageScoreStudy, ScoreStudy, StudySettings
 
 COMBINED = ("theta", "functional", "dm")
+SHOWN = ("klas", "theta", "dm", "functional", "stitched_loss", "cost")
+FAMILIES = (*digits.FAMILIES, *small_llamas.PAIRS, "mobilenet", "stories")
 
 
 @dataclass
 class StudyArguments:
     families: list[str] = field(
-        default_factory=lambda: list(digits.FAMILIES), metadata={"help": "vit, swin, resnet (digits) and mobilenet"}
+        default_factory=lambda: [*digits.FAMILIES, *small_llamas.PAIRS], metadata={"help": f"of {', '.join(FAMILIES)}"}
     )
     lengths: list[int] = field(default_factory=lambda: [0, 100, 1000], metadata={"help": "fine-tuning steps; 0: none"})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds of the fine-tuning"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of the fine-tuning"})
     adapted_steps: list[int] = field(
         default_factory=lambda: [1, 5], metadata={"help": "functional KL is measured again after so many steps"}
     )
-    alone: int = field(default=0, metadata={"help": "random stitches that are trained by themselves too"})
+    alone: int = field(default=8, metadata={"help": "random stitches that are trained by themselves too, one seed"})
     data: str | None = field(default=None, metadata={"help": "images of the family mobilenet"})
     anchors: list[str] | None = field(default=None, metadata={"help": "source and target of the family mobilenet"})
     labels: str | None = field(default="recipes/imagenette_labels.yaml", metadata={"help": "labels of its classes"})
     image_size: int | None = field(default=160, metadata={"help": "pixels of its images"})
+    stories: list[str] | None = field(
+        default=None, metadata={"help": "of the family stories: a Llama, a file to train on, a file to measure on"}
+    )
     output_dir: str = field(default="outputs/score_study", metadata={"help": "where rows, tables and figures go"})
-    cache_dir: str = field(default="outputs/digits_anchors", metadata={"help": "where trained anchors are kept"})
-    anchor_steps: int = field(default=400, metadata={"help": "training steps of each digits anchor"})
-    smoke: bool = field(default=False, metadata={"help": "one family, two short lengths: no result"})
+    cache_dir: str = field(default="outputs/study_anchors", metadata={"help": "where trained anchors are kept"})
+    anchor_steps: int | None = field(default=None, metadata={"help": "training steps of each small anchor"})
+    smoke: bool = field(default=False, metadata={"help": "two families, two short lengths: no result"})
 
 
 def main() -> None:
     (args,) = parse_options(StudyArguments, description=__doc__.split("\n")[0])
-    if unknown := sorted(set(args.families) - {*digits.FAMILIES, "mobilenet"}):
-        raise ValueError(f"got the families {unknown}; expected some of {[*digits.FAMILIES, 'mobilenet']}")
+    check(args)
+    if args.smoke:
+        args.families, args.lengths, args.seeds, args.adapted_steps = args.families[:2], [0, 2], [0], [1]
+        args.anchor_steps, args.alone = 3, min(args.alone, 1)
+    output = Path(args.output_dir)
+    settings = StudySettings(tuple(args.lengths), tuple(args.seeds), tuple(args.adapted_steps), args.alone)
+    parts: list[str] = []
+    families, variants = {}, {}
+    for family in args.families:
+        process_state().print(f"\n# {family}")
+        study = study_of(family, args, settings)
+        families[family] = {length: study.stitches(length) for length in args.lengths}
+        variants[family] = {length: study.with_variants(length) for length in args.lengths}
+        if args.alone:
+            parts.append(f"## {family}: stitches alone\n\n" + "\n".join(alone(study, n) for n in args.lengths if n))
+    outcomes = {}
+    for family in args.families:
+        for length in args.lengths:
+            stitches = combined(families, family, length)
+            outcomes[family, length] = score_outcomes(stitches)
+            heading = f"## {family}, {length} steps, {len(stitches)} stitches"
+            parts.append(f"{heading}\n\n{format_outcomes(outcomes[family, length])}")
+    parts += [ranking(outcomes, args), halving(families, args), frugality(variants, args)]
+    for part in parts:
+        process_state().print(f"\n{part}")
+    if process_state().is_main_process:
+        (output / "study.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        write_stitches(families, output / "stitches.jsonl")
+        draw(outcomes, args, output)
+
+
+def check(args: StudyArguments) -> None:
+    """Raise ValueError for families that do not exist or lack their data."""
+    if unknown := sorted(set(args.families) - set(FAMILIES)):
+        raise ValueError(f"got the families {unknown}; expected some of {list(FAMILIES)}")
     if "mobilenet" in args.families and (args.data is None or args.anchors is None or len(args.anchors) != 2):
         raise ValueError("got the family mobilenet without its data or two anchors; expected --data and --anchors")
-    if args.smoke:
-        args.families, args.lengths, args.adapted_steps, args.anchor_steps = args.families[:1], [0, 2], [1], 3
-    studies = {family: study_of(family, args) for family in args.families}
-    parts, regrets = [], {}
-    for length in args.lengths:
-        families = {name: study.stitches(length) for name, study in studies.items()}
-        for name, study in studies.items():
-            stitches = families[name]
-            if len(families) > 1:
-                stitches = with_score(stitches, "combined", combined_values(families, name, COMBINED))
-            outcomes = score_outcomes(stitches)
-            regrets[name, length] = {one.score: one.regret for one in outcomes}
-            text = f"## {name}, {length} steps, {outcomes[0].stitches} stitches\n\n{format_outcomes(outcomes)}"
-            if length and args.alone:
-                text += f"\n\n{alone_agreement(study, length)}"
-            process_state().print(f"\n{text}")
-            parts.append(text)
-    parts.append(ranking(regrets, args))
-    process_state().print(f"\n{parts[-1]}")
-    if process_state().is_main_process:
-        output = Path(args.output_dir)
-        (output / "study.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        draw(regrets, args, output)
+    if "stories" in args.families and (args.stories is None or len(args.stories) != 3):
+        raise ValueError("got the family stories without a Llama and two files; expected --stories LLAMA TRAIN TEST")
 
 
-def study_of(family: str, args: StudyArguments) -> ImageScoreStudy:
+def study_of(family: str, args: StudyArguments, settings: StudySettings) -> ScoreStudy:
     """The study of one family: the cheapest and the dearest of its anchors."""
-    settings = StudySettings(tuple(args.lengths), tuple(args.seeds), tuple(args.adapted_steps), args.alone)
+    output, cache = Path(args.output_dir) / family, Path(args.cache_dir)
+    if family in small_llamas.PAIRS or family == "stories":
+        if family == "stories":
+            assert args.stories is not None
+            models, text = small_llamas.sibling_pair(*args.stories, cache, args.anchor_steps)
+        else:
+            models, text = small_llamas.documentation_pair(family, cache, args.anchor_steps)
+        fine_tuning = TrainingConfig(
+            trainable="full", per_device_batch_size=16, gradient_accumulation_steps=1, learning_rate=1e-3,
+            save_steps=1000,
+        )  # fmt: skip
+        return LanguageScoreStudy(family, models, text, fine_tuning, settings, output)
     if family == "mobilenet":
         assert args.data is not None and args.anchors is not None
         data = ImageDataArguments(
@@ -92,57 +138,116 @@ def study_of(family: str, args: StudyArguments) -> ImageScoreStudy:
     else:
         train, validation, test = load_digits_split(scale=digits.SCALE.get(family, 1))
         task = ImageTask(train, validation, test, digits.MEAN, digits.STD)
-        cache = Path(args.cache_dir) / f"{family}-{args.anchor_steps}-steps"
+        wanted = digits.DigitsArguments(anchor_steps=args.anchor_steps or digits.DigitsArguments().anchor_steps)
         configs = digits.FAMILIES[family]
-        names = [list(configs)[0], list(configs)[-1]]
-        training = digits.DigitsTraining()
-        wanted = digits.DigitsArguments(anchor_steps=args.anchor_steps)
-        anchors = [digits.anchor(name, configs[name], task, wanted, cache) for name in names]
-    output = Path(args.output_dir) / family
+        names, training = [list(configs)[0], list(configs)[-1]], digits.DigitsTraining()
+        place = cache / f"{family}-{wanted.anchor_steps}-steps"
+        anchors = [digits.anchor(name, configs[name], task, wanted, place) for name in names]
     return ImageScoreStudy(family, anchors, names, task, ComparisonSettings(), training, settings, output)
 
 
-def alone_agreement(study: ImageScoreStudy, length: int) -> str:
-    """How the accuracies of stitches trained alone go with those of the same stitches in the supernet."""
-    alone = {row.stitch: row.metrics["accuracy"] for row in study.alone_rows(length)}
-    together = {(one.stitch.source_stop, one.stitch.target_start): one.quality for one in study.stitches(length)}
-    pairs = np.array([(alone[stitch], together[stitch]) for stitch in alone if stitch in together])
+def combined(families: dict[str, dict[int, list[MeasuredStitch]]], family: str, length: int) -> list[MeasuredStitch]:
+    """A family's stitches with the combination of scores that the other families teach."""
+    at_length = {name: found[length] for name, found in families.items()}
+    if len(at_length) == 1:
+        return at_length[family]
+    return with_score(at_length[family], "combined", combined_values(at_length, family, COMBINED))
+
+
+def alone(study: ScoreStudy, length: int) -> str:
+    """How stitches trained alone compare with the same stitches in the supernet."""
+    sign = 1.0 if study.higher_is_better else -1.0
+    by_itself = {row.stitch: sign * row.metrics[study.metric] for row in study.alone_rows(length)}
+    together = {(one.stitch.source_stop, one.stitch.target_start): one for one in study.stitches(length)}
+    shared = [stitch for stitch in by_itself if stitch in together]
+    pairs = np.array([(by_itself[stitch], together[stitch].quality) for stitch in shared])
+    values = {name: [together[stitch].values[name] for stitch in shared] for name in SHOWN}
+    means = "{:.4f} alone, {:.4f} in the supernet".format(*(sign * pairs.mean(axis=0)))
+    text = f"- {length} steps, {len(pairs)} stitches: mean {study.metric} {means}"
+    if len(pairs) < 3:
+        return text + "."
+    ranks = ", ".join(f"{name} {spearman(np.array(values[name]), -pairs[:, 0]):.2f}" for name in SHOWN)
+    between = spearman(pairs[:, 0], pairs[:, 1])
+    return f"{text}, Spearman between them {between:.2f}; of the scores with the drop alone: {ranks}."
+
+
+def ranking(outcomes: dict[tuple[str, int], list[ScoreOutcome]], args: StudyArguments) -> str:
+    """Mean relative regret of every score over the families, by length, and its worst."""
+    found = {key: {one.score: one for one in ones} for key, ones in outcomes.items()}
+    scores = set.intersection(*(set(ones) for ones in found.values()))
+    heading = ["score", *(f"{n} steps" for n in args.lengths), "mean Spearman, by length", "worst"]
+    rows = []
+    for score in scores:
+        by_length = [[found[family, n][score] for family in args.families] for n in args.lengths]
+        regrets = [float(np.mean([one.relative_regret for one in ones])) for ones in by_length]
+        correlations = [float(np.mean([one.spearman for one in ones])) for ones in by_length]
+        worst = max(found, key=lambda key: found[key][score].relative_regret)
+        cells = [
+            score, *(f"{regret:.0%}" for regret in regrets), " / ".join(f"{one:.2f}" for one in correlations),
+            f"{found[worst][score].relative_regret:.0%} ({worst[0]}, {worst[1]})",
+        ]  # fmt: skip
+        rows.append((sum(regrets), cells))
     return (
-        f"{len(pairs)} stitches alone: mean accuracy {pairs[:, 0].mean():.4f}, in the supernet "
-        f"{pairs[:, 1].mean():.4f}, correlation {np.corrcoef(pairs.T)[0, 1]:.2f}."
+        "## What a choice loses, as a share of what a random one loses, mean over families, by fine-tuning length\n\n"
+        + markdown_table([heading, *(cells for _, cells in sorted(rows))])
     )
 
 
-def ranking(regrets: dict[tuple[str, int], dict[str, float]], args: StudyArguments) -> str:
-    """Mean regret of every score over the families, by length."""
-    scores = sorted(set.intersection(*(set(found) for found in regrets.values())))
-    means = {
-        score: [float(np.mean([regrets[family, length][score] for family in args.families])) for length in args.lengths]
-        for score in scores
-    }
-    rows = [f"| score | {' | '.join(f'{length} steps' for length in args.lengths)} | worst family, any length |"]
-    rows.append("|---" * (len(args.lengths) + 2) + "|")
-    for score in sorted(scores, key=lambda score: sum(means[score])):
-        worst = max(found[score] for found in regrets.values())
-        rows.append(f"| {score} | {' | '.join(f'{mean:.4f}' for mean in means[score])} | {worst:.4f} |")
-    return "## Mean regret over families, by length of the fine-tuning\n\n" + "\n".join(rows)
+def halving(families: dict[str, dict[int, list[MeasuredStitch]]], args: StudyArguments) -> str:
+    """What is lost where Θ or 1 − R² leaves functional KL only some stitches of each bucket."""
+    text = []
+    for family in args.families:
+        stitches = families[family][args.lengths[-1]]
+        table = format_halving(
+            halving_outcome(stitches, cheap, "functional", per_bucket=kept)
+            for cheap in ("theta", "dm")
+            for kept in (1, 2, 3, 5)
+        )
+        text.append(f"{family}, {args.lengths[-1]} steps, {len(stitches)} stitches:\n\n{table}")
+    return "## Successive halving\n\n" + "\n\n".join(text)
 
 
-def draw(regrets: dict[tuple[str, int], dict[str, float]], args: StudyArguments, output: Path) -> None:
-    """Mean regret against the length."""
-    shown = ("klas", "klas_staged", "theta", "dm", "functional", "stitched_loss")
+def frugality(variants: dict[str, dict[int, list[MeasuredStitch]]], args: StudyArguments) -> str:
+    """Functional KL on few samples, at other temperatures and on scrambled data, at the shortest fine-tuning."""
+    length = next((n for n in args.lengths if n), args.lengths[0])
+    text = []
+    for family in args.families:
+        stitches = variants[family][length]
+        full = [one.values["functional"] for one in stitches]
+        rows = [["functional KL", "Spearman with the full one", "Spearman with the drop", "of chance"]]
+        for one in score_outcomes(stitches):
+            same = spearman(np.array([stitch.values[one.score] for stitch in stitches]), np.array(full))
+            rows.append([one.score, f"{same:.2f}", f"{one.spearman:.2f}", f"{one.relative_regret:.0%}"])
+        text.append(f"{family}, {length} steps:\n\n{markdown_table(rows)}")
+    return "## How little functional KL needs\n\n" + "\n\n".join(text)
+
+
+def write_stitches(families: dict[str, dict[int, list[MeasuredStitch]]], path: Path) -> None:
+    """One line per family, length and stitch: cost, quality (a loss counts negatively) and every score."""
+    with path.open("w", encoding="utf-8") as file:
+        for family, by_length in families.items():
+            for length, stitches in by_length.items():
+                for one in stitches:
+                    pair = [one.stitch.source_stop, one.stitch.target_start]
+                    line = {"family": family, "steps": length, "stitch": pair, "macs": one.macs}
+                    file.write(json.dumps(line | {"quality": one.quality, "scores": dict(one.values)}) + "\n")
+
+
+def draw(outcomes: dict[tuple[str, int], list[ScoreOutcome]], args: StudyArguments, output: Path) -> None:
+    """Relative regret against the length, mean over families."""
+    found = {key: {one.score: one.relative_regret for one in ones} for key, ones in outcomes.items()}
     series = [
         Series(
             score,
             list(range(len(args.lengths))),
-            [float(np.mean([regrets[family, n][score] for family in args.families])) for n in args.lengths],
+            [100 * float(np.mean([found[family, n][score] for family in args.families])) for n in args.lengths],
         )
-        for score in shown
+        for score in SHOWN
     ]
     labels = ", ".join(str(length) for length in args.lengths)
-    title = "regret of each score, mean over families"
+    title = f"what each score's choice loses, mean over {len(args.families)} families"
     x = f"length of the fine-tuning: {labels} steps"
-    lines(series, x, "mean regret (accuracy)", title, output / "regret", integer_x=True)
+    lines(series, x, "regret, % of a random choice's", title, output / "regret", integer_x=True)
 
 
 if __name__ == "__main__":
