@@ -71,8 +71,8 @@ class LanguageScoreStudy(ScoreStudy):
         settings: StudySettings,
         output: str | Path,
     ):
-        super().__init__(name, settings)
-        self.task, self.training, self.output = task, training, Path(output)
+        super().__init__(name, settings, output)
+        self.task, self.training = task, training
         loaded = [load_anchor(anchor) for anchor in anchors]
         self.source, self.target = (anchor.model.to(process_state().device) for anchor in loaded)
         run: dict[str, Any] = {"anchors": [anchor.fingerprint for anchor in loaded], "training": vars(training)}
@@ -102,11 +102,11 @@ class LanguageScoreStudy(ScoreStudy):
 
     def calibration(self, count: int | None = None, *, scrambled: bool = False) -> list[Any]:
         sequences = self.task.train[: self.task.calibration if count is None else count]
-        return list(TextBatches(_scrambled(sequences) if scrambled else sequences, self.task.batch_size))
+        return list(TextBatches(_shuffled_tokens(sequences) if scrambled else sequences, self.task.batch_size))
 
     def scored(self, count: int | None = None, *, scrambled: bool = False) -> list[Any]:
         sequences = self.task.validation[:count]
-        return list(TextBatches(_scrambled(sequences) if scrambled else sequences, self.task.batch_size))
+        return list(TextBatches(_shuffled_tokens(sequences) if scrambled else sequences, self.task.batch_size))
 
     def adapted(self, stitch: Stitch, steps: int) -> float:
         config = replace(
@@ -154,7 +154,7 @@ class LanguageScoreStudy(ScoreStudy):
         return StitchedModel.from_anchors(self.source, self.target, stitch, calibration=self.calibration())
 
 
-def _scrambled(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+def _shuffled_tokens(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
     """The same tokens in random order, but for the first of each sequence, which is BOS where there is one."""
     generator = torch.Generator().manual_seed(0)
     orders = (torch.randperm(len(sequence) - 1, generator=generator).tolist() for sequence in sequences)

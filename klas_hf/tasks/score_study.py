@@ -4,10 +4,11 @@ All stitches of a pair are trained in one supernet for each length (0 is the lea
 few alone; every score is measured once, before any training.
 """
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from klas_hf.evaluation import evaluate_accuracy, evaluate_divergence
+from klas_hf.files import write_atomically
 from klas_hf.models import StitchedModel
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile
@@ -59,13 +61,14 @@ class ScoreStudy(ABC):
         metric: key of the rows' metrics that says how good a stitch is.
         higher_is_better: of that metric.
         source, target: the two anchors.
+        output: folder of all that is kept.
     """
 
     metric: str
     higher_is_better: bool
 
-    def __init__(self, name: str, settings: StudySettings):
-        self.name, self.settings = name, settings
+    def __init__(self, name: str, settings: StudySettings, output: str | Path):
+        self.name, self.settings, self.output = name, settings, Path(output)
         self.source: PreTrainedModel
         self.target: PreTrainedModel
 
@@ -104,25 +107,21 @@ class ScoreStudy(ABC):
         # The dearest is expected to be the best: what any score must beat.
         found["cost"] = {stitch: 1 / self.scores.costs.of(stitch)[0] for stitch in self.scores.stitches}
         for steps in self.settings.adapted_steps:
-            found[f"functional, {steps} steps"] = {
-                stitch: self.adapted(stitch, steps) for stitch in self.scores.stitches
-            }
+            name = f"functional, {steps} steps"
+            found[name] = self._kept(name, partial(self._adapted_all, steps))
         return found
 
     @cached_property
     def variants(self) -> dict[str, Values]:
         """Functional KL measured otherwise: on few samples, at other temperatures, on scrambled data."""
-        found = {}
+        measured: dict[str, Callable[[], Values]] = {}
         for count in self.settings.samples:
-            half = count // 2
-            found[f"{count} samples"] = self.functional(self.calibration(half), self.scored(count - half))
+            measured[f"{count} samples"] = partial(self._sampled, count)
         for temperature in self.settings.temperatures:
-            found[f"temperature {temperature:g}"] = self.functional(self.calibration(), self.scored(), temperature)
-        found["fitted to scrambled data"] = self.functional(self.calibration(scrambled=True), self.scored())
-        found["fitted to and scored on scrambled data"] = self.functional(
-            self.calibration(scrambled=True), self.scored(scrambled=True)
-        )
-        return found
+            measured[f"temperature {temperature:g}"] = partial(self._at_temperature, temperature)
+        measured["fitted to scrambled data"] = partial(self._scrambled, fit_only=True)
+        measured["fitted to and scored on scrambled data"] = partial(self._scrambled, fit_only=False)
+        return {name: self._kept(name, measure) for name, measure in measured.items()}
 
     def functional(self, calibration: Sequence[Any], scored: Sequence[Any], temperature: float = 1.0) -> Values:
         """Functional KL of every stitch."""
@@ -148,6 +147,29 @@ class ScoreStudy(ABC):
         every = sorted(self.scores.stitches)
         chosen = np.random.default_rng(0).permutation(len(every))[: self.settings.alone]
         return [self.row_alone(every[place], length) for place in chosen]
+
+    def _adapted_all(self, steps: int) -> Values:
+        return {stitch: self.adapted(stitch, steps) for stitch in self.scores.stitches}
+
+    def _sampled(self, count: int) -> Values:
+        return self.functional(self.calibration(count // 2), self.scored(count - count // 2))
+
+    def _at_temperature(self, temperature: float) -> Values:
+        return self.functional(self.calibration(), self.scored(), temperature)
+
+    def _scrambled(self, fit_only: bool) -> Values:
+        return self.functional(self.calibration(scrambled=True), self.scored(scrambled=not fit_only))
+
+    def _kept(self, name: str, measure: Callable[[], Values]) -> Values:
+        """Values of one score, read where they were measured before."""
+        path = self.output / f"{name.replace(' ', '-')}.json"
+        if path.exists():
+            return {Stitch(*stitch): value for stitch, value in json.loads(path.read_text(encoding="utf-8"))}
+        values = measure()
+        if process_state().is_main_process:
+            lines = [[[s.source_stop, s.target_start, s.source, s.target], value] for s, value in values.items()]
+            write_atomically(path, lambda part: part.write_text(json.dumps(lines), encoding="utf-8"))
+        return values
 
     def kept_alone(self, rows: RowFile, stitch: Stitch, metrics: dict[str, float]) -> ResultRow:
         """A row of a stitch that was trained by itself, written."""
@@ -185,7 +207,7 @@ class ImageScoreStudy(ScoreStudy):
         settings: StudySettings,
         output: str | Path,
     ):
-        super().__init__(name, settings)
+        super().__init__(name, settings, output)
         self.task, self.training = task, training
         every = replace(comparison, rules=["every"], seeds=list(settings.seeds), pairs="all")
         self.runs = {
@@ -242,10 +264,10 @@ def _batches(batches: Any, scrambled: bool) -> list[dict[str, Tensor]]:
     """Batches of images; scrambled, their pixels change places, in all images alike."""
     if not scrambled:
         return list(batches)
-    return [{**batch, "pixel_values": _scrambled(batch["pixel_values"])} for batch in batches]
+    return [{**batch, "pixel_values": _shuffled_pixels(batch["pixel_values"])} for batch in batches]
 
 
-def _scrambled(pixels: Tensor) -> Tensor:
+def _shuffled_pixels(pixels: Tensor) -> Tensor:
     places = pixels.shape[-2] * pixels.shape[-1]
     order = torch.randperm(places, generator=torch.Generator().manual_seed(0))
     return pixels.flatten(-2)[..., order].view_as(pixels)
