@@ -57,6 +57,8 @@ class CommonTrainingConfig:
             1, "per_device_batch_size", "gradient_accumulation_steps", "lora_rank", "save_steps", "sampling_buckets"
         )
         self._within(0, 1, "warmup_ratio", "distillation_weight")
+        if self.max_steps is not None and self.max_steps < 0:
+            raise ValueError(f"got max_steps={self.max_steps}; expected a number of steps, 0 or more, or None")
         if self.max_steps is None and self.epochs <= 0:
             raise ValueError(f"got epochs={self.epochs} and no max_steps; expected a positive number of epochs")
 

@@ -86,7 +86,7 @@ def train_stitches(
     multiple = accelerator.num_processes * config.gradient_accumulation_steps
     loader, order = objective.batches(multiple)
     steps_per_epoch = len(loader) // multiple
-    total = config.max_steps or max(1, math.ceil(steps_per_epoch * config.epochs))
+    total = max(1, math.ceil(steps_per_epoch * config.epochs)) if config.max_steps is None else config.max_steps
     described = asdict(config) | objective.description()
     checkpoints = Checkpoints(output_dir, described | {"examples": len(data), "batches_per_step": multiple})
     resumed = checkpoints.latest()

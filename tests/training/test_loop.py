@@ -53,6 +53,15 @@ def test_only_the_stitching_layer_learns(model: PreTrainedModel, stitched: PreTr
     assert changed(model, stitched) == {"model.stitch.weight", "model.stitch.bias"}
 
 
+@pytest.mark.parametrize("trainable", ["stitch", "lora", "full"])
+def test_no_steps_change_nothing(model: PreTrainedModel, stitched: PreTrainedModel, trainable: str) -> None:
+    result = train_stitches(model, examples(), replace(QUICK, trainable=trainable, max_steps=0))
+    assert (result.steps, result.losses) == (0, ())
+    assert_same(model, stitched)
+    with pytest.raises(ValueError, match="max_steps=-1"):
+        replace(QUICK, max_steps=-1)
+
+
 def test_lora_learns_in_both_sides_and_is_merged(model: PreTrainedModel, stitched: PreTrainedModel) -> None:
     train_stitches(model, examples(), replace(QUICK, trainable="lora"))
     learned = changed(model, stitched)
