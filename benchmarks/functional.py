@@ -40,7 +40,7 @@ def plan(configs: tuple[LlamaConfig, LlamaConfig], args: argparse.Namespace, blo
     rear = sum(int(costs.target_blocks[j:].sum()) + costs.ends for _, j in pairs)
     both = costs.source_total + costs.target_total
     fit = args.calibration * args.tokens * len(pairs) * widths[0][0] * widths[1][0]
-    maps = 8 * len(pairs) * widths[0][0] * widths[1][0]
+    maps = getattr(torch, args.dtype).itemsize * len(pairs) * widths[0][0] * widths[1][0]
     return [
         f"{m}×{n} blocks, {len(pairs)} pairs",
         f"{moments / GIB:.1f}",

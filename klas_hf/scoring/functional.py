@@ -9,7 +9,7 @@ Where the matrices of all pairs do not fit into the memory allowed, pairs are ta
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -209,7 +209,7 @@ def functional_statistics(
 def fit_pairs(
     anchors: AnchorPair, pairs: Sequence[Pair], calibration: Iterable[Any], ridge: float, description: str
 ) -> dict[Pair, LinearFit]:
-    """The least-squares map of every pair, from one pass over the calibration data."""
+    """The least-squares map of every pair, in the source's dtype, from one pass over the calibration data."""
     moments = PairMoments(pairs, anchors.widths[0], anchors.widths[1])
     seen = 0
     for batch in progress(shared_out(calibration), description):
@@ -219,7 +219,12 @@ def fit_pairs(
     moments.combine(sum_over_processes)
     if not int(sum_over_processes(torch.tensor(float(seen)))):
         raise ValueError("got no data to calibrate on; expected batches. Check that an iterator was not used up before")
-    return {pair: moments.least_squares(*pair, ridge=ridge) for pair in pairs}
+    return {pair: _narrowed(moments.least_squares(*pair, ridge=ridge), anchors.dtype) for pair in pairs}
+
+
+def _narrowed(fit: LinearFit, dtype: torch.dtype) -> LinearFit:
+    """A map as stitched networks run it; kept for all pairs at once, in float64 it would fill the memory."""
+    return replace(fit, weight=fit.weight.to(dtype), bias=fit.bias.to(dtype))
 
 
 def _add_batch(

@@ -29,9 +29,11 @@ class AnchorPair(ABC, Generic[Batch, State]):
 
     Attributes:
         widths: of every state of the source and of the target.
+        dtype: of the source's states.
     """
 
     widths: tuple[list[int], list[int]]
+    dtype: torch.dtype
 
     @abstractmethod
     def read(self, data: Sequence[Any]) -> list[Batch]:
@@ -76,6 +78,7 @@ class ClassifierPair(AnchorPair[ImageBatch, Features]):
 
     def __init__(self, first: VisionAnchor, last: VisionAnchor):
         self.first, self.last = first, last
+        self.dtype = first.model.dtype
         self.dropped = dropped_prefix(first.kind, last.kind)
         self.widths = tuple([shape.channels for shape in one.shapes()] for one in (first, last))  # type: ignore
 
@@ -127,7 +130,7 @@ class DecoderPair(AnchorPair[TokenBatch, Tensor]):
     """Two causal language models; a unit is a token that is neither padding nor BOS."""
 
     def __init__(self, first: LanguageAnchor, last: LanguageAnchor):
-        self.first, self.last = first, last
+        self.first, self.last, self.dtype = first, last, first.model.dtype
         self.widths = ([first.width] * (first.num_blocks + 1), [last.width] * (last.num_blocks + 1))
         self._rears: dict[int, PreTrainedModel] = {}
 
