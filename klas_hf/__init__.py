@@ -20,6 +20,8 @@ from klas_hf.models import (
 
 if TYPE_CHECKING:
     from klas_hf.anchor_selection import AnchorSelection
+    from klas_hf.cli.examination import examine_anchors
+    from klas_hf.cli.findings import Examination, Finding
     from klas_hf.costs import Cost, measure_costs, measure_stitch_costs
     from klas_hf.curves import TradeoffCurve, common_interval, correlation_report, plot_curves
     from klas_hf.evaluation import (
@@ -66,6 +68,8 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "klas_hf.anchor_selection": ("AnchorSelection",),
+    "klas_hf.cli.examination": ("examine_anchors",),
+    "klas_hf.cli.findings": ("Examination", "Finding"),
     "klas_hf.costs": ("Cost", "measure_costs", "measure_stitch_costs"),
     "klas_hf.curves": ("TradeoffCurve", "common_interval", "correlation_report", "plot_curves"),
     "klas_hf.evaluation": (

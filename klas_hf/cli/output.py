@@ -1,0 +1,101 @@
+"""What a command leaves behind: files that never replace others unasked, tables for people, JSON for machines."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from klas_hf.processes import process_state
+
+OVERWRITE = "replace what is at the output"
+
+
+def check_output(output: str | Path, overwrite: bool, *, resumable: str | None = None) -> Path:
+    """The path, if nothing is there that would be replaced unasked.
+
+    Args:
+        resumable: name in a folder that an interrupted run leaves, and that alone is no hindrance.
+
+    Raises:
+        FileExistsError: a file or a folder with something in it.
+        NotADirectoryError: a parent that is a file.
+    """
+    path = Path(output).expanduser()
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"got the output {path}, but {folder} is a file; expected a folder")
+    content = {one.name for one in path.iterdir()} - {resumable} if path.is_dir() else path.exists()
+    if content and not overwrite:
+        raise FileExistsError(f"got the output {path}, which exists; name another one, or add --overwrite")
+    return path
+
+
+def save_model(model: Any, processor: Any, output: Path) -> None:
+    """Save a model with its tokenizer or image processor; the model comes last, so that a folder with it is whole."""
+    if process_state().is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        processor.save_pretrained(output)
+        model.save_pretrained(output)
+    process_state().wait_for_everyone()
+
+
+def say(text: str) -> None:
+    """Print, on the main process only."""
+    process_state().print(text, flush=True)
+
+
+def say_json(value: Any) -> None:
+    """Print strict JSON: what is not finite becomes null."""
+    say(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def amount(number: str) -> int:
+    """A count such as 1500000, 1.5M or 2G.
+
+    Raises:
+        ValueError: anything else.
+    """
+    factors = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+    digits, factor = (number[:-1], factors[number[-1].upper()]) if number[-1:].upper() in factors else (number, 1)
+    try:
+        value = float(digits) * factor
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(
+            f"got the amount {number!r}; expected a number above 0, perhaps with K, M, G, B or T behind it"
+        )
+    return round(value)
+
+
+def human_bytes(count: float) -> str:
+    """Bytes as people read them: 1.5 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_count(count: float) -> str:
+    """A number of MACs or parameters as people read it: 1.24 G."""
+    for unit in ("", " k", " M"):
+        if abs(count) < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:,.3g} G" if count < 1000 else f"{count / 1000:,.4g} T"
+
+
+def names(items: Iterable[Any], most: int = 4) -> str:
+    """A few of many, by comma."""
+    listed = [str(item) for item in items]
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
