@@ -33,6 +33,8 @@ if TYPE_CHECKING:
         evaluate_supernet,
         generate_greedily,
     )
+    from klas_hf.hub import model_card, publish
+    from klas_hf.hub.delta import merge_delta, save_delta
     from klas_hf.probes import ImageProbeConfig, ImageProbeNet, ProbeConfig, ProbeNet
     from klas_hf.rows import ResultRow, RowFile, format_table
     from klas_hf.scores import StitchScores
@@ -81,6 +83,8 @@ _PLACES = {
         "evaluate_supernet",
         "generate_greedily",
     ),
+    "klas_hf.hub": ("model_card", "publish"),
+    "klas_hf.hub.delta": ("merge_delta", "save_delta"),
     "klas_hf.probes": ("ImageProbeConfig", "ImageProbeNet", "ProbeConfig", "ProbeNet"),
     "klas_hf.rows": ("ResultRow", "RowFile", "format_table"),
     "klas_hf.scores": ("StitchScores",),

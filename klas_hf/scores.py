@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
+# The name of the scores in a folder or a repo of the Hub.
+SCORES_FILE = "scores.safetensors"
+
 # What probes give: Θ and the capacity.
 PROBED = ("cross", "capacity")
 
@@ -49,6 +52,16 @@ class StitchScores:
 
     Raises:
         ValueError: an unknown score, one whose statistics are missing, or a statistic of another shape.
+
+    Example:
+        >>> scores = score_stitches(source, target, batches, score="klas")  # anchors of 3 and 4 blocks
+        >>> scores.cross.shape, scores.capacity.shape, scores.gamma.shape
+        ((3, 4), (3,), (3, 3))
+        >>> bool(scores.value_of(Stitch(2, 1)) == scores.cross[1, 0] / scores.capacity[0])
+        True
+        >>> low, high = scores.interval("gamma", confidence=0.95)
+        >>> StitchScores.load(scores.save(folder / "scores.safetensors")).with_score("theta").score
+        'theta'
     """
 
     score: str
@@ -82,7 +95,11 @@ class StitchScores:
         return {*self.statistics, *probed}
 
     def with_score(self, name: str) -> "StitchScores":
-        """The same statistics ranked by another score, one of `available`."""
+        """The same statistics ranked by another score, the `name` of one in `available`.
+
+        Raises:
+            ValueError: an unknown score, or one whose statistics are missing.
+        """
         return replace(self, score=name)
 
     @property
@@ -134,7 +151,15 @@ class StitchScores:
         return float(self.values[stitch.source_stop - 1, stitch.target_start])
 
     def interval(self, quantity: str = "gamma", confidence: float = 0.95) -> tuple[Array, Array]:
-        """Lower and upper ends of the confidence interval of "cross", "capacity" or "gamma"."""
+        """Lower and upper ends, in the unit and shape of the `quantity`, of its normal confidence interval.
+
+        Args:
+            quantity: "cross", "capacity" or "gamma".
+            confidence: probability that the interval covers the true value, between 0 and 1.
+
+        Raises:
+            ValueError: another quantity.
+        """
         if quantity not in ("cross", "capacity", "gamma"):
             raise ValueError(f"got quantity={quantity!r}; expected 'cross', 'capacity' or 'gamma'")
         return normal_interval(getattr(self, quantity), getattr(self, f"{quantity}_error"), confidence)
@@ -150,7 +175,7 @@ class StitchScores:
         return plotting.heatmaps(panels, "target block j", "source block i", path)
 
     def save(self, path: str | Path) -> Path:
-        """Write the scores as one safetensors file, whole or not at all."""
+        """Write the scores to `path` as one safetensors file, whole or not at all."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {f"costs.{name}": value for name, value in asdict(self.costs).items() if value is not None}
         arrays |= {f"statistics.{name}": value for name, value in self.statistics.items()}
@@ -160,7 +185,12 @@ class StitchScores:
 
     @classmethod
     def load(cls, path: str | Path) -> "StitchScores":
-        """Read what `save` wrote."""
+        """Read what `save` wrote to `path`.
+
+        Raises:
+            ValueError: a file of something else.
+            OSError: no file.
+        """
         from safetensors import safe_open
 
         with safe_open(path, "np") as file:
@@ -173,6 +203,26 @@ class StitchScores:
         plain = json.loads(metadata["klas_hf"])
         plain |= {name: arrays[name] for name in _ARRAYS}
         return cls(**plain, costs=StitchCosts(**costs), statistics=_part(arrays, "statistics."))
+
+    @classmethod
+    def from_pretrained(cls, place: str | Path, **hub: Any) -> "StitchScores":
+        """Read scores from the Hub, where `push_to_hub` put them, or from a folder that holds `scores.safetensors`.
+
+        Args:
+            place: Hub id or folder.
+            hub: revision, token, cache_dir, local_files_only … of the Hub.
+        """
+        if Path(place).is_dir():
+            return cls.load(Path(place) / SCORES_FILE)
+        from huggingface_hub import hf_hub_download
+
+        return cls.load(hf_hub_download(str(place), SCORES_FILE, **hub))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish the scores at `repo_id` in one commit, with heatmap and card; `kwargs` as for `klas_hf.hub.publish`."""
+        from importlib import import_module  # the Hub stands above the scores in the order of imports
+
+        return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)
 
 
 def _gamma(cross: Array, capacity: Array) -> Array:

@@ -82,6 +82,12 @@ class ImageProbeNet(PreTrainedModel):
         logits = [probe(x.to(probe.weight)) for probe, x in zip(self.probes, pooled, strict=True)]
         return torch.stack(logits).float().log_softmax(-1)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish the probes in one commit, with a card written for them; see `klas_hf.hub.publish`."""
+        from importlib import import_module  # the Hub stands above the probes in the order of imports
+
+        return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)
+
     def check(self, anchor: VisionAnchor) -> None:
         """Raise ValueError unless these are the probes of this anchor's very weights."""
         if self.config.anchor_fingerprint != anchor.fingerprint:

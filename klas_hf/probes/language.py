@@ -123,6 +123,12 @@ class ProbeNet(PreTrainedModel):
             out[block] = block_logits.float().log_softmax(-1)
         return out
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish the probes in one commit, with a card written for them; see `klas_hf.hub.publish`."""
+        from importlib import import_module  # the Hub stands above the probes in the order of imports
+
+        return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)
+
     def check(self, anchor: LanguageAnchor) -> None:
         """Raise ValueError unless these are the probes of this anchor's very weights."""
         config = self.config

@@ -56,6 +56,10 @@ class StitchedSupernet(PreTrainedModel):
             raise ValueError(f"got a checkpoint of {name!r}; expected a supernet, one of {sorted(by_name)}")
         return by_name[name].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish the supernet in one commit, with a card written for it; see `klas_hf.hub.publish`."""
+        return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)
+
     @cached_property
     def paths(self) -> tuple[Path, ...]:
         """Every path: the positions of the anchors that a stitch joins, then the stitches."""

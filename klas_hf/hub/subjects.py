@@ -1,0 +1,293 @@
+"""What there is to say of each kind of thing that goes to the Hub."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from klas_hf.costs import measure_costs
+from klas_hf.hub import usage
+from klas_hf.hub.pages import AnchorPage, anchor_pages
+from klas_hf.rows import markdown_table
+from klas_hf.scores import StitchScores
+from klas_hf.stitches import Stitch
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a model card says of one kind of thing.
+
+    Attributes:
+        kind: its name in the card's heading.
+        summary: what it is, in Markdown.
+        anchors: the pages of its anchors, source first.
+        code: repo id, and whether the repo has a tokenizer or image processor → the lines that use it.
+        facts: name → value, the table of what is known of it.
+        origin: how it came to be, in Markdown.
+        limits: what to know before it is trusted, one sentence each.
+        tags, library_name, pipeline_tag: as the Hub knows them.
+        task: what its measurements are of; None for what is not measured.
+        relation: how it is made from its anchors ("merge", "adapter"); None: it holds nothing of them.
+        stitches: those whose measured rows are its own.
+        processor: what a repo of it needs beside it, "tokenizer", "image processor" or None.
+        identity: the entries of config.json that make it this one and no other.
+        carries_code: whether it loads without klas_hf, from the code beside its weights.
+    """
+
+    kind: str
+    summary: str
+    anchors: tuple[AnchorPage, ...]
+    code: usage.Code
+    facts: Mapping[str, str]
+    origin: str
+    limits: Sequence[str]
+    tags: tuple[str, ...] = ("stitched", "klas")
+    library_name: str | None = "transformers"
+    pipeline_tag: str | None = None
+    task: str | None = None
+    relation: str | None = "merge"
+    stitches: tuple[Stitch, ...] = ()
+    processor: str | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    carries_code: bool = False
+
+
+def describe(what: PreTrainedModel | StitchScores, base_model: Sequence[str] | None = None) -> Subject:
+    """What there is to say of a model, probes or scores.
+
+    Args:
+        base_model: Hub ids of the anchors, where they were read from folders.
+
+    Raises:
+        TypeError: it is none of them.
+    """
+    if isinstance(what, StitchScores):
+        return _scores(what, base_model)
+    kind = type(what).__name__
+    if not isinstance(what, PreTrainedModel) or kind not in _KINDS:
+        raise TypeError(
+            f"got {kind}; expected StitchScores or one of {', '.join(_KINDS)}. Other models have a push_to_hub "
+            "of their own"
+        )
+    return _KINDS[kind](what, base_model)
+
+
+def public_config(config: Any, anchors: Sequence[AnchorPage]) -> Any:
+    """A config.json, or any part of one, with the anchors called as on the card: nobody else has the user's folders."""
+    if isinstance(config, Mapping):
+        return {key: public_config(value, anchors) for key, value in config.items()}
+    if isinstance(config, list):
+        return [public_config(value, anchors) for value in config]
+    return next((anchor.title for anchor in anchors if isinstance(config, str) and config == anchor.name), config)
+
+
+def scores_config(scores: StitchScores, anchors: Sequence[AnchorPage]) -> dict[str, Any]:
+    """The config.json of a repo of scores, which makes the Hub count its downloads."""
+    return {"model_type": "stitch_scores", "score": scores.score} | {
+        f"{side}_name": anchor.title for side, anchor in zip(("source", "target"), anchors, strict=True)
+    }
+
+
+_IDENTITY = (
+    "model_type", "architectures", "source_name", "target_name", "source_stop", "target_start", "anchor_names",
+    "stitches", "anchor_name", "anchor_fingerprint", "kind",
+)  # fmt: skip
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config.json by which two repos hold the same thing, trained further or again."""
+    return {key: config[key] for key in _IDENTITY if key in config}
+
+
+def _stitched(what: PreTrainedModel, base_model: Sequence[str] | None, **about: Any) -> Subject:
+    """What is alike for all models of one stitch."""
+    config = what.config
+    names = ((config.source_name, config.source_revision), (config.target_name, config.target_revision))
+    anchors = anchor_pages(names, base_model)
+    stitch, fit = Stitch(config.source_stop, config.target_start), config.stitch_fit
+    start = "The stitching layer started from random weights."
+    if fit:
+        amount = f"{fit['tokens']:,} tokens" if "tokens" in fit else f"{fit['rows']:,} positions"
+        start = (
+            f"The stitching layer started from the least-squares map between the two anchors' hidden states, on "
+            f"{amount} (R² = {fit['r2']:.3f}, ridge {fit['ridge']:.2g})."
+        )
+    first, last = (_link(anchor) for anchor in anchors)
+    summary = (
+        f"The first {stitch.source_stop} blocks of {first}, a linear stitching layer, and the blocks of {last} from "
+        f"{stitch.target_start + 1} on with its head: stitch {stitch}, made with `klas_hf`."
+    )
+    facts = {"source": _with_revision(anchors[0]), "target": _with_revision(anchors[1]), "stitch (i, j)": str(stitch)}
+    about["facts"] = facts | about["facts"]
+    return Subject(
+        summary=summary, anchors=anchors, origin=start, stitches=(stitch,), carries_code=True,
+        identity=identity(public_config(config.to_dict(), anchors)), **about,
+    )  # fmt: skip
+
+
+def _language(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
+    return _stitched(
+        what, base_model, kind="Stitched language model", pipeline_tag="text-generation", task="text-generation",
+        processor="tokenizer", code=usage.language, facts=_cost_facts(what, "sequence of 128 tokens"),
+        limits=_MODEL_LIMITS,
+    )  # fmt: skip
+
+
+def _headless(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
+    return _stitched(
+        what, base_model, kind="Stitched decoder", pipeline_tag="feature-extraction", processor="tokenizer",
+        code=usage.decoder, facts=_parameter_facts(what), limits=_MODEL_LIMITS,
+    )  # fmt: skip
+
+
+def _classifier(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
+    height, width = what.config.image_size
+    return _stitched(
+        what, base_model, kind="Stitched image classifier", pipeline_tag="image-classification",
+        task="image-classification", processor="image processor", code=usage.classifier(height, width),
+        facts=_cost_facts(what, f"image of {height}×{width} pixels"), limits=_MODEL_LIMITS,
+    )  # fmt: skip
+
+
+def _backbone(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
+    height, width = what.config.image_size
+    return _stitched(
+        what, base_model, kind="Stitched backbone", pipeline_tag="image-feature-extraction",
+        processor="image processor", code=usage.backbone(height, width), facts=_parameter_facts(what),
+        limits=_MODEL_LIMITS,
+    )  # fmt: skip
+
+
+def _supernet(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
+    config = what.config
+    names, revisions = (given or [None] * len(config.anchor_configs) for given in (
+        config.anchor_names, config.anchor_revisions))  # fmt: skip
+    anchors = anchor_pages(list(zip(names, revisions, strict=True)), base_model)
+    stitches = tuple(Stitch(*stitch) for stitch in config.stitches)
+    fits = [fit["r2"] for fit in config.layer_fits or []]
+    start = "The stitching layers started from random weights."
+    if fits:
+        start = f"The stitching layers started from least squares (R² from {min(fits):.3f} to {max(fits):.3f})."
+    listed = "\n".join(f"{place}. {_with_revision(anchor)}" for place, anchor in enumerate(anchors))
+    images = config.image_size is not None
+    macs = f"{min(what.path_macs) / 1e6:,.1f} to {max(what.path_macs) / 1e6:,.1f} million"
+    return Subject(
+        kind="Stitched supernet",
+        summary=f"{len(anchors)} anchors and {len(stitches)} stitches between them that were trained together, made "
+        f"with `klas_hf`. Every path is a model of its own.\n\n{listed}",
+        anchors=anchors,
+        code=usage.supernet(stitches[-1]),
+        facts={"paths": str(len(what.paths)), "MACs of a path": macs} | _parameter_facts(what),
+        origin=start,
+        limits=_MODEL_LIMITS,
+        task="image-classification" if images else "text-generation",
+        stitches=stitches,
+        processor="image processor" if images else "tokenizer",
+        identity=identity(public_config(config.to_dict(), anchors)),
+    )
+
+
+def _probes(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
+    config = what.config
+    anchors = anchor_pages([(config.anchor_name, config.anchor_revision)], base_model)
+    images = type(what).__name__ == "ImageProbeNet"
+    if images:
+        origin = f"Linear classifiers on pooled features, at most {config.epochs} epochs, early stopping for each."
+        good = config.accuracy and _span("validation accuracy", config.accuracy)
+    else:
+        origin = f"Kind `{config.kind}`: maps in hidden space before the anchor's own norm and unembedding."
+        good = config.r2 and _span("R² of the ridge maps", config.r2)
+    return Subject(
+        kind="Probes",
+        summary=f"One probe per block of {_link(anchors[0])}, made with `klas_hf` to score stitches (KLAS, Alg. 1).",
+        anchors=anchors,
+        code=usage.probes(type(what).__name__),
+        facts={"anchor": _with_revision(anchors[0])}
+        | {"blocks": str(len(config.widths) if images else config.num_blocks)}
+        | dict([good] if good else []),
+        origin=origin,
+        limits=("They fit the very weights of their anchor and are refused for others.",),
+        tags=("probes", "klas"),
+        relation="adapter",
+        identity=identity(public_config(config.to_dict(), anchors)),
+    )
+
+
+def _scores(what: StitchScores, base_model: Sequence[str] | None) -> Subject:
+    sides = [what.provenance.get(side, {}) for side in ("source", "target")]
+    anchors = anchor_pages([(side.get("name"), side.get("revision")) for side in sides], base_model)
+    amount = (
+        f"{what.tokens:,} tokens of {what.sequences:,} sequences" if what.costs.tokens else f"{what.tokens:,} images"
+    )
+    return Subject(
+        kind="Stitch scores",
+        summary=f"How well each block of {_link(anchors[0])} can be followed by each block of {_link(anchors[1])}, "
+        "scored with `klas_hf` (KLAS, Alg. 2). Lower is better.",
+        anchors=anchors,
+        code=usage.scores,
+        facts={
+            "source": _with_revision(anchors[0]),
+            "target": _with_revision(anchors[1]),
+            "score": what.score,
+            "also there": ", ".join(name for name in what.available if name != what.score) or "–",
+            "stitches with a score": str(len(what.stitches)),
+        },
+        origin=f"Measured over {amount}.",
+        limits=("No score wins everywhere: compare the stitches it picks at matched size.",),
+        tags=("stitch-scores", "klas"),
+        library_name=None,
+        relation=None,
+        identity=identity(scores_config(what, anchors)),
+    )
+
+
+_KINDS: dict[str, Callable[[Any, Sequence[str] | None], Subject]] = {
+    "StitchedForCausalLM": _language,
+    "StitchedTextModel": _headless,
+    "StitchedForImageClassification": _classifier,
+    "StitchedBackbone": _backbone,
+    "StitchedSupernet": _supernet,
+    "StitchedSupernetForCausalLM": _supernet,
+    "StitchedSupernetForImageClassification": _supernet,
+    "ProbeNet": _probes,
+    "ImageProbeNet": _probes,
+}
+
+_MODEL_LIMITS = (
+    "It knows and gets wrong what its anchors do; their cards hold for it too.",
+    "What was not measured above is not known: that it runs says nothing of how good it is.",
+    "No score foretells the quality of every stitch, and a curve is of one run.",
+)
+
+
+def _link(anchor: AnchorPage) -> str:
+    if anchor.base_model:
+        return f"[{anchor.base_model}](https://huggingface.co/{anchor.base_model})"
+    return anchor.title
+
+
+def _with_revision(anchor: AnchorPage) -> str:
+    return _link(anchor) + (f" at `{anchor.revision}`" if anchor.revision else "")
+
+
+def _cost_facts(what: PreTrainedModel, unit: str) -> dict[str, str]:
+    cost = measure_costs(what)
+    facts = {
+        "parameters": f"{cost.parameters / 1e6:,.2f} million",
+        f"MACs per {unit}": f"{cost.macs / 1e6:,.1f} million",
+    }
+    return facts | ({"cache, bytes per token": f"{cost.kv_bytes_per_token:,}"} if cost.kv_bytes_per_token else {})
+
+
+def _parameter_facts(what: PreTrainedModel) -> dict[str, str]:
+    return {"parameters": f"{sum(parameter.numel() for parameter in what.parameters()) / 1e6:,.2f} million"}
+
+
+def _span(name: str, values: Sequence[float]) -> tuple[str, str]:
+    return name, f"{min(values):.3f} to {max(values):.3f}"
+
+
+def facts_table(facts: Mapping[str, str]) -> str:
+    """Facts as a Markdown table."""
+    return markdown_table([["what", "value"], *([name, value] for name, value in facts.items())])
