@@ -29,6 +29,8 @@ SCORES_FILE = "scores.safetensors"
 
 # What probes give: Θ and the capacity.
 PROBED = ("cross", "capacity")
+# What running the stitched networks gives.
+STITCHED = ("functional", "stitched_loss")
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +221,7 @@ class StitchScores:
         return cls.load(hf_hub_download(str(place), SCORES_FILE, **hub))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Publish the scores at `repo_id` in one commit, with heatmap and card; `kwargs` as for `klas_hf.hub.publish`."""
+        """Publish the scores at `repo_id` in one commit, with a card; `kwargs` as for `klas_hf.hub.publish`."""
         from importlib import import_module  # the Hub stands above the scores in the order of imports
 
         return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)
@@ -236,6 +238,7 @@ def _part(arrays: dict[str, NDArray], prefix: str) -> dict[str, Any]:
 
 _ARRAYS = ("cross", "capacity", "cross_error", "capacity_error", "gamma_error")
 
+# "functional_theta" is ours: the geometric mean of what a stitched network loses at its start and of Θ.
 # Each takes the statistics and returns (m, n - 1) values for i = 1…m, j = 1…n-1; lower is better.
 SCORES: dict[str, Callable[[StitchScores], Array]] = {
     "klas": lambda scores: scores.gamma,
@@ -248,6 +251,7 @@ SCORES: dict[str, Callable[[StitchScores], Array]] = {
     "cka": lambda scores: 1 - scores.statistics["cka"][:, :-1],
     "class_cka": lambda scores: 1 - scores.statistics["class_cka"][:, :-1],
     "functional": lambda scores: scores.statistics["functional"][:, :-1],
+    "functional_theta": lambda scores: np.sqrt(scores.statistics["functional"] * scores.cross)[:, :-1],
     "stitched_loss": lambda scores: scores.statistics["stitched_loss"][:, :-1],
     "klas_shuffled": lambda scores: _gamma(scores.statistics["cross_shuffled"], scores.statistics["capacity_shuffled"]),
 }
@@ -257,6 +261,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("klas", "klas_staged", "theta"), PROBED),
     **{name: (name,) for name in ("theta_reversed", "mse", "ce", "dm", "cka", "class_cka")},
     **{name: (name,) for name in ("functional", "stitched_loss")},
+    "functional_theta": ("functional", *PROBED),
     "klas_shuffled": ("cross_shuffled", "capacity_shuffled"),
 }
 

@@ -154,6 +154,7 @@ def test_the_scores_that_klas_is_compared_with() -> None:
                 "theta": made.cross[i - 1, j - 1],
                 **{name: of[name][i - 1, j - 1] for name in ("theta_reversed", "mse", "ce", "dm")},
                 **{name: of[name][i - 1, j - 1] for name in ("functional", "stitched_loss")},
+                "functional_theta": (of["functional"][i - 1, j - 1] * made.cross[i - 1, j - 1]) ** 0.5,
                 **{name: 1 - of[name][i - 1, j - 1] for name in ("cka", "class_cka")},
                 "klas_shuffled": of["cross_shuffled"][i - 1, j - 1] / of["capacity_shuffled"][j - 1],
             }

@@ -49,6 +49,16 @@ def examine_anchors(
     Raises:
         OSError: an anchor's config.json cannot be had.
         ValueError: transformers does not know a configuration's type.
+
+    Example:
+        >>> for model, name in ((source, "small"), (target, "large")):
+        ...     model.save_pretrained(folder / name)
+        >>> found = examine_anchors(folder / "small", folder / "large", stitch=(2, 3))
+        >>> found.ok, [finding.found for finding in found.of("direction")]
+        (True, ['the source is the cheaper one'])
+        >>> model = StitchedModel.from_anchors(folder / "small", folder / "large", stitch=(2, 3), calibration=batches)
+        >>> found.memory["float32"] == 4 * model.num_parameters()  # bytes
+        True
     """
     pair = str(source), str(target)
     chosen = None if stitch is None else Stitch.of(stitch)

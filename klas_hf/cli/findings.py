@@ -16,6 +16,11 @@ class Finding:
         subject: what was looked at.
         found: what was found.
         remedy: what to do; empty where nothing is to be done, or where `found` says it.
+
+    Example:
+        >>> finding = Finding("warning", "licence", "the anchors' cards state none", "look for it")
+        >>> finding.level, finding.remedy
+        ('warning', 'look for it')
     """
 
     level: Level
@@ -54,7 +59,13 @@ class Examination:
         stitch: the stitch that was asked about, or None.
         findings: in the order in which they were made.
         readings: of source and target, for the stitch; empty where none was asked about or it cannot be made.
-        memory: dtype → bytes that the stitched model takes.
+        memory: dtype → bytes that the stitched model takes; None as for readings.
+
+    Example:
+        >>> findings = Finding("ok", "kind", "two language models"), Finding("warning", "tokenizer", "none")
+        >>> found = Examination("small", "large", None, findings)
+        >>> found.ok, found.count("warning"), found.of("kind")[0].found
+        (True, 1, 'two language models')
     """
 
     source: str
@@ -70,11 +81,11 @@ class Examination:
         return not self.count("problem")
 
     def count(self, level: Level) -> int:
-        """How many findings are of this level."""
+        """How many findings are of this `level`."""
         return sum(finding.level == level for finding in self.findings)
 
     def of(self, subject: str) -> tuple[Finding, ...]:
-        """The findings about one subject."""
+        """The findings about one `subject`."""
         return tuple(finding for finding in self.findings if finding.subject == subject)
 
     def to_dict(self) -> dict[str, Any]:

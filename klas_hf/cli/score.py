@@ -9,7 +9,7 @@ from klas_hf.cli.output import OVERWRITE, check_output, say, say_json
 from klas_hf.cli.parsing import Command, flag, positional, two
 from klas_hf.cli.select import described, table
 from klas_hf.processes import process_state
-from klas_hf.scores import SCORES
+from klas_hf.scores import NEEDED, SCORES, STITCHED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,9 @@ def _saved_probes(folder: str, options: ScoreOptions) -> Any:
 
 def _trained_probes(options: ScoreOptions, anchors: tuple[Any, Any]) -> list[Any] | None:
     """Probes that learnt from images of the train split; None: none are needed, or text, where scoring makes them."""
-    from klas_hf.scoring.functional import FUNCTIONAL
     from klas_hf.training import train_probes
 
-    if not is_vision(options.source) or options.score in FUNCTIONAL:
+    if not is_vision(options.source) or set(NEEDED[options.score]) <= set(STITCHED):
         return None
     learnt = load_material(options, [options.source, options.target], options.train_split).batches
     return [train_probes(anchor, learnt) for anchor in anchors]

@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from klas_hf.anchors.vision import is_vision
-from klas_hf.scores import SCORES, StitchScores
+from klas_hf.scores import NEEDED, SCORES, STITCHED, StitchScores
 from klas_hf.scoring.anchors import select_anchors
-from klas_hf.scoring.functional import FUNCTIONAL, FunctionalScoring, score_functionally
+from klas_hf.scoring.functional import FunctionalScoring, score_functionally
 from klas_hf.scoring.images import ImageScoring, score_classifiers
 from klas_hf.scoring.language import WORKSPACE_BYTES, score_decoders
 
@@ -50,24 +50,33 @@ def score_stitches(
     Raises:
         ValueError: unknown score, or one that lacks its data; vocabularies or classes that differ; probes of another
             model or none for images; source dearer than target; no data; activations that are not finite.
+
+    Example:
+        >>> scores = score_stitches(source, target, batches, score="functional")  # anchors of 3 and 4 blocks
+        >>> scores.values.shape, len(scores.stitches)  # column 0, where all target blocks run, has no score
+        ((3, 4), 9)
+        >>> probes = [train_probes(anchor, batches[:2]) for anchor in (source, target)]
+        >>> score_stitches(source, target, batches[2:], probes=probes, score="klas").available
+        ('klas', 'klas_staged', 'theta')
     """
     if score not in SCORES:
         raise ValueError(f"got score={score!r}; expected one of {sorted(SCORES)}")
-    vision = is_vision(source)
-    if vision and probes is None and score not in FUNCTIONAL:
+    vision, needed = is_vision(source), set(NEEDED[score])
+    runs, probed = needed & set(STITCHED), needed - set(STITCHED)
+    if vision and probes is None and probed:
         raise ValueError(
             "got no probes for two image classifiers; expected probes=(of source, of target), made by train_probes on "
             "labelled images other than those that are scored on"
         )
-    if functional is None and score not in FUNCTIONAL:
+    if functional is None and not runs:
         return _probed(vision, source, target, data, probes, score, tokens, workspace_bytes, images, positions)
     batches = list(data)
     found = score_functionally(
         source, target, batches, settings=functional or FunctionalScoring(), tokens=tokens, positions=positions
     )
-    if probes is None and score in FUNCTIONAL:
+    if probes is None and not probed:
         return found.with_score(score)
-    first = "klas" if score in FUNCTIONAL else score
+    first = "klas" if runs else score
     scores = _probed(vision, source, target, batches, probes, first, tokens, workspace_bytes, images, positions)
     return replace(scores, score=score, statistics=found.statistics | scores.statistics)
 

@@ -30,6 +30,11 @@ def select_anchors(anchors: Sequence[Any], data: Iterable[Any], *, rule: AnchorR
 
     Raises:
         ValueError: fewer than two anchors, one listed twice, different classes, no images, an unknown rule.
+
+    Example:
+        >>> chosen = select_anchors([small, large], images, rule="least_kl")
+        >>> chosen.pairs, chosen.divergence.shape, bool(chosen.divergence[0, 1] > 0)
+        (((0, 1),), (2, 2), True)
     """
     loaded = [load_vision_anchor(anchor) for anchor in anchors]
     check_anchors(loaded)

@@ -36,9 +36,6 @@ Array = NDArray[np.float64]
 Pair = tuple[int, int]
 
 
-FUNCTIONAL = ("functional", "stitched_loss")  # the scores that come from here
-
-
 @dataclass(frozen=True)
 class FunctionalScoring:
     """How functional KL is measured.
@@ -50,6 +47,16 @@ class FunctionalScoring:
         ridge: penalty of the fits, relative to the variance of a standardised feature.
         moment_bytes: memory that the sums of one group of pairs may take.
         rear_items: images or sequences that one forward of a rear takes at most.
+        scored_items: images or sequences to score on, in whole batches at least so many; None takes all.
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+
+    Example:
+        >>> settings = FunctionalScoring(calibration=batches[:3], candidates=[Stitch(1, 2), Stitch(3, 1)])
+        >>> scores = score_stitches(source, target, batches[3:], score="functional", functional=settings)
+        >>> scores.stitches == (Stitch(1, 2), Stitch(3, 1))
+        True
     """
 
     calibration: Iterable[Any] | None = None
@@ -58,10 +65,13 @@ class FunctionalScoring:
     ridge: float = RIDGE
     moment_bytes: int = 4 << 30
     rear_items: int = 256
+    scored_items: int | None = 128
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"got temperature={self.temperature}; expected a number above 0")
+        if self.scored_items is not None and self.scored_items < 1:
+            raise ValueError(f"got scored_items={self.scored_items}; expected at least 1, or None for all")
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,8 @@ def score_functionally(
             f"got {len(data)} batches to score on and {len(calibration)} to calibrate on; expected at least two, or "
             "one and calibration=batches. Pass smaller batches"
         )
-    found = functional_statistics(anchors, pairs, anchors.read(calibration), anchors.read(scored), settings)
+    enough = _enough(anchors, anchors.read(scored), settings.scored_items)
+    found = functional_statistics(anchors, pairs, anchors.read(calibration), enough, settings)
     nothing = np.full(costs.macs.shape, np.nan)
     return StitchScores(
         score="functional",
@@ -145,6 +156,16 @@ def _pair(
         costs = measure_stitch_costs(configs[0], configs[1], tokens=tokens)
         names = [{"name": one.name, "revision": one.revision, "fingerprint": one.fingerprint} for one in decoders]
     return anchors, costs, {"source": names[0], "target": names[1], "versions": library_versions()}
+
+
+def _enough(anchors: AnchorPair, batches: Sequence[Any], items: int | None) -> list[Any]:
+    """The first batches, until they hold so many images or sequences."""
+    taken: list[Any] = []
+    for batch in batches:
+        if items is not None and sum(map(anchors.items, taken)) >= items:
+            break
+        taken.append(batch)
+    return taken
 
 
 def _candidates(costs: StitchCosts, settings: FunctionalScoring) -> list[Pair]:

@@ -43,6 +43,12 @@ class ImageScoring:
         moment_images: how many images CKA and DM are measured on (every position of an image is a row; SN-Net fits its
             stitching layers on 100); 0 leaves out both, and class-conditional CKA, which takes all labelled images.
         moment_bytes: memory that their sums may take.
+
+    Example:
+        >>> probes = [train_probes(anchor, images, ImageProbeConfig(epochs=1)) for anchor in (small, large)]
+        >>> lean = ImageScoring(moment_images=0)  # without CKA and DM
+        >>> score_stitches(small, large, images, probes=probes, score="klas", images=lean).available
+        ('klas', 'klas_staged', 'theta', 'theta_reversed', 'mse', 'ce')
     """
 
     shuffled: Probes | None = None

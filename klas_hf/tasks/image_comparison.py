@@ -24,9 +24,8 @@ from klas_hf.evaluation import evaluate_accuracy, evaluate_supernet, predict_pro
 from klas_hf.probes import ImageProbeConfig, ImageProbeNet
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile
-from klas_hf.scores import SCORES, StitchScores
+from klas_hf.scores import NEEDED, SCORES, STITCHED, StitchScores
 from klas_hf.scoring import FunctionalScoring, ImageScoring, score_stitches, select_anchors
-from klas_hf.scoring.functional import FUNCTIONAL
 from klas_hf.selection import StitchSelection, merge_selections, min_kl_stitches, random_stitches, select_stitches
 from klas_hf.snnet import Stages, snnet_groups, snnet_stitches
 from klas_hf.stitches import Stitch, StitchCosts
@@ -333,10 +332,13 @@ class ImageComparison:
 
     def _scores(self, pair: tuple[int, int]) -> StitchScores:
         path = self.output / f"scores-{pair[0]}-{pair[1]}.safetensors"
-        functional = bool({"every", *FUNCTIONAL} & set(self.settings.rules))
+        wanted = {
+            name for rule in self.settings.rules for name in NEEDED.get(rule, STITCHED if rule == "every" else ())
+        }
+        functional = not wanted.isdisjoint(STITCHED)
         if path.exists():
             stored = StitchScores.load(path)
-            if not functional or set(FUNCTIONAL) <= set(stored.available):
+            if not functional or set(STITCHED) <= set(stored.available):
                 return stored
         calibration = self.batches(self.task.train, self.settings.calibration_images)
         shuffled = tuple(self._probes(place, shuffled=True) for place in pair)
@@ -346,7 +348,7 @@ class ImageComparison:
             self.batches(self.task.validation, self.settings.scoring_images),
             probes=(self.probes[pair[0]], self.probes[pair[1]]),
             images=ImageScoring(shuffled=(shuffled[0], shuffled[1])),
-            functional=FunctionalScoring(calibration=calibration) if functional else None,
+            functional=FunctionalScoring(calibration=calibration, scored_items=None) if functional else None,
             positions=pair,
         )
         if process_state().is_main_process:

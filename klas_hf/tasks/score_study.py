@@ -125,7 +125,7 @@ class ScoreStudy(ABC):
 
     def functional(self, calibration: Sequence[Any], scored: Sequence[Any], temperature: float = 1.0) -> Values:
         """Functional KL of every stitch."""
-        settings = FunctionalScoring(calibration=calibration, temperature=temperature)
+        settings = FunctionalScoring(calibration=calibration, temperature=temperature, scored_items=None)
         found = score_stitches(self.source, self.target, scored, score="functional", functional=settings)
         return {stitch: found.value_of(stitch) for stitch in self.scores.stitches}
 

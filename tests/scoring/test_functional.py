@@ -181,6 +181,32 @@ def test_without_calibration_the_first_half_calibrates() -> None:
     np.testing.assert_array_equal(halves.statistics["functional"], named.statistics["functional"])
 
 
+def test_so_many_items_are_scored_in_whole_batches() -> None:
+    source, target = (tiny_vision.tiny_classifier("vit", large=large, seed=5) for large in (False, True))
+    data = image_batches("vit", 6, seed=7)
+    size = len(data[0]["pixel_values"])
+    for items, batches in ((1, 1), (size, 1), (size + 1, 2), (None, 4)):
+        settings = FunctionalScoring(data[:2], scored_items=items)
+        found = score_stitches(source, target, data[2:], score="functional", functional=settings)
+        cut = FunctionalScoring(data[:2], scored_items=None)
+        expected = score_stitches(source, target, data[2 : 2 + batches], score="functional", functional=cut)
+        assert found.sequences == batches * size
+        np.testing.assert_array_equal(found.values, expected.values)
+    with pytest.raises(ValueError, match="scored_items=0"):
+        FunctionalScoring(scored_items=0)
+
+
+def test_the_product_with_theta_needs_probes_and_is_a_geometric_mean() -> None:
+    source, target = (tiny_vision.tiny_classifier("vit", large=large, seed=6) for large in (False, True))
+    data = image_batches("vit", 6, seed=7)
+    with pytest.raises(ValueError, match="no probes"):
+        score_stitches(source, target, data, score="functional_theta")
+    probes = train_probes(source, data), train_probes(target, data)
+    found = score_stitches(source, target, data, probes=probes, score="functional_theta")
+    theta, functional = (found.with_score(name).values for name in ("theta", "functional"))
+    np.testing.assert_allclose(found.values**2, theta * functional)
+
+
 def test_beside_probes_all_scores_are_there_and_alone_the_probed_ones_are_not(tmp_path) -> None:
     source, target = (tiny_vision.tiny_classifier("vit", large=large, seed=6) for large in (False, True))
     data = image_batches("vit", 6, seed=7)

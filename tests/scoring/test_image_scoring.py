@@ -24,11 +24,10 @@ from klas_hf import (
     score_stitches,
 )
 from klas_hf.anchors.vision import VisionAnchor
-from klas_hf.scores import SCORES
-from klas_hf.scoring.functional import FUNCTIONAL
+from klas_hf.scores import NEEDED, SCORES, STITCHED
 
 PAIRS = [("vit", "vit"), ("swin", "swin"), ("resnet", "resnet"), ("deit_teacher", "swin"), ("resnet", "swin")]
-PROBED = tuple(name for name in SCORES if name not in FUNCTIONAL)
+PROBED = tuple(name for name in SCORES if set(NEEDED[name]).isdisjoint(STITCHED))
 Probes = tuple[ImageProbeNet, ImageProbeNet]
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 
