@@ -5,12 +5,16 @@
 layer types) is derived from the two.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .checkpoint_files import FORMAT_VERSION, check_format
+
 _DERIVED = (
+    "format_version",
     "num_hidden_layers",
     "vocab_size",
     "hidden_size",
@@ -22,6 +26,9 @@ _DERIVED = (
     "head_dim",
     "sliding_window",
 )
+
+# Query and value projections under the names of all families.
+_LORA_TARGETS = r".*\.(q_proj|v_proj|query_key_value|qkv_proj)"
 
 
 def _derived(value: Callable[["StitchedConfig"], Any]) -> Any:
@@ -46,9 +53,21 @@ class StitchedConfig(PreTrainedConfig):
             for a random start.
         source_name, target_name: Hub ids or folders of the anchors.
         source_revision, target_revision: their commits, where known.
+        delta: of a checkpoint without the anchors' tensors, what is needed to assemble it (see `klas_hf.hub.delta`).
+        initializer_range: standard deviation of weights that are drawn at random.
+        tie_word_embeddings: always False: the source embeds, the target has the head.
+        use_cache, bos_token_id, eos_token_id, pad_token_id: as in any decoder's configuration; the target's.
+
+    Example:
+        >>> config = StitchedModel.from_anchors(source, target, stitch=(2, 3), calibration=batches).config
+        >>> config.source_config.num_hidden_layers, config.target_config.num_hidden_layers  # of 3 and 4
+        (2, 1)
+        >>> config.num_hidden_layers, config.embedding_size, config.hidden_size, config.vocab_size
+        (3, 16, 24, 64)
     """
 
     model_type = "stitched"
+    _auto_class = "AutoConfig"  # a checkpoint carries its code
     sub_configs = {"source_config": AutoConfig, "target_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
@@ -67,6 +86,7 @@ class StitchedConfig(PreTrainedConfig):
     target_name: str | None = None
     source_revision: str | None = None
     target_revision: str | None = None
+    delta: dict[str, Any] | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -79,8 +99,14 @@ class StitchedConfig(PreTrainedConfig):
         self.target_config = _as_config(self.target_config)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        check_format(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, with the derived ones: adapters and servers read the JSON."""
+        _enter_lora_targets(self.model_type)
         return super().to_dict() | {name: getattr(self, name) for name in _DERIVED}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -95,6 +121,7 @@ class StitchedConfig(PreTrainedConfig):
     def vocab_size(self, value: int) -> None:  # resizing the embeddings sets it
         self.source_config.vocab_size = self.target_config.vocab_size = value
 
+    format_version = _derived(lambda self: FORMAT_VERSION)
     per_layer_config = _derived(lambda self: [*_layers(self.source_config), *_layers(self.target_config)])
     num_hidden_layers = _derived(lambda self: len(self.per_layer_config))
     hidden_size = _derived(lambda self: self.target_config.hidden_size)
@@ -118,6 +145,17 @@ class StitchedConfig(PreTrainedConfig):
     def kv_shapes(self) -> set[tuple[int, int]]:
         """The (KV heads, head width) that occur among the layers."""
         return {kv_shape(layer) for layer in self.per_layer_config}
+
+
+def _enter_lora_targets(model_type: str) -> None:
+    """Give PEFT the modules that LoRA adapts by default.
+
+    PEFT reads a model's configuration as a dict just before it looks the model type up. Done then, nothing imports PEFT
+    early, and the order of imports does not matter.
+    """
+    table = sys.modules.get("peft.utils.constants")
+    if table is not None:
+        table.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, _LORA_TARGETS)
 
 
 def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:

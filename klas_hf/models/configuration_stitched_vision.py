@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .checkpoint_files import FORMAT_VERSION, check_format
 from .vision_features import image_size
 from .vision_kinds import vision_kind
 
@@ -26,10 +27,20 @@ class StitchedVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate: stochastic depth of the last block in training; it grows linearly from 0 at the first.
         source_name, target_name: Hub ids or folders of the anchors.
         source_revision, target_revision: their commits, where known.
+        delta: of a checkpoint without the anchors' tensors, what is needed to assemble it (see `klas_hf.hub.delta`).
         out_features, out_indices: which stages `StitchedBackbone` returns.
+        initializer_range: standard deviation of weights that are drawn at random.
+
+    Example:
+        >>> config = StitchedModel.from_anchors(small, large, stitch=(2, 3), calibration=images).config
+        >>> config.source_channels, config.target_channels, config.image_size
+        (16, 24, [16, 16])
+        >>> config.stage_names  # the stem, then a stage per block of a ViT
+        ['stem', 'stage1', 'stage2', 'stage3']
     """
 
     model_type = "stitched_vision"
+    _auto_class = "AutoConfig"  # a checkpoint carries its code
     sub_configs = {"source_config": AutoConfig, "target_config": AutoConfig}
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
 
@@ -48,6 +59,7 @@ class StitchedVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     target_name: str | None = None
     source_revision: str | None = None
     target_revision: str | None = None
+    delta: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.source_config = as_config(self.source_config)
@@ -59,6 +71,16 @@ class StitchedVisionConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        check_format(config_dict)
+        fields = {name: value for name, value in config_dict.items() if name != "format_version"}
+        return super().from_dict(fields, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to config.json: differences from the defaults, and the format."""
+        return super().to_diff_dict() | {"format_version": FORMAT_VERSION}
 
     @property
     def num_channels(self) -> int:

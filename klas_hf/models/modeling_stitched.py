@@ -7,21 +7,32 @@ family's. Both sides keep their keys and values in one cache: each sees the slic
 so its own length, though `layer_idx` of the target's blocks counts on from the source's.
 """
 
-from typing import Any
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .checkpoint_files import HUB_OPTIONS, is_delta, load_whole, replacing
 from .configuration_stitched import StitchedConfig
 
 
 class StitchedModel(PreTrainedModel):
-    """Base of all stitched models; makes them from anchors and loads them.
+    """Base of all stitched models; makes them from anchors (KLAS Sec. 5, SN-Net) and loads them.
 
     `from_anchors` and `from_pretrained` of this class return the class for the task: a `StitchedForCausalLM` for
     language models, a `StitchedForImageClassification` for image classifiers.
+
+    Example:
+        >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
+        >>> model.save_pretrained(folder)
+        >>> again = StitchedModel.from_pretrained(folder)  # AutoModelForCausalLM loads it too
+        >>> type(again).__name__, torch.equal(again(**batches[0]).logits, model(**batches[0]).logits)
+        ('StitchedForCausalLM', True)
     """
 
     config_class = StitchedConfig
@@ -35,6 +46,11 @@ class StitchedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _skip_keys_device_placement: list[str] = ["past_key_values"]
     _fsdp_plan = {"stitch": "keep_full_weight"}
+    # Auto class → other class that loads the same checkpoint, for machines without klas_hf.
+    carried_classes: ClassVar[dict[str, str]] = {}
+    # Patterns of what quantisers leave as it is: the stitching layer, and image classifiers' heads (they find an
+    # unembedding by themselves).
+    _keep_in_fp32_modules = [r"(model\.)?stitch", r"target\.\w*classifier\w*"]
 
     @classmethod
     def from_anchors(cls, source: Any, target: Any, stitch: Any, **kwargs: Any) -> "StitchedModel":
@@ -43,42 +59,130 @@ class StitchedModel(PreTrainedModel):
         Args:
             source, target: Hub id, local folder or PreTrainedModel; the source is the cheaper one.
             stitch: `Stitch(i, j)` or `(i, j)`.
-            calibration: batches for the least-squares start of the stitching layer; None leaves it random.
-            dtype, device_map: as for `from_pretrained`.
+            kwargs: `calibration` batches for the least-squares start of the stitching layer (None: random, with a
+                warning), its `ridge`; `dtype`, `device_map` and others of `from_pretrained`; `source_revision` and
+                `target_revision` on the Hub; `image_size` in pixels.
+
+        Raises:
+            ValueError: a stitch out of range, or anchors that do not fit each other.
+            OSError: an anchor cannot be reached.
 
         Example:
             >>> model = StitchedModel.from_anchors(
             ...     "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", stitch=(8, 14), calibration=batches
             ... )  # doctest: +SKIP
+            >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
+            >>> model.stitching_layer()
+            Linear(in_features=16, out_features=24, bias=True)
         """
-        from importlib import import_module  # the assembly stays out of the files a checkpoint carries as its code
-
-        return import_module("klas_hf.assembly").stitch_anchors(source, target, stitch, **kwargs)
+        return _package("klas_hf.assembly").stitch_anchors(source, target, stitch, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "StitchedModel":
-        """Load a stitched checkpoint; `StitchedModel` itself loads the class that the checkpoint names."""
-        if cls is not StitchedModel:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
-        config = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        by_name = {kind.__name__: kind for kind in _descendants(StitchedModel)}
-        (name,) = config.architectures or ["nothing"]
-        if name not in by_name:
+        """Load a stitched checkpoint, whole or a delta; `StitchedModel` itself loads the class that it names.
+
+        Raises:
+            ValueError: not a stitched model, or written by a newer klas_hf.
+            OSError: damaged, incomplete or pickled; a delta's anchors are not to be had, or others than they were.
+        """
+        name = pretrained_model_name_or_path
+        if name is None:  # from tensors in memory
+            return super().from_pretrained(name, *args, **kwargs)
+        if cls is StitchedModel:
+            return _named_class(name, **kwargs).from_pretrained(name, *args, **kwargs)
+        if is_delta(name, **kwargs):
+            return _package("klas_hf.hub.delta").load_delta(cls, name, *args, **kwargs)
+        return load_whole(super().from_pretrained, name, *args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as any model of transformers, with the code that loads it where klas_hf is not installed.
+
+        A checkpoint that the folder holds stays as it is until the new one is written whole, but for a
+        `distributed_checkpoint`, which all processes write in place.
+
+        Raises:
+            ValueError: `state_dict` with `push_to_hub`.
+        """
+        if push_to_hub and state_dict is not None:
             raise ValueError(
-                f"got a checkpoint of {name!r}; expected a stitched model, one of {sorted(by_name)}. Load other models "
-                "with their own class"
+                "got state_dict and push_to_hub; expected one of them, as what is pushed is the model's own tensors. "
+                "Save first, then upload the folder (huggingface_hub.upload_folder)"
             )
-        return by_name[name].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        self.config.auto_map = vars(self.config).get("auto_map", {}) | self.carried_classes
+        if kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
+        with replacing(save_directory, kwargs.get("variant")) as part:
+            super().save_pretrained(part, is_main_process, state_dict, **kwargs)
+        if push_to_hub:
+            names = (
+                "commit_message",
+                "commit_description",
+                "private",
+                "token",
+                "revision",
+                "create_pr",
+                "max_shard_size",
+            )
+            options = {name: kwargs[name] for name in names if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **options)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish the model at `repo_id` in one commit, with a card; `kwargs` as for `klas_hf.hub.publish`."""
+        return _package("klas_hf.hub").publish(self, repo_id, **kwargs)
 
     def stitching_layer(self) -> nn.Linear:
         """The linear layer from the source's width to the target's."""
         return self.get_submodule("stitch" if self.base_model is self else "model.stitch")
 
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """What is loaded in another dtype than asked for: not what is only kept from quantisers."""
+        plan = super()._get_dtype_plan(dtype)
+        return {name: kept for name, kept in plan.items() if name not in StitchedModel._keep_in_fp32_modules}
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """Leave the 2D mask as it is: each side makes its own 4D masks from its own slice of the cache."""
+        """Leave the 2D `attention_mask` as it is: each side makes its own 4D masks from its own slice of the cache.
+
+        Args:
+            attention_mask: `(batch, tokens)`, 0 at padding.
+            kwargs: what transformers passes beside it.
+        """
         return attention_mask
+
+
+def _package(module: str) -> Any:
+    """A module of klas_hf that stays out of the files a checkpoint carries as its code."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != "klas_hf":
+            raise
+        raise ImportError(
+            "got a Python without klas_hf, which can use whole stitched checkpoints only; expected it for anchors, "
+            "deltas and the Hub. Install it (pip install klas_hf), or merge the delta where it is installed"
+        ) from error
+
+
+def _named_class(name: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> type[StitchedModel]:
+    """The class that a checkpoint names."""
+    hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+    architectures = (config or AutoConfig.from_pretrained(name, **hub)).architectures
+    by_name = {kind.__name__: kind for kind in _descendants(StitchedModel)}
+    (named,) = architectures or ["nothing"]
+    if named not in by_name:
+        raise ValueError(
+            f"got a checkpoint of {named!r}; expected a stitched model, one of {sorted(by_name)}. Load other models "
+            "with their own class"
+        )
+    return by_name[named]
 
 
 def _descendants(kind: type[StitchedModel]) -> list[type[StitchedModel]]:
@@ -87,6 +191,8 @@ def _descendants(kind: type[StitchedModel]) -> list[type[StitchedModel]]:
 
 class StitchedTextModel(StitchedModel):
     """A stitched decoder without its head: token ids to the target's last hidden states."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: StitchedConfig):
         super().__init__(config)
@@ -159,7 +265,26 @@ class StitchedTextModel(StitchedModel):
 
 
 class StitchedForCausalLM(StitchedModel, GenerationMixin):
-    """A stitched language model: generates, saves, loads and trains as any causal LM of transformers."""
+    """A stitched language model: generates, saves, loads and trains as any causal LM of transformers.
+
+    Args:
+        config: `StitchedModel.from_anchors` makes it, and the model.
+
+    Example:
+        >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
+        >>> output = model(**batches[0])  # logits (batch, tokens, vocabulary), loss in nats per token
+        >>> output.logits.shape, output.loss.isfinite().item()
+        (torch.Size([4, 16, 64]), True)
+        >>> model.generate(torch.tensor([[5, 6]]), max_new_tokens=3).shape
+        torch.Size([1, 5])
+    """
+
+    _auto_class = "AutoModelForCausalLM"
+    carried_classes = {
+        "AutoModel": "modeling_stitched.StitchedTextModel",
+        # `transformers serve` takes classes from transformers by name, unless this one has an entry.
+        "AutoModelForDecision": "modeling_stitched.StitchedForCausalLM",
+    }
 
     _fsdp_plan = {"model.stitch": "keep_full_weight", "lm_head": "keep_full_weight"}
 

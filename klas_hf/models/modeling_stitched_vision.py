@@ -149,7 +149,20 @@ def stochastic_depth(rate: float, steps: int, *sides: tuple[PreTrainedModel, Vis
 
 
 class StitchedForImageClassification(_StitchedVision):
-    """A stitched image classifier, as any of transformers: pipelines, saving, loading, training."""
+    """A stitched image classifier, as any of transformers: pipelines, saving, loading, training.
+
+    Args:
+        config: `StitchedModel.from_anchors` makes it, and the model.
+
+    Example:
+        >>> model = StitchedModel.from_anchors(small, large, stitch=(2, 1), calibration=images)
+        >>> output = model(**images[0])  # logits (batch, labels), loss in nats
+        >>> output.logits.shape, output.loss.isfinite().item()
+        (torch.Size([4, 3]), True)
+    """
+
+    _auto_class = "AutoModelForImageClassification"
+    carried_classes = {"AutoBackbone": "modeling_stitched_vision.StitchedBackbone"}
 
     def __init__(self, config: StitchedVisionConfig):
         config.target_config.id2label, config.target_config.label2id = config.id2label, config.label2id
@@ -180,7 +193,7 @@ class StitchedForImageClassification(_StitchedVision):
         """
         path, _ = self._path(pixel_values, drop_path)
         logits = vision_kind(self.config.target_config).run_head(self.target, path[-1])
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = tuple(features.hidden for features in path) if wants_states else None
         output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states)
@@ -193,8 +206,18 @@ class StitchedBackbone(BackboneMixin, _StitchedVision):
 
     Its tensors have the names that they have in `StitchedForImageClassification`, without the head. Maps of families
     whose own backbones norm them go through a layer norm per stage, new as it is there.
+
+    Args:
+        config: of a stitched classifier, with `out_features` or `out_indices`.
+
+    Example:
+        >>> StitchedModel.from_anchors(small, large, stitch=(2, 3), calibration=images).save_pretrained(folder)
+        >>> backbone = StitchedBackbone.from_pretrained(folder, out_features=["stage1", "stage3"])
+        >>> [tuple(one.shape) for one in backbone(images[0]["pixel_values"]).feature_maps]
+        [(4, 16, 2, 2), (4, 24, 2, 2)]
     """
 
+    _auto_class = "AutoBackbone"
     has_attentions = False
     _keys_to_ignore_on_load_missing = [r"^norms\."]
 

@@ -21,7 +21,16 @@ class StitchedSupernetConfig(PreTrainedConfig):
         tokens: of the sequence that the costs of language models are counted for.
         generation_configs: of language models, each anchor's own settings.
         drop_path_rate: stochastic depth of a path's last block in training, for images.
+        initializer_range: standard deviation of weights that are drawn at random.
         anchor_names, anchor_revisions: Hub ids or folders of the anchors, and their commits, where known.
+
+    Example:
+        >>> config = StitchedSupernetConfig(
+        ...     anchor_configs=[small.config, large.config], stitches=[(1, 2, 0, 1), (2, 3, 0, 1)], layer_of=[0, 0]
+        ... )
+        >>> supernet = StitchedSupernetForImageClassification(config)  # of random weights
+        >>> len(supernet.paths), len(supernet.stitches), config.image_size
+        (4, 1, [16, 16])
     """
 
     model_type = "stitched_supernet"

@@ -17,7 +17,19 @@ from klas_hf.supernet.paths import Path, StitchedSupernet
 
 
 class StitchedSupernetForImageClassification(StitchedSupernet):
-    """Image classifiers and stitching layers that train together."""
+    """Image classifiers and stitching layers that train together (SN-Net).
+
+    Args:
+        config: `StitchedSupernet.from_anchors` makes it, and the model.
+
+    Example:
+        >>> supernet = StitchedSupernet.from_anchors([small, large], [(1, 2), (2, 1)], calibration=images)
+        >>> config = ImageTrainingConfig(max_steps=2, per_device_batch_size=4)
+        >>> train_stitches(supernet, pictures, config).steps
+        2
+        >>> supernet(images[0]["pixel_values"], path=Stitch(2, 1)).logits.shape
+        torch.Size([4, 3])
+    """
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -67,7 +79,7 @@ class StitchedSupernetForImageClassification(StitchedSupernet):
             for block in blocks[number]:
                 features = drop_block(features, kind.run_block(model, block, features), next(rates))
         logits = pairs[-1][1].run_head(pairs[-1][0], features)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         output = ImageClassifierOutput(loss=loss, logits=logits)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()

@@ -20,7 +20,18 @@ from klas_hf.supernet.paths import Path, StitchedSupernet
 
 
 class StitchedSupernetForCausalLM(StitchedSupernet):
-    """Causal language models and stitching layers that train together. It does not generate: `extract` a path."""
+    """Causal language models and stitching layers that train together. It does not generate: `extract` a path.
+
+    Args:
+        config: `StitchedSupernet.from_anchors` makes it, and the model.
+
+    Example:
+        >>> supernet = StitchedSupernet.from_anchors([source, target], [(1, 2), (2, 1)], calibration=batches)
+        >>> supernet(**batches[0], path=Stitch(2, 1)).logits.shape
+        torch.Size([4, 16, 64])
+        >>> supernet.extract((2, 1)).generate(torch.tensor([[5, 6]]), max_new_tokens=3).shape
+        torch.Size([1, 5])
+    """
 
     main_input_name = "input_ids"
 
@@ -71,19 +82,25 @@ class StitchedSupernetForCausalLM(StitchedSupernet):
             logits = self.anchors[path](input_ids=input_ids, **inputs).logits
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output = CausalLMOutput(loss=loss, logits=logits)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
     def rear_logits(self, stitch: Stitch, hidden: Tensor, **inputs: Any) -> Tensor:
-        """Logits `(batch, tokens, vocabulary)` from the source's hidden states `(batch, tokens, width)` at a stitch."""
+        """Logits `(batch, tokens, vocabulary)` from the source's hidden states at a stitch.
+
+        Args:
+            stitch: one of the supernet's.
+            hidden: `(batch, tokens, source width)` output of the stitch's last source block.
+            inputs: `attention_mask` and other inputs of the target's decoder.
+        """
         rear = self._part(stitch.target, stitch.target_start, "rear")
         moved = self.layer_of(stitch)(hidden)
         return self.anchor(stitch.target).head(rear(inputs_embeds=moved, **inputs).last_hidden_state)
 
     def anchor(self, place: int) -> LanguageAnchor:
-        """An anchor, read by blocks."""
+        """The anchor at a `place`, read by blocks."""
         return LanguageAnchor(self.anchors[place])
 
     def _part(self, place: int, block: int, side: str) -> PreTrainedModel:

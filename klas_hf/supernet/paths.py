@@ -21,7 +21,7 @@ Path = int | Stitch
 
 
 class StitchedSupernet(PreTrainedModel):
-    """Anchors and stitching layers that train together; base of the supernets of images and of text.
+    """Anchors and stitching layers that train together (SN-Net); base of the supernets of images and of text.
 
     `from_anchors` and `from_pretrained` of this class return the class for the task: a
     `StitchedSupernetForImageClassification` or a `StitchedSupernetForCausalLM`.
@@ -29,6 +29,17 @@ class StitchedSupernet(PreTrainedModel):
     Attributes:
         anchors: the models, cheapest first.
         stitches: the stitching layers.
+
+    Example:
+        >>> supernet = StitchedSupernet.from_anchors([small, large], [(1, 2), (2, 1)], calibration=images)
+        >>> supernet.paths  # the anchors, then the stitches
+        (0, 1, Stitch(source_stop=1, target_start=2, source=0, target=1), Stitch(source_stop=2, ...))
+        >>> pixels = images[0]["pixel_values"]
+        >>> torch.equal(supernet.extract((1, 2))(pixels).logits, supernet(pixels, path=Stitch(1, 2)).logits)
+        True
+        >>> alone = StitchedModel.from_anchors(small, large, (1, 2), calibration=images)
+        >>> torch.allclose(alone(pixels).logits, supernet(pixels, path=Stitch(1, 2)).logits, atol=1e-4)
+        True
     """
 
     config_class = StitchedSupernetConfig
@@ -40,12 +51,26 @@ class StitchedSupernet(PreTrainedModel):
 
     @classmethod
     def from_anchors(cls, anchors: Any, stitches: Any, **kwargs: Any) -> "StitchedSupernet":
-        """Join anchors by many stitches; see `klas_hf.supernet.assembly.assemble_supernet`."""
+        """Join anchors by many stitches; see `klas_hf.supernet.assembly.assemble_supernet`.
+
+        Args:
+            anchors: Hub ids, local folders or models, all image classifiers or all causal language models.
+            stitches: a selection, or any stitches; of two anchors `(i, j)`, of more `Stitch(i, j, source, target)`.
+            kwargs: `calibration` batches for the least-squares start (None: random, with a warning), `shared` layers
+                (see `snnet_groups`), `ridge`, and for the costs `image_size` in pixels or `tokens`.
+
+        Raises:
+            ValueError: anchors or stitches that do not fit each other.
+        """
         return import_module("klas_hf.supernet.assembly").assemble_supernet(anchors, stitches, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "StitchedSupernet":
-        """Load a saved supernet; `StitchedSupernet` itself loads the class that the checkpoint names."""
+        """Load a saved supernet; `StitchedSupernet` itself loads the class that the checkpoint names.
+
+        Raises:
+            ValueError: a checkpoint of something else.
+        """
         if cls is not StitchedSupernet:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
@@ -98,7 +123,7 @@ class StitchedSupernet(PreTrainedModel):
         return self.anchors[0].get_input_embeddings()
 
     def layer_of(self, stitch: Stitch) -> nn.Module:
-        """The stitching layer that a stitch runs.
+        """The stitching layer that a `stitch` runs.
 
         Raises:
             ValueError: the supernet has no such stitch.
@@ -106,7 +131,7 @@ class StitchedSupernet(PreTrainedModel):
         return self.stitches[self.config.layer_of[self.check_path(stitch)]]
 
     def extract(self, stitch: Stitch | tuple[int, int] | tuple[int, int, int, int]) -> StitchedModel:
-        """The stitched model of one path, with a copy of its weights: what the supernet gives on that path.
+        """The stitched model of one `stitch`, with a copy of its weights: what the supernet gives on that path.
 
         Raises:
             ValueError: the supernet has no such stitch.
@@ -119,7 +144,7 @@ class StitchedSupernet(PreTrainedModel):
     def _extracted(self, stitch: Stitch) -> StitchedModel: ...
 
     def check_path(self, path: Path) -> int:
-        """The number of a stitch among the supernet's, or of an anchor.
+        """The number of a `path`: of a stitch among the supernet's, or of an anchor.
 
         Raises:
             ValueError: there is no such path.

@@ -40,6 +40,13 @@ def recalibrate_batch_norm(
 
     Raises:
         ValueError: no batches.
+
+    Example:
+        >>> from transformers import ResNetConfig, ResNetForImageClassification
+        >>> sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+        >>> model = ResNetForImageClassification(ResNetConfig(**sizes))
+        >>> recalibrate_batch_norm(model, images), recalibrate_batch_norm(small, images)  # a ViT has none
+        (6, 0)
     """
     layers = batch_norms(model)
     if not layers:

@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+# Without the offload every process gets the state, not the first one alone.
+_EVERYWHERE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Checkpoints:
             parameter, moment = key.rsplit(".", 1)
             moments.setdefault(parameter, {})[moment] = tensor
         if moments:  # SGD without momentum has none
-            groups = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)["param_groups"]
+            groups = get_optimizer_state_dict(model, optimizer, options=_EVERYWHERE)["param_groups"]
             set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups}, options=_OPTIONS)
             _forget_others(optimizer, groups, moments)
         return Progress(content["step"], tuple(content["losses"]))

@@ -81,7 +81,16 @@ class CommonTrainingConfig:
 class TrainingConfig(CommonTrainingConfig):
     """How a stitched language model is trained. The defaults are those of the KLAS paper where it gives them (App. H).
 
-    Distillation is KL(teacher ‖ student) of next-token distributions.
+    Distillation is KL(teacher ‖ student) of next-token distributions. Each field says what it is in its metadata:
+    `--help` of the command line and docs/reference.md show it.
+
+    Raises:
+        ValueError: an unknown choice, or a number out of range.
+
+    Example:
+        >>> config = TrainingConfig(trainable="stitch", max_steps=2, per_device_batch_size=4)
+        >>> config.learning_rate, config.lora_rank
+        (0.0001, 16)
     """
 
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations to save memory"})
@@ -93,7 +102,16 @@ class ImageTrainingConfig(CommonTrainingConfig):
 
     SN-Net halves the loss between labels and a hard teacher: `distillation_weight=0.5, distillation="hard"`. Its
     learning rates are per 512 images of a step: 5e-5 for DeiT; for Swin 5e-4 for the stitching layers and a tenth of
-    that for the anchors.
+    that for the anchors. Each field says what it is in its metadata: `--help` of the command line and docs/reference.md
+    show it.
+
+    Raises:
+        ValueError: an unknown choice, a number out of range, or settings of the augmentation that do not fit.
+
+    Example:
+        >>> config = ImageTrainingConfig(stitch_learning_rate=5e-4, distillation_weight=0.5, distillation="hard")
+        >>> config.trainable, config.learning_rate, config.augmentation().mixup
+        ('full', 5e-05, 0.0)
     """
 
     trainable: str = field(

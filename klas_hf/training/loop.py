@@ -30,7 +30,15 @@ from klas_hf.training.trainables import made_trainable, optimizer_of
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or a gradient became NaN or infinite."""
+    """The loss or a gradient became NaN or infinite; the last checkpoint is kept.
+
+    Example:
+        >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
+        >>> _ = model.lm_head.weight.data.fill_(float("nan"))
+        >>> train_stitches(model, examples, TrainingConfig(trainable="stitch", max_steps=1))
+        Traceback (most recent call last):
+        klas_hf.training.loop.TrainingDiverged: got a loss of nan ...
+    """
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,12 @@ class TrainingResult:
         losses: mean loss of each step, in nats per label.
         seconds: time of this call; of a resumed run, only what it added.
         processes: number of processes.
+
+    Example:
+        >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
+        >>> result = train_stitches(model, examples, TrainingConfig(max_steps=2, per_device_batch_size=4))
+        >>> result.steps, len(result.losses), result.processes
+        (2, 2, 1)
     """
 
     steps: int
@@ -60,7 +74,8 @@ def train_stitches(
 ) -> TrainingResult:
     """Train a stitched model or a supernet in place. With trainable="full", any language model or image classifier.
 
-    A supernet runs one of its paths per forward and process, drawn at random (SN-Net).
+    A supernet runs one of its paths per forward and process, drawn at random (SN-Net). For the losses see KLAS Sec. 5.5
+    and App. H.
 
     Args:
         model: the model; LoRA updates are merged into it at the end.
@@ -78,6 +93,14 @@ def train_stitches(
         TypeError: settings of the other kind of model.
         ValueError: examples without labels, distillation without a teacher, a checkpoint of another run.
         TrainingDiverged: a loss or gradient is not finite; the last checkpoint stays.
+
+    Example:
+        >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
+        >>> before = evaluate_loss(model, batches[:2])  # the examples, in batches
+        >>> config = TrainingConfig(trainable="stitch", epochs=20, gradient_accumulation_steps=1, learning_rate=0.01)
+        >>> result = train_stitches(model, examples, config, output_dir=folder)
+        >>> result.steps, evaluate_loss(model, batches[:2]) < before
+        (20, True)
     """
     objective, config = _objective(model, data, config, teacher)
     process_state()  # before the Accelerator, which would not see CPU processes

@@ -44,8 +44,12 @@ def train_probes(
         TrainingDiverged: the loss of a tuned or an image probe is not finite.
 
     Example:
-        >>> probes = train_probes("meta-llama/Llama-3.2-1B", batches)  # doctest: +SKIP
-        >>> probes.save_pretrained("llama-3.2-1b-probes")  # doctest: +SKIP
+        >>> probes = train_probes(source, batches, ProbeConfig(kind="ridge"))  # "meta-llama/Llama-3.2-1B", say
+        >>> probes.save_pretrained(folder)
+        >>> ProbeNet.from_pretrained(folder).config.num_blocks
+        3
+        >>> train_probes(small, images, ImageProbeConfig(epochs=1)).config.num_labels
+        3
     """
     if is_vision(anchor):
         _check_config(config, ImageProbeConfig)

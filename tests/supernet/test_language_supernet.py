@@ -86,6 +86,9 @@ def test_loss_is_that_of_the_next_tokens_and_the_last_anchor_is_the_default_path
     expected = models[1](ids, labels=labels)
     torch.testing.assert_close(out.loss, expected.loss)
     assert torch.equal(out.logits, expected.logits)
+    assert float(supernet(ids, labels=labels, num_items_in_batch=26).loss.detach()) == pytest.approx(
+        float(out.loss.detach()) * 13 / 26
+    )
     loss, logits = supernet(ids, labels=labels, path=Stitch(2, 2), return_dict=False)
     shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     torch.testing.assert_close(loss, shifted)

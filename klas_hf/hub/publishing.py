@@ -79,6 +79,13 @@ def publish(
         PermissionError: no token, a wrong one, or one that may not write there.
         ValueError: the repo holds something else, or is public where private was asked for; what `model_card` refuses.
         ConnectionError: the Hub was not reached, or the upload broke off: then nothing was committed.
+
+    Example:
+        >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
+        >>> publish(model, "me/between", rows=rows, dataset="my_text", private=True)  # doctest: +SKIP
+        >>> publish(target, "me/between")  # an anchor is refused before the Hub is asked
+        Traceback (most recent call last):
+        TypeError: got LlamaForCausalLM; expected StitchScores or one of StitchedForCausalLM, ...
     """
     subject = describe(what, base_model)
     api = HfApi(token=token)

@@ -1,0 +1,161 @@
+"""The files of a checkpoint: an old one survives a failed save, a damaged one is refused with what is wrong.
+
+transformers writes into the folder file by file, so a full disk would leave half of the new checkpoint over half of the
+old one; and it fills what a checkpoint lacks with random numbers.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file
+
+# Of the files' layout and the configuration's meaning; raised when an older klas_hf would misread them.
+FORMAT_VERSION = 1
+HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def check_format(config: dict[str, Any]) -> None:
+    """Raise ValueError if a configuration was written by a version of klas_hf that this one cannot read."""
+    version = config.get("format_version", 1)
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"got a stitched checkpoint of format {version}, written by a newer klas_hf; expected format "
+            f"{FORMAT_VERSION} or older. Upgrade: pip install -U klas_hf"
+        )
+
+
+@contextmanager
+def replacing(folder: str | os.PathLike, variant: str | None = None) -> Iterator[Path]:
+    """A new folder, inside `folder`, whose files move up when the block ends; if it raises, nothing has changed.
+
+    Until then the disk holds the old and the new checkpoint. Old weights that the new one has not replaced go, as
+    loaders may prefer them (an unsharded file to shards); all other files stay.
+    """
+    suffix = f"\\.{re.escape(variant)}" if variant else ""
+    weights = re.compile(rf"model{suffix}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{suffix}\.json")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".saving-", dir=folder) as name:  # here, as a folder's parent may be another disk
+        part = Path(name)
+        yield part
+        written = {file.name for file in part.iterdir()}
+        for file in sorted(written):
+            if (folder / file).is_dir():  # which cannot be replaced in one step
+                os.replace(folder / file, part / f".old-{file}")
+            os.replace(part / file, folder / file)
+        if any(map(weights.fullmatch, written)):  # rather than an adapter alone
+            for old in list(folder.iterdir()):
+                if weights.fullmatch(old.name) and old.name not in written:
+                    old.unlink()
+
+
+def is_delta(name: str | os.PathLike, **kwargs: Any) -> bool:
+    """Whether a checkpoint holds trained tensors alone (see `klas_hf.hub.delta`), whatever configuration is given."""
+    hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+    return bool(PreTrainedConfig.get_config_dict(name, **hub)[0].get("delta"))
+
+
+def load_whole(
+    load: Callable[..., Any],
+    name: str | os.PathLike,
+    *args: Any,
+    use_safetensors: bool | None = True,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """What `load` (a `from_pretrained` of transformers) makes of a checkpoint, if that is whole and not pickled.
+
+    Raises:
+        ValueError: `use_safetensors=False`.
+        OSError: a file is missing, damaged or pickled, or lacks tensors.
+    """
+    if use_safetensors is False:
+        raise ValueError(
+            "got use_safetensors=False; expected True, as unpickling can run any code. Save the weights as safetensors"
+        )
+    hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+    with explained_damage(name, hub, [] if kwargs.get("variant") else None):
+        model, info = load(name, *args, use_safetensors=True, output_loading_info=True, **kwargs)
+    check_whole(name, info["missing_keys"])
+    return (model, info) if output_loading_info else model
+
+
+@contextmanager
+def explained_damage(name: str | os.PathLike, hub: dict[str, Any], files: list[str] | None = None) -> Iterator[None]:
+    """Say which file of a checkpoint is missing, damaged or pickled, where loading it fails.
+
+    Args:
+        files: its safetensors files, where they are known; None finds the model's.
+
+    Raises:
+        OSError: what transformers or safetensors had to say, with the file and a remedy.
+    """
+    try:
+        yield
+    except Exception as error:  # a damaged index gives nearly any
+        damage = _damage(name, {o: hub[o] for o in ("revision", "cache_dir", "subfolder") if o in hub}, files)
+        if damage is None and not isinstance(error, OSError | SafetensorError):
+            raise
+        raise OSError(
+            f"could not load the checkpoint {str(name)!r}: {damage or error}. Expected "
+            "config.json and whole safetensors files (pickled weights are never read). Download or save it again"
+        ) from error
+
+
+def check_whole(name: str | os.PathLike, missing: set[str]) -> None:
+    """Raise OSError if tensors are missing from a checkpoint, which transformers would make up."""
+    if missing:
+        listed = ", ".join(sorted(missing)[:5]) + (", …" if len(missing) > 5 else "")
+        raise OSError(
+            f"could not load the checkpoint {str(name)!r}: {len(missing)} tensors are missing from it ({listed}). "
+            "Expected all of the model's. Download or save it again"
+        )
+
+
+def _damage(name: str | os.PathLike, hub: dict[str, Any], files: list[str] | None) -> str | None:
+    """What is wrong with the files that are on this machine."""
+    if files is None:
+        index = _find(name, _INDEX, hub)
+        if index is None or _find(name, _SINGLE, hub) is not None:
+            files = [_SINGLE]
+        else:
+            try:
+                files = sorted(set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                return f"{_INDEX} is damaged ({error!r})"
+    for file in files:
+        path = _find(name, file, hub)
+        if path is None:
+            pickled = [one for one in _PICKLED if _find(name, one, hub)]
+            if pickled:
+                return f"its weights are pickled ({pickled[0]}), and unpickling can run any code"
+            return f"{file} is missing" if Path(name).is_dir() else None  # the Hub says more
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            return f"{file} is damaged ({error})"
+    return None
+
+
+def _find(name: str | os.PathLike, file: str, hub: dict[str, Any]) -> str | None:
+    """The path of a checkpoint's file, if it is on this machine."""
+    return cached_file(
+        name,
+        file,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+        **hub,
+    )
