@@ -25,7 +25,7 @@ AnchorRule = Literal["least_kl", "nearest", "all"]
 
 @dataclass(frozen=True, eq=False)
 class AnchorSelection:
-    """Pairs of anchors to stitch, and what they were chosen by.
+    """Pairs of anchors to stitch, and what they were chosen by (KLAS Alg. 3, line 2).
 
     Attributes:
         names: of the anchors.
@@ -36,6 +36,15 @@ class AnchorSelection:
 
     Raises:
         ValueError: an anchor listed twice, or values of other shapes.
+
+    Example:
+        >>> chosen = AnchorSelection(
+        ...     ("small", "large"), (1_000_000, 4_000_000), np.array([[0.0, 0.3], [0.4, 0.0]]), ((0, 1),), "least_kl"
+        ... )
+        >>> print(chosen)
+        | source | target | M MACs    | KL, nats | least_kl |
+        |--------|--------|-----------|----------|----------|
+        | small  | large  | 1.0 → 4.0 | 0.3000   | yes      |
     """
 
     names: tuple[str, ...]
@@ -61,7 +70,7 @@ class AnchorSelection:
         return markdown_table(cells)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Heatmap of the divergences with the chosen pairs marked; writes PNG and SVG if `path` is given."""
+        """Heatmap of the divergences in nats with the chosen pairs marked; writes PNG and SVG if `path` is given."""
         panels = {"KL(source ‖ target), nats": self.divergence}
         names = self.names, self.names
         return plotting.heatmaps(panels, "target", "source", path, names=names, marks=self.pairs)

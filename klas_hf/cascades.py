@@ -25,6 +25,10 @@ class CascadeMember:
 
     Raises:
         ValueError: rows that are no distributions.
+
+    Example:
+        >>> CascadeMember(np.array([[0.9, 0.1], [0.4, 0.6]]), macs=1_000_000).macs
+        1000000
     """
 
     probabilities: NDArray[np.floating]
@@ -53,6 +57,10 @@ class CascadePoint:
         accuracy: share of images that are classified correctly.
         sent: share of images that the second model sees.
         parameters: of both models.
+
+    Example:
+        >>> CascadePoint(threshold=0.8, macs=1_500_000.0, accuracy=0.75, sent=0.5, parameters=30_000).sent
+        0.5
     """
 
     threshold: float
@@ -72,8 +80,18 @@ def cascade_curve(
         labels: `(images,)` classes.
         thresholds: an image is sent on where the first model's highest probability is below.
 
+    Returns:
+        A point per threshold, in their order.
+
     Raises:
         ValueError: other images, classes or labels, or a first model dearer than the second.
+
+    Example:
+        >>> quick = CascadeMember(np.array([[0.9, 0.1], [0.6, 0.4]]), macs=10)
+        >>> sound = CascadeMember(np.array([[0.9, 0.1], [0.1, 0.9]]), macs=100)
+        >>> points = cascade_curve(quick, sound, labels=np.array([0, 1]), thresholds=[0.0, 0.8, 1.0])
+        >>> [(point.macs, point.accuracy) for point in points]
+        [(10.0, 0.5), (60.0, 1.0), (110.0, 1.0)]
     """
     images, classes = first.probabilities.shape
     if second.probabilities.shape != (images, classes) or labels.shape != (images,):
@@ -102,8 +120,20 @@ def best_per_bucket(points: Sequence[CascadePoint], *, buckets: int = 20) -> lis
 
     The buckets are equally wide between the cheapest and the dearest point.
 
+    Args:
+        points: of one cascade.
+        buckets: how many; empty ones give nothing.
+
+    Returns:
+        The points, cheapest first.
+
     Raises:
         ValueError: no points, or fewer than one bucket.
+
+    Example:
+        >>> points = [CascadePoint(0.5, macs, accuracy, 0.5, 0) for macs, accuracy in [(1, 0.5), (2, 0.7), (9, 0.6)]]
+        >>> [point.macs for point in best_per_bucket(points, buckets=2)]
+        [2, 9]
     """
     if not points:
         raise ValueError("got no points; expected those of cascade_curve")
@@ -122,9 +152,18 @@ def to_rows(
     """Points as rows, for curves and tables; MACs are rounded.
 
     Args:
+        points: of one cascade.
         metric: name that the accuracy gets, that of the rows it is compared with.
         seed: of those rows.
         anchors: positions of the two models.
+
+    Returns:
+        A row of rule "cascade" per point, with threshold and share sent on among its details.
+
+    Example:
+        >>> (row,) = to_rows([CascadePoint(threshold=0.8, macs=60.0, accuracy=0.7, sent=0.5, parameters=0)])
+        >>> row.rule, row.macs, row.metrics
+        ('cascade', 60, {'accuracy': 0.7})
     """
     return [
         ResultRow(

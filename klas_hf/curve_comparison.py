@@ -25,6 +25,10 @@ class Gain:
     Attributes:
         largest, mean: over the common costs.
         macs: cost at which the largest gain occurs.
+
+    Example:
+        >>> Gain(largest=0.04, mean=0.01, macs=2_500_000.0).largest
+        0.04
     """
 
     largest: float
@@ -41,10 +45,21 @@ def gain_at_equal_cost(
     model serves there too.
 
     Args:
+        curve, baseline: of one metric.
         interval: MACs from and to; None takes all common costs.
+
+    Returns:
+        The largest and the mean gain (KLAS's "+1.21 % top-1 at equal FLOPs" is a largest one).
 
     Raises:
         ValueError: other metrics, no common costs, or an interval that reaches outside them.
+
+    Example:
+        >>> def curve(*points):
+        ...     rows = [ResultRow("", None, 0, macs, 1, {"top1": value}) for macs, value in points]
+        ...     return TradeoffCurve(rows, "top1")
+        >>> gain_at_equal_cost(curve((10, 0.5), (20, 0.75), (30, 1.0)), curve((10, 0.5), (20, 0.625), (30, 1.0)))
+        Gain(largest=0.125, mean=0.0625, macs=20.0)
     """
     _check_comparable(curve, baseline)
     common = common_interval([curve, baseline])
@@ -72,6 +87,10 @@ class Saving:
         ratio: the baseline's MACs by the curve's, the largest over the common qualities; above 1 is cheaper.
         quality: where it occurs.
         macs, baseline_macs: the two costs there.
+
+    Example:
+        >>> Saving(ratio=1.25, quality=0.75, macs=20.0, baseline_macs=25.0).ratio
+        1.25
     """
 
     ratio: float
@@ -83,8 +102,20 @@ class Saving:
 def common_quality(curves: Sequence[TradeoffCurve]) -> tuple[float, float]:
     """The worst and the best quality that the Pareto fronts of all curves reach.
 
+    Args:
+        curves: at least one, of one metric.
+
+    Returns:
+        The two, in the metric's unit.
+
     Raises:
         ValueError: other metrics, or no common quality.
+
+    Example:
+        >>> best = ResultRow("", None, 0, 9_000_000, 1, {"loss": 1.0})
+        >>> both = [TradeoffCurve(some, "loss", higher_is_better=False) for some in (rows, [*rows, best])]
+        >>> common_quality(both) == (rows[0].metrics["loss"], 3.0)
+        True
     """
     for curve in curves:
         _check_comparable(curves[0], curve)
@@ -104,8 +135,21 @@ def cost_at_equal_quality(curve: TradeoffCurve, baseline: TradeoffCurve) -> Savi
 
     Both count with their Pareto fronts, joined by straight lines.
 
+    Args:
+        curve, baseline: of one metric.
+
+    Returns:
+        The largest saving (KLAS's "1.33× fewer FLOPs").
+
     Raises:
         ValueError: other metrics, or no common quality.
+
+    Example:
+        >>> def curve(*points):
+        ...     rows = [ResultRow("", None, 0, macs, 1, {"top1": value}) for macs, value in points]
+        ...     return TradeoffCurve(rows, "top1")
+        >>> cost_at_equal_quality(curve((10, 0.5), (20, 0.75), (30, 1.0)), curve((10, 0.5), (25, 0.75), (30, 1.0)))
+        Saving(ratio=1.25, quality=0.75, macs=20.0, baseline_macs=25.0)
     """
     low, high = sorted(_sign(curve) * end for end in common_quality([curve, baseline]))
     fronts = curve.pareto(), baseline.pareto()
@@ -125,9 +169,22 @@ def viable_stitches(rows: Iterable[ResultRow], metric: str, *, higher_is_better:
 
     Args:
         rows: of stitches, and of their anchors (stitch None, `anchors=(k, k)`), measured alike.
+        metric: key of `ResultRow.metrics`.
+        higher_is_better: False for losses.
+
+    Returns:
+        The stitches.
 
     Raises:
         ValueError: a stitch without the rows of its anchors.
+        KeyError: a row lacks the metric.
+
+    Example:
+        >>> ends = [ResultRow("", None, 0, 10, 1, {"top1": 0.5}, anchors=(0, 0)),
+        ...         ResultRow("", None, 0, 30, 1, {"top1": 0.7}, anchors=(1, 1))]
+        >>> between = [ResultRow("", (1, 2), 0, 20, 1, {"top1": 0.65}), ResultRow("", (1, 1), 0, 20, 1, {"top1": 0.55})]
+        >>> viable_stitches([*ends, *between], "top1") == {Stitch(1, 2)}
+        True
     """
     sign = 1 if higher_is_better else -1
     qualities: dict[tuple, dict[int, float]] = {}
@@ -161,6 +218,10 @@ class SweepRow:
         stitches: number of stitches selected.
         mean: mean quality of these.
         auc: area under their curve, with the anchors as its ends.
+
+    Example:
+        >>> SweepRow(threshold=0.05, buckets=20, stitches=31, mean=0.8, auc=0.81).stitches
+        31
     """
 
     threshold: float
@@ -187,10 +248,21 @@ def sweep(
         rows: measurements of all stitches that may be selected, by whatever rule; several seeds count with their mean.
         metric: key of `ResultRow.metrics`.
         anchors: measurements of the anchors, which end every curve.
+        thresholds: values of τ (Eq. 3).
+        buckets: numbers of cost buckets.
         interval: MACs over which areas are taken; None: from the cheapest to the dearest anchor.
+
+    Returns:
+        A row per bucket count and threshold.
 
     Raises:
         ValueError: no anchors, a selected stitch without a row, or an interval outside the anchors' costs.
+
+    Example:
+        >>> anchors = [row for row in rows if row.stitch is None]
+        >>> found = sweep(scores, rows, "loss", anchors=anchors, thresholds=(0.01, 0.10), buckets=(2,))
+        >>> [(one.threshold, one.buckets, one.stitches) for one in found]
+        [(0.01, 2, 2), (0.1, 2, 4)]
     """
     if not anchors:
         raise ValueError(
@@ -230,7 +302,21 @@ def _sweep_row(
 
 
 def format_sweep(rows: Iterable[SweepRow], metric: str = "mean quality") -> str:
-    """The rows of a sweep as a Markdown table; `metric` heads the column of means."""
+    """The rows of a sweep as a Markdown table.
+
+    Args:
+        rows: as `sweep` gives them.
+        metric: heads the column of means.
+
+    Returns:
+        The table.
+
+    Example:
+        >>> print(format_sweep([SweepRow(threshold=0.05, buckets=20, stitches=31, mean=0.8, auc=0.81)], "top-1"))
+        | τ  | buckets | stitches | top-1  | AUC    |
+        |----|---------|----------|--------|--------|
+        | 5% | 20      | 31       | 0.8000 | 0.8100 |
+    """
     cells = [["τ", "buckets", "stitches", metric, "AUC"]]
     for row in rows:
         cells.append([f"{row.threshold:.0%}", str(row.buckets), str(row.stitches), f"{row.mean:.4f}", f"{row.auc:.4f}"])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TradeoffCurve:
-    """Quality of several models against their MACs.
+    """Quality of several models against their MACs (the curves of KLAS and SN-Net, and their AUC).
 
     Args:
         rows: measured models; several rows of one cost (several seeds, say) count with their mean.
@@ -29,6 +29,13 @@ class TradeoffCurve:
 
     Raises:
         ValueError: no rows, or a row that lacks the metric.
+
+    Example:
+        >>> points = [(10, 0.5), (20, 0.4), (30, 0.9)]
+        >>> measured = [ResultRow("klas", None, 0, macs, 1, {"accuracy": value}) for macs, value in points]
+        >>> curve = TradeoffCurve(measured, "accuracy")
+        >>> round(curve.auc(), 3), round(curve.auc((10, 20)), 3), curve.pareto().macs.tolist()
+        (0.55, 0.45, [10, 30])
     """
 
     def __init__(self, rows: Iterable[ResultRow], metric: str, *, higher_is_better: bool = True, label: str = ""):
@@ -73,15 +80,26 @@ class TradeoffCurve:
         return TradeoffCurve(front, self.metric, higher_is_better=self.higher_is_better, label=self.label)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Draw the curve; writes PNG and SVG if `path` is given."""
+        """Draw the curve, quality against millions of MACs; writes PNG and SVG if `path` is given."""
         return plot_curves([self], path=path)
 
 
 def common_interval(curves: Sequence[TradeoffCurve]) -> tuple[float, float]:
-    """MACs over which all curves are measured.
+    """MACs over which all curves are measured: what areas that are compared must be taken over.
+
+    Args:
+        curves: at least one.
+
+    Returns:
+        The lowest and the highest common cost, in MACs.
 
     Raises:
         ValueError: there are none.
+
+    Example:
+        >>> whole, part = TradeoffCurve(rows, "loss"), TradeoffCurve(rows[1:], "loss")
+        >>> common_interval([whole, part]) == (rows[1].macs, rows[-1].macs)
+        True
     """
     low, high = max(float(c.macs[0]) for c in curves), min(float(c.macs[-1]) for c in curves)
     if low >= high:
@@ -90,7 +108,25 @@ def common_interval(curves: Sequence[TradeoffCurve]) -> tuple[float, float]:
 
 
 def plot_curves(curves: Sequence[TradeoffCurve], *, title: str = "", path: str | Path | None = None) -> "Figure":
-    """Several curves in one figure, quality against millions of MACs."""
+    """Several curves in one figure, quality against millions of MACs.
+
+    Args:
+        curves: at least one; each is named by its label, or else by its metric.
+        title: above the figure.
+        path: where PNG and SVG are written, whatever its suffix; None writes nothing.
+
+    Returns:
+        The figure of matplotlib.
+
+    Raises:
+        IndexError: no curves.
+
+    Example:
+        >>> curve = TradeoffCurve(rows, "loss", higher_is_better=False, label="all")
+        >>> figure = plot_curves([curve, curve.pareto()], path=folder / "curve")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['curve.png', 'curve.svg']
+    """
     series = [plotting.Series(c.label or c.metric, list(c.macs / 1e6), list(c.values)) for c in curves]
     return plotting.lines(series, "MACs (millions)", curves[0].metric, title, path)
 
@@ -116,8 +152,22 @@ def correlation_report(
 
     A stitch counts once, with its mean over seeds; a row that several rules share (`evaluate_stitches`) counts once.
 
+    Args:
+        scores: of the two anchors, lower being better.
+        rows: measurements; rows of anchors, and of other pairs of anchors, do not count.
+        metric: key of `ResultRow.metrics`.
+        higher_is_better: False for losses.
+
+    Returns:
+        Pearson's and Spearman's correlation of the score with the loss of quality, -1 to 1: 1 foretells it best.
+
     Raises:
         ValueError: fewer than three such stitches, or a row that lacks the metric.
+
+    Example:
+        >>> report = correlation_report(scores, rows, "loss", higher_is_better=False)
+        >>> report.stitches == len(scores.stitches), -1 <= report.spearman <= 1
+        (True, True)
     """
     sign = -1.0 if higher_is_better else 1.0
     anchors = scores.costs.source, scores.costs.target

@@ -28,6 +28,11 @@ class ResultRow:
         metrics: name → value.
         details: anything else worth keeping, as JSON values (training losses, R² of the stitching layer, …).
         anchors: positions of source and target in a list of more than two anchors; `(k, k)` for anchor k itself.
+
+    Example:
+        >>> row = ResultRow("klas", (8, 14), seed=0, macs=2_500_000, parameters=30_000, metrics={"loss": 3.1})
+        >>> row.key, row.is_of(Stitch(8, 14))
+        (('klas', (8, 14), 0, (0, 1)), True)
     """
 
     rule: str
@@ -45,7 +50,7 @@ class ResultRow:
         return self.rule, self.stitch, self.seed, self.anchors
 
     def is_of(self, stitch: Stitch) -> bool:
-        """Whether the row measured this stitch, of these anchors."""
+        """Whether the row measured this `stitch`, of these anchors."""
         pair = stitch.source_stop, stitch.target_start
         return self.stitch == pair and self.anchors == (stitch.source, stitch.target)
 
@@ -73,6 +78,14 @@ class RowFile:
 
     Raises:
         ValueError: the file holds another run's rows, or is no row file.
+
+    Example:
+        >>> file = RowFile(folder / "results.jsonl", {"data": "my_text", "tokens": 128})
+        >>> for row in rows:
+        ...     file.append(row)
+        >>> again = RowFile(folder / "results.jsonl", {"data": "my_text", "tokens": 128})
+        >>> again.rows == rows, again.find("target", None, seed=0).metrics
+        (True, {'loss': 3.0})
     """
 
     def __init__(self, path: str | Path, run: Mapping[str, Any]):
@@ -94,7 +107,11 @@ class RowFile:
         """The row of this key, or None when it is still to be measured.
 
         Args:
+            rule, stitch, seed: as in the row.
             anchors: where there is no stitch, the row's anchors; None: (0, 1). A stitch names its own.
+
+        Raises:
+            ValueError: anchors beside a stitch.
         """
         if stitch is None:
             pair, place = None, anchors or (0, 1)
@@ -107,7 +124,7 @@ class RowFile:
         return next((row for row in self.rows if row.key == (rule, pair, seed, place)), None)
 
     def append(self, row: ResultRow, *, to_disk: bool = True) -> None:
-        """Write a row; it is on disk when this returns, unless another process writes it (`to_disk=False`)."""
+        """Write a `row`; it is on disk when this returns, unless another process writes it (`to_disk=False`)."""
         line = _line(asdict(row))
         self.rows.append(row)
         if not to_disk:
@@ -170,8 +187,22 @@ def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: 
     The anchors of each row are shown where there are more than the two.
 
     Args:
+        rows: measured models.
         metrics: which figures to show.
         total_macs: MACs that count as 100 %; None leaves that column out.
+
+    Returns:
+        The table; parameters and MACs are in millions.
+
+    Raises:
+        KeyError: a row lacks a metric.
+
+    Example:
+        >>> seeds = [ResultRow("klas", (8, 14), seed, 2_500_000, 30_000, {"loss": 3.0 + seed}) for seed in (0, 1)]
+        >>> print(format_table(seeds, ["loss"], total_macs=5_000_000))
+        | rule | stitch  | M parameters | M MACs | of target | loss            |
+        |------|---------|--------------|--------|-----------|-----------------|
+        | klas | (8, 14) | 0.03         | 2.5    | 50%       | 3.5000 ± 0.5000 |
     """
     groups: dict[tuple[int, str, Any, tuple[int, int]], list[ResultRow]] = {}
     for row in rows:

@@ -21,7 +21,7 @@ Mapping = Literal["index", "proportional"]
 
 @dataclass(frozen=True)
 class StitchSelection:
-    """Stitches that a rule chose, cheapest first. Iterates and indexes as a sequence of `Stitch`.
+    """Stitches that a rule chose, cheapest first; iterates and indexes as a sequence of `Stitch`.
 
     Attributes:
         rule: name of the rule.
@@ -31,6 +31,13 @@ class StitchSelection:
         buckets: cost bucket of each among those of its pair of anchors, from 0; -1 where the rule uses no buckets.
         candidates: number of stitches inside the anchors' cost range that were considered.
         outside: number of stitches dropped because they cost less than the source or more than the target.
+
+    Example:
+        >>> selection = select_stitches(scores, buckets=4)
+        >>> list(selection.macs) == sorted(selection.macs), selection[0] in selection.stitches
+        (True, True)
+        >>> [str(stitch) for stitch in selection.best_per_bucket().spread(2)]
+        ['(2, 3)', '(1, 1)']
     """
 
     rule: str
@@ -81,8 +88,16 @@ def merge_selections(selections: Sequence[StitchSelection], rule: str | None = N
         selections: of several pairs of anchors, say. `candidates` and `outside` are summed.
         rule: name of the union; None takes the one that all selections have.
 
+    Returns:
+        The union; `values` are comparable only where they are of one score.
+
     Raises:
         ValueError: no selection, or rules that differ and no name for the union.
+
+    Example:
+        >>> both = merge_selections([select_stitches(scores), esta_stitches(costs)], rule="klas or esta")
+        >>> both.rule, len(both) == len({*select_stitches(scores), *esta_stitches(costs)})
+        ('klas or esta', True)
     """
     rules = sorted({one.rule for one in selections})
     if not rules or (rule is None and len(rules) > 1):
@@ -145,8 +160,16 @@ def select_stitches(
         spacing: buckets of equal "width" in MACs (the paper), or of equal candidate counts ("quantile").
         absolute: keep score <= lowest + τ instead, as the printed Eq. 3 can be read.
 
+    Returns:
+        The choice, cheapest first; its rule is the name of the score.
+
     Raises:
         ValueError: fewer than one bucket, a negative threshold, or no candidate between the anchors' costs.
+
+    Example:
+        >>> selection = select_stitches(scores, buckets=2, threshold=0.05)
+        >>> selection.rule, [str(stitch) for stitch in selection], selection.buckets
+        ('klas', ['(2, 3)', '(3, 3)', '(2, 2)', '(1, 1)'], (0, 1, 1, 1))
     """
     if not threshold >= 0:
         raise ValueError(f"got threshold={threshold}; expected 0 or more")
@@ -163,7 +186,7 @@ def select_stitches(
 
 
 def match_stitches(scores: StitchScores, reference: StitchSelection, *, tolerance: float = 0.05) -> StitchSelection:
-    """For each stitch of another rule, the best-scored one of about its size: a comparison at equal cost.
+    """For each stitch of another rule, the best-scored one of about its size: a comparison at equal cost (ours).
 
     Args:
         scores: scores and costs of all candidates.
@@ -173,6 +196,15 @@ def match_stitches(scores: StitchScores, reference: StitchSelection, *, toleranc
     Returns:
         One match per reference stitch, cheapest first, a stitch twice where it matches two. The reference stitch
         itself is among the candidates.
+
+    Raises:
+        ValueError: no candidate between the anchors' costs.
+
+    Example:
+        >>> esta = esta_stitches(costs)
+        >>> matched = match_stitches(scores, esta, tolerance=0.05)
+        >>> len(matched) == len(esta), all(a <= b for a, b in zip(matched.macs, esta.macs))
+        (True, True)
     """
     every = _Candidates.scored(scores)
     macs = every.macs
@@ -184,8 +216,20 @@ def match_stitches(scores: StitchScores, reference: StitchSelection, *, toleranc
 def best_stitches(scores: StitchScores | Sequence[StitchScores], *, count: int) -> StitchSelection:
     """The `count` stitches of lowest score with no buckets, over all pairs of anchors together.
 
+    Args:
+        scores: of one pair of anchors, or of several by one score.
+        count: how many; all where there are fewer.
+
+    Returns:
+        The choice, cheapest first; its rule is the name of the score.
+
     Raises:
         ValueError: a count below 1, or no candidate between the anchors' costs.
+
+    Example:
+        >>> best = best_stitches(scores, count=2)
+        >>> best.rule, max(best.values) <= min(scores.value_of(s) for s in scores.stitches if s not in best)
+        ('klas', True)
     """
     if count < 1:
         raise ValueError(f"got count={count}; expected at least 1")
@@ -204,9 +248,20 @@ def shortlist_stitches(
 
     Args:
         scores: by a cheap score, such as "theta" or "dm"; of several pairs of anchors, each bucketed by itself.
+        per_bucket: how many of each bucket; all where it holds fewer.
+        buckets: number of cost buckets of equal width between the anchors' MACs.
+
+    Returns:
+        The choice, cheapest first; its rule is the name of the score.
 
     Raises:
         ValueError: a number below 1, or no candidate between the anchors' costs.
+
+    Example:
+        >>> few = shortlist_stitches(scores.with_score("theta"), per_bucket=1, buckets=3)
+        >>> dear = FunctionalScoring(candidates=few)  # scores only these
+        >>> few.buckets
+        (0, 1, 2)
     """
     if per_bucket < 1:
         raise ValueError(f"got per_bucket={per_bucket}; expected at least 1")
@@ -222,7 +277,23 @@ def shortlist_stitches(
 
 
 def min_kl_stitches(scores: StitchScores | Sequence[StitchScores], count: int) -> StitchSelection:
-    """Min-KL, the paper's ablation (App. C): the `count` stitches of lowest Θ, with no capacity and no buckets."""
+    """Min-KL, the paper's ablation (App. C): the `count` stitches of lowest Θ, with no capacity and no buckets.
+
+    Args:
+        scores: of one pair of anchors, or of several; Θ counts, whatever score they are ranked by.
+        count: how many; all where there are fewer.
+
+    Returns:
+        Rule "min_kl", cheapest first; `values` are Θ in nats.
+
+    Raises:
+        ValueError: a count below 1, no candidate between the anchors' costs, or scores without Θ.
+
+    Example:
+        >>> chosen = min_kl_stitches(scores, count=2)
+        >>> chosen.values == tuple(scores.cross[s.source_stop - 1, s.target_start - 1] for s in chosen)
+        True
+    """
     each = [scores] if isinstance(scores, StitchScores) else scores
     return replace(best_stitches([one.with_score("theta") for one in each], count=count), rule="min_kl")
 
@@ -234,6 +305,18 @@ def esta_stitches(costs: StitchCosts, *, mapping: Mapping = "proportional") -> S
         costs: costs of all candidates.
         mapping: which target block stands at the depth of source block i of m, the target having n blocks:
             "index" takes j = i, "proportional" j = round(i · n / m). He et al. (2024) do not say; both are run.
+
+    Returns:
+        Rule "esta_index" or "esta_proportional", cheapest first, without scores or buckets.
+
+    Raises:
+        ValueError: an unknown mapping, or no such stitch between the anchors' costs.
+
+    Example:
+        >>> [str(stitch) for stitch in esta_stitches(costs)]  # anchors of 3 and 4 blocks
+        ['(2, 3)', '(1, 1)']
+        >>> esta_stitches(costs, mapping="index").rule
+        'esta_index'
     """
     m, n = costs.macs.shape
     matched = {"index": lambda i: i, "proportional": lambda i: round(i * n / m)}
@@ -259,6 +342,26 @@ def random_stitches(
     """Uniform choice of `per_bucket` stitches in each cost bucket, the floor that any rule must beat.
 
     Only stitches with target_start >= 1 are drawn: the candidates of KLAS. A bucket that holds fewer gives all it has.
+
+    Args:
+        costs: costs of all candidates; of several pairs of anchors, each bucketed by itself.
+        buckets: number of cost buckets between the anchors' MACs.
+        per_bucket: how many of each bucket.
+        seed: of the draw.
+        spacing: buckets of equal "width" in MACs, or of equal candidate counts ("quantile").
+
+    Returns:
+        Rule "random", cheapest first, without scores.
+
+    Raises:
+        ValueError: a number below 1, an unknown spacing, or no candidate between the anchors' costs.
+
+    Example:
+        >>> drawn = random_stitches(costs, buckets=3, per_bucket=1, seed=0)
+        >>> drawn.stitches == random_stitches(costs, buckets=3, seed=0).stitches
+        True
+        >>> len(drawn) == len(set(drawn.buckets))
+        True
     """
     if per_bucket < 1:
         raise ValueError(f"got per_bucket={per_bucket}; expected at least 1")

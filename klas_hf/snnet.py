@@ -36,6 +36,10 @@ def snnet_stitches(
     Raises:
         ValueError: a wrong option, a source dearer than the target, stages that differ, no stitch at all, or one that
             is impossible because its blocks have other spatial grids.
+
+    Example:
+        >>> [str(stitch) for stitch in snnet_stitches(costs, window=2)]  # anchors of 3 and 4 blocks
+        ['(2, 3)', '(1, 2)', '(1, 1)']
     """
     if stages not in _STITCHED_STAGES:
         raise ValueError(f"got stages={stages!r}; expected one of {sorted(_STITCHED_STAGES)}")
@@ -66,6 +70,15 @@ def snnet_groups(
 
     Returns:
         A number per stitch, for `StitchedSupernet.from_anchors(shared=…)`. A stitch of two windows is of the first.
+
+    Raises:
+        KeyError: a stitch between anchors whose costs are not given.
+
+    Example:
+        >>> equal = measure_stitch_costs(large.config, large.config)  # both of 4 blocks
+        >>> stitches = snnet_stitches(equal)
+        >>> len(stitches), max(snnet_groups(stitches, equal)) + 1  # stitches, stitching layers
+        (10, 3)
     """
     by_pair = {(one.source, one.target): one for one in ([costs] if isinstance(costs, StitchCosts) else costs)}
     numbers: dict[tuple[int, ...], int] = {}

@@ -22,6 +22,16 @@ class Stitch:
         source_stop: number of source blocks that run, counted from the first; at least 1.
         target_start: number of target blocks that are skipped; 0 runs them all.
         source, target: positions of the two anchors in a list of more than two.
+
+    Raises:
+        ValueError: no source block would run, or a negative number.
+
+    Example:
+        >>> stitch = Stitch(8, 14)  # source.blocks[:8], stitching layer, target.blocks[14:]
+        >>> stitch.source_stop, str(stitch), str(Stitch(8, 14, source=1, target=2))
+        (8, '(8, 14)', '1→2 (8, 14)')
+        >>> Stitch.of((8, 14)) == stitch
+        True
     """
 
     source_stop: int
@@ -42,7 +52,11 @@ class Stitch:
 
     @classmethod
     def of(cls, stitch: "Stitch | tuple[int, int] | tuple[int, int, int, int]") -> "Stitch":
-        """Accept a pair `(i, j)`, or `(i, j, source, target)`, where a stitch is expected."""
+        """Accept a pair `(i, j)`, or `(i, j, source, target)`, where a `stitch` is expected.
+
+        Raises:
+            TypeError: anything else.
+        """
         if isinstance(stitch, Stitch):
             return stitch
         try:
@@ -54,7 +68,7 @@ class Stitch:
         return cls(*numbers)
 
     def check(self, source_blocks: int, target_blocks: int) -> None:
-        """Raise ValueError unless the stitch fits anchors of these depths (in blocks)."""
+        """Raise ValueError unless the stitch fits anchors of `source_blocks` and `target_blocks` blocks."""
         if self.source_stop > source_blocks or self.target_start >= target_blocks:
             raise ValueError(
                 f"got stitch {self}, out of range for a source of {source_blocks} and a target of "
@@ -84,6 +98,13 @@ class StitchCosts:
 
     Raises:
         ValueError: an array that has another shape than the blocks ask for.
+
+    Example:
+        >>> costs = measure_stitch_costs(source, target)  # anchors of 3 and 4 blocks
+        >>> costs.macs.shape, costs.of(Stitch(2, 1)) == (costs.macs[1, 1], costs.parameters[1, 1])
+        ((3, 4), True)
+        >>> bool((np.diff(costs.macs, axis=0) > 0).all()), bool((np.diff(costs.macs, axis=1) < 0).all())
+        (True, True)
     """
 
     tokens: int

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model costs.
+    """What one model costs; MACs are the "FLOPs" of the stitching papers.
 
     Attributes:
         macs: multiply-accumulates of one forward: over `tokens` tokens, logits of every position included, or over
@@ -23,6 +23,11 @@ class Cost:
         kv_bytes_per_token: bytes that a cached token takes, in the model's dtype; 0 for images.
         tokens: length of the sequence that `macs` is for; 0 for images.
         image_height, image_width: pixels of the image that `macs` is for; 0 for sequences.
+
+    Example:
+        >>> cost = Cost(macs=2_500_000, parameters=30_000, kv_bytes_per_token=96, tokens=128)
+        >>> cost.macs // cost.tokens, cost.image_height  # MACs per token
+        (19531, 0)
     """
 
     macs: int

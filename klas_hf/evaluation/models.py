@@ -14,7 +14,16 @@ from klas_hf.stitches import Stitch
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one model: named figures, and anything else worth keeping with the row (JSON values)."""
+    """What was measured of one model.
+
+    Attributes:
+        metrics: name → value.
+        details: anything else worth keeping with the row, as JSON values.
+
+    Example:
+        >>> Measurement({"loss": evaluate_loss(target, batches)}, {"data": "my_text"}).details
+        {'data': 'my_text'}
+    """
 
     metrics: Mapping[str, float]
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -42,6 +51,22 @@ def evaluate_stitches(
         rows: where rows go.
         seed: recorded with the rows.
         tokens: sequence length that costs are for.
+
+    Returns:
+        A row per stitch, in order, whether it was measured now or before.
+
+    Raises:
+        ValueError: a stitch that the anchors do not have; whatever `make` and `measure` raise.
+
+    Example:
+        >>> def make(stitch):
+        ...     return StitchedModel.from_anchors(source, target, stitch, calibration=batches)
+        >>> def measure(model):
+        ...     return Measurement({"loss": evaluate_loss(model, batches)})
+        >>> file = RowFile(folder / "results.jsonl", {"data": "random"})
+        >>> rows = evaluate_stitches(select_stitches(scores, buckets=2), make, measure, rule="klas", rows=file)
+        >>> len(rows) == len(file) == len(select_stitches(scores, buckets=2))
+        True
     """
     done = []
     for stitch in stitches:
@@ -68,7 +93,27 @@ def evaluate_anchor(
     seed: int = 0,
     tokens: int = 128,
 ) -> ResultRow:
-    """Measure an anchor itself: the ends of a curve. Arguments as for `evaluate_stitches`."""
+    """Measure an anchor itself: the ends of a curve.
+
+    Args:
+        model: the anchor.
+        measure, rows, seed, tokens: as for `evaluate_stitches`.
+        rule: the name under which the row is kept, such as "source" or "target".
+
+    Returns:
+        Its row, measured now or before.
+
+    Raises:
+        ValueError: a family whose costs cannot be counted; whatever `measure` raises.
+
+    Example:
+        >>> file = RowFile(folder / "results.jsonl", {"data": "random"})
+        >>> def measure(model):
+        ...     return Measurement({"loss": evaluate_loss(model, batches)})
+        >>> row = evaluate_anchor(target, measure, rule="target", rows=file)
+        >>> row.stitch, row.parameters == target.num_parameters(), len(file)
+        (None, True, 1)
+    """
     row = rows.find(rule, None, seed)
     if row is None:
         row = _row(rule, None, seed, model, measure(model), tokens)

@@ -40,8 +40,18 @@ def evaluate_supernet(
         recalibration: images on which BatchNorm statistics are taken anew for each path, and put back after it; None
             measures with the supernet's own.
 
+    Returns:
+        A row per path, in the order of `supernet.paths`, whether it was measured now or before.
+
     Raises:
         ValueError: nothing to measure on, or classes or recalibration for text.
+
+    Example:
+        >>> supernet = StitchedSupernet.from_anchors([small, large], [(1, 2), (2, 1)], calibration=images)
+        >>> file = RowFile(folder / "results.jsonl", {"data": "random"})
+        >>> rows = evaluate_supernet(supernet, images, rule="mine", rows=file)
+        >>> [row.stitch for row in rows], sorted(rows[0].metrics)
+        ([None, None, (1, 2), (2, 1)], ['accuracy', 'loss'])
     """
     missing = [path for path in supernet.paths if _find(rows, rule, path, seed) is None]
     for group, found in _measured(supernet, missing, batches, classes, recalibration):

@@ -27,6 +27,14 @@ class ImageProbeConfig(PreTrainedConfig):
         seed: of the permutation.
         anchor_name, anchor_revision, anchor_fingerprint, widths: filled in by the training.
         accuracy, validation_loss, best_epoch: of each block's probe, on the validation data; loss in nats per image.
+
+    Raises:
+        ValueError: epochs or patience below 1.
+
+    Example:
+        >>> probes = train_probes(small, images[:3], ImageProbeConfig(epochs=2), validation=images[3:])
+        >>> probes.config.widths, len(probes.config.accuracy)
+        ([16, 16, 16], 3)
     """
 
     model_type = "klas_image_probes"
@@ -53,7 +61,17 @@ class ImageProbeConfig(PreTrainedConfig):
 
 
 class ImageProbeNet(PreTrainedModel):
-    """One linear probe per block of an image classifier; saves, loads and goes to the Hub as any model."""
+    """One linear probe per block of an image classifier (Alg. 1); saves, loads and goes to the Hub as any model.
+
+    Args:
+        config: with the widths of the blocks and the labels; `train_probes` makes both.
+
+    Example:
+        >>> _ = train_probes(small, images, ImageProbeConfig(epochs=1)).save_pretrained(folder)
+        >>> probes = ImageProbeNet.from_pretrained(folder)
+        >>> probes.log_probs([torch.zeros(8, 16)] * 3).shape  # blocks, images, labels
+        torch.Size([3, 8, 3])
+    """
 
     config_class = ImageProbeConfig
     base_model_prefix = ""
@@ -83,13 +101,13 @@ class ImageProbeNet(PreTrainedModel):
         return torch.stack(logits).float().log_softmax(-1)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Publish the probes in one commit, with a card written for them; see `klas_hf.hub.publish`."""
+        """Publish the probes at `repo_id` in one commit, with a card; `kwargs` as for `klas_hf.hub.publish`."""
         from importlib import import_module  # the Hub stands above the probes in the order of imports
 
         return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)
 
     def check(self, anchor: VisionAnchor) -> None:
-        """Raise ValueError unless these are the probes of this anchor's very weights."""
+        """Raise ValueError unless these are the probes of this `anchor`, of its very weights."""
         if self.config.anchor_fingerprint != anchor.fingerprint:
             raise ValueError(
                 f"got probes of {self.config.anchor_name} (weights {str(self.config.anchor_fingerprint)[:12]}) for "

@@ -37,6 +37,14 @@ class ProbeConfig(PreTrainedConfig):
         anchor_name, anchor_revision, anchor_fingerprint, num_blocks, width: filled in by the fit.
         r2: share that each ridge translator explains of what is still to come after its block, the variance of
             last block's output - h, on its own training data.
+
+    Raises:
+        ValueError: an unknown kind, loss or start.
+
+    Example:
+        >>> probes = train_probes(source, batches, ProbeConfig(kind="tuned", tuned_loss="ce", learning_rate=1e-4))
+        >>> probes.config.num_blocks, probes.config.width, len(probes.config.r2)
+        (3, 16, 2)
     """
 
     model_type = "klas_probes"
@@ -69,6 +77,15 @@ class ProbeNet(PreTrainedModel):
     """One probe per block of an anchor (Alg. 1); saves, loads and goes to the Hub as any model.
 
     The anchor's norm and unembedding are not part of it: they are used where the anchor is at hand.
+
+    Args:
+        config: with the anchor's depth and width; `train_probes` makes both.
+
+    Example:
+        >>> _ = train_probes(source, batches, ProbeConfig(kind="ridge")).save_pretrained(folder)
+        >>> probes = ProbeNet.from_pretrained(folder)
+        >>> probes.translate(0, torch.zeros(5, 16)).shape  # as if the last block had run
+        torch.Size([5, 16])
     """
 
     config_class = ProbeConfig
@@ -124,7 +141,7 @@ class ProbeNet(PreTrainedModel):
         return out
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Publish the probes in one commit, with a card written for them; see `klas_hf.hub.publish`."""
+        """Publish the probes at `repo_id` in one commit, with a card; `kwargs` as for `klas_hf.hub.publish`."""
         from importlib import import_module  # the Hub stands above the probes in the order of imports
 
         return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)

@@ -27,7 +27,7 @@ def score_stitches(
     functional: FunctionalScoring | None = None,
     positions: tuple[int, int] = (0, 1),
 ) -> StitchScores:
-    """Score every stitch (i, j) between two anchors; lower is better.
+    """Score every stitch (i, j) between two anchors (KLAS Alg. 2); lower is better.
 
     Args:
         source, target: Hub id, folder or model; the source is the cheaper one.

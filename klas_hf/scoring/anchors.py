@@ -19,6 +19,8 @@ from klas_hf.processes import progress, shared_out, sum_array_over_processes
 def select_anchors(anchors: Sequence[Any], data: Iterable[Any], *, rule: AnchorRule = "least_kl") -> AnchorSelection:
     """Choose which of several image classifiers to stitch, by the KL divergence between their own outputs.
 
+    KLAS Alg. 3, line 2, for which the paper gives no formula.
+
     Args:
         anchors: Hub ids, folders or models of one label set.
         data: batches of images; labels are not needed.

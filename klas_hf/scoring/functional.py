@@ -38,7 +38,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class FunctionalScoring:
-    """How functional KL is measured.
+    """How functional KL is measured: a score of ours, the target's answers against an untrained stitched network's.
 
     Attributes:
         calibration: batches that the least-squares maps are fitted to; None takes the first half of the scored data.

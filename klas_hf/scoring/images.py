@@ -36,7 +36,7 @@ Probes = tuple[ImageProbeNet, ImageProbeNet]
 
 @dataclass(frozen=True)
 class ImageScoring:
-    """What is scored beside KL divergences.
+    """What is scored beside KL divergences: what KLAS is compared with (App. D, Tab. 9 and 10).
 
     Attributes:
         shuffled: probes of both anchors that were trained on shuffled labels, for "klas_shuffled"; None leaves it out.
