@@ -176,8 +176,7 @@ def viable_stitches(rows: Iterable[ResultRow], metric: str, *, higher_is_better:
         The stitches.
 
     Raises:
-        ValueError: a stitch without the rows of its anchors.
-        KeyError: a row lacks the metric.
+        ValueError: a stitch without the rows of its anchors, or a row without the metric.
 
     Example:
         >>> ends = [ResultRow("", None, 0, 10, 1, {"top1": 0.5}, anchors=(0, 0)),
@@ -190,7 +189,7 @@ def viable_stitches(rows: Iterable[ResultRow], metric: str, *, higher_is_better:
     qualities: dict[tuple, dict[int, float]] = {}
     macs: dict[tuple, int] = {}
     for row in rows:
-        qualities.setdefault((row.stitch, row.anchors), {})[row.seed] = sign * row.metrics[metric]
+        qualities.setdefault((row.stitch, row.anchors), {})[row.seed] = sign * row.value(metric)
         macs[row.stitch, row.anchors] = row.macs
     means = {key: float(np.mean(list(of_seed.values()))) for key, of_seed in qualities.items()}
     found = set()

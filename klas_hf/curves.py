@@ -119,7 +119,7 @@ def plot_curves(curves: Sequence[TradeoffCurve], *, title: str = "", path: str |
         The figure of matplotlib.
 
     Raises:
-        IndexError: no curves.
+        ValueError: no curves.
 
     Example:
         >>> curve = TradeoffCurve(rows, "loss", higher_is_better=False, label="all")
@@ -127,6 +127,8 @@ def plot_curves(curves: Sequence[TradeoffCurve], *, title: str = "", path: str |
         >>> sorted(path.name for path in folder.iterdir())
         ['curve.png', 'curve.svg']
     """
+    if not curves:
+        raise ValueError("got no curves to plot; expected at least one TradeoffCurve")
     series = [plotting.Series(c.label or c.metric, list(c.macs / 1e6), list(c.values)) for c in curves]
     return plotting.lines(series, "MACs (millions)", curves[0].metric, title, path)
 
@@ -190,7 +192,7 @@ def spearman(values: NDArray, drops: NDArray) -> float:
 def _value(row: ResultRow, metric: str) -> float:
     if metric not in row.metrics:
         raise ValueError(f"got a row without {metric!r}; it has {sorted(row.metrics)}")
-    return row.metrics[metric]
+    return row.value(metric)
 
 
 def _pearson(table: NDArray) -> float:

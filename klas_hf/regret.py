@@ -52,7 +52,7 @@ def bucket_picks(
     measured: dict[Stitch, dict[int, float]] = {}
     for row in rows:
         if row.stitch is not None and row.anchors == (costs.source, costs.target):
-            measured.setdefault(Stitch(*row.stitch, *row.anchors), {})[row.seed] = row.metrics[metric]
+            measured.setdefault(Stitch(*row.stitch, *row.anchors), {})[row.seed] = row.value(metric)
     known = [stitch for stitch in measured if np.isfinite(scores.value_of(stitch))]
     if not known:
         raise ValueError("got no measured stitch with a score; expected rows of stitches between these two anchors")

@@ -49,6 +49,16 @@ class ResultRow:
         """What makes a row one of its kind in a run."""
         return self.rule, self.stitch, self.seed, self.anchors
 
+    def value(self, metric: str) -> float:
+        """One of the metrics.
+
+        Raises:
+            ValueError: the row has no such metric; those that it has are named.
+        """
+        if metric not in self.metrics:
+            raise ValueError(f"got the metric {metric!r}; expected one of {sorted(self.metrics)}, which the rows have")
+        return self.metrics[metric]
+
     def is_of(self, stitch: Stitch) -> bool:
         """Whether the row measured this `stitch`, of these anchors."""
         pair = stitch.source_stop, stitch.target_start
@@ -195,7 +205,7 @@ def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: 
         The table; parameters and MACs are in millions.
 
     Raises:
-        KeyError: a row lacks a metric.
+        ValueError: a row lacks a metric.
 
     Example:
         >>> seeds = [ResultRow("klas", (8, 14), seed, 2_500_000, 30_000, {"loss": 3.0 + seed}) for seed in (0, 1)]
@@ -219,7 +229,7 @@ def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: 
             f"{macs / 1e6:,.1f}",
         ]
         cells += [f"{macs / total_macs:.0%}"] if total_macs else []
-        lines.append(cells + [_mean_and_error([row.metrics[name] for row in group]) for name in metrics])
+        lines.append(cells + [_mean_and_error([row.value(name) for row in group]) for name in metrics])
     return markdown_table(lines)
 
 

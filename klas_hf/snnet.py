@@ -72,7 +72,7 @@ def snnet_groups(
         A number per stitch, for `StitchedSupernet.from_anchors(shared=…)`. A stitch of two windows is of the first.
 
     Raises:
-        KeyError: a stitch between anchors whose costs are not given.
+        ValueError: a stitch between anchors whose costs are not given.
 
     Example:
         >>> equal = measure_stitch_costs(large.config, large.config)  # both of 4 blocks
@@ -86,6 +86,8 @@ def snnet_groups(
     for stitch in stitches:
         pair = stitch.source, stitch.target
         place: tuple[int, ...] = (stitch.source_stop, stitch.target_start)
+        if pair not in by_pair:
+            raise ValueError(f"got {stitch} and the costs of the anchors {sorted(by_pair)}; expected its anchors' too")
         if _is_paired_freely(by_pair[pair]):
             place = (max(0, max(stitch.source_stop - 1, stitch.target_start) - window + 1),)
         found.append(numbers.setdefault((*pair, *place), len(numbers)))

@@ -104,7 +104,7 @@ def measured_stitches(
     for row in rows:
         if row.stitch is not None:
             stitch = Stitch(*row.stitch, *row.anchors)
-            found.setdefault(stitch, (row.macs, {}))[1][row.seed] = row.metrics[metric]
+            found.setdefault(stitch, (row.macs, {}))[1][row.seed] = row.value(metric)
     sign = 1.0 if higher_is_better else -1.0
     kept = [
         MeasuredStitch(

@@ -187,3 +187,8 @@ def test_correlations_are_over_the_rows_of_the_scored_anchors_only() -> None:
         == correlation_report(made, [dataclasses.replace(one, anchors=(0, 1)) for one in others], "accuracy")
         != expected
     )
+
+
+def test_no_curves_cannot_be_plotted() -> None:
+    with pytest.raises(ValueError, match="no curves"):
+        plot_curves([])

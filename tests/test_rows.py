@@ -214,3 +214,11 @@ def test_the_table_shows_anchors_where_there_are_more_than_two() -> None:
         ["anchor", "2", "–"],
     ]
     assert "anchors" not in format_table([measured], ["rouge1"])
+
+
+def test_an_unknown_metric_is_named_beside_the_known() -> None:
+    row = ResultRow("klas", (1, 1), 0, 1, 1, {"loss": 1.0, "accuracy": 0.5})
+    assert row.value("loss") == 1.0
+    for call in (lambda: row.value("bleu"), lambda: format_table([row], ["bleu"])):
+        with pytest.raises(ValueError, match=r"'bleu'.*\['accuracy', 'loss'\]"):
+            call()

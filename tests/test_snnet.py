@@ -149,3 +149,8 @@ def test_layers_of_staged_anchors_are_their_own() -> None:
     costs = anchors([2, 2, 6, 2], [2, 2, 18, 2])
     chosen = snnet_stitches(costs)
     assert snnet_groups(chosen, costs) == tuple(range(19))
+
+
+def test_groups_need_the_costs_of_every_pair() -> None:
+    with pytest.raises(ValueError, match="costs of the anchors"):
+        snnet_groups([Stitch(1, 1, 4, 5)], anchors([3], [3]))

@@ -56,10 +56,22 @@ def model_card(
         processor: whether the repo holds the tokenizer or image processor, which the code then loads.
         token: of the Hub, to read the anchors' cards with.
 
+    Returns:
+        A card of huggingface_hub, to go on writing and pass to `publish(…, card=…)`.
+
     Raises:
         TypeError: no card is known for this kind of thing.
         ValueError: the anchors' licences differ, or ask for another name; rows without a dataset, or of other models.
         OSError: the card of an anchor cannot be read.
+
+    Example:
+        >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
+        >>> anchors = ["me/small", "me/large"]
+        >>> card = model_card(model, "me/between", rows=rows, dataset="my_text", licence="mit", base_model=anchors)
+        >>> card.data.base_model, card.data.license, card.data.eval_results[0].metric_type
+        (['me/small', 'me/large'], 'mit', 'loss')
+        >>> "# between" in card.text.splitlines()
+        True
     """
     subject = describe(what, base_model)
     if rows is not None and (dataset is None or subject.task is None):
