@@ -44,7 +44,7 @@ class TradeoffCurve:
         if not self.rows:
             raise ValueError("got no rows; expected at least one measured model")
         for row in self.rows:
-            _value(row, metric)
+            row.value(metric)
         self.macs = np.unique([row.macs for row in self.rows])
         self.values = np.array([self._mean_at(macs) for macs in self.macs])
 
@@ -176,7 +176,7 @@ def correlation_report(
     measured: dict[tuple[int, int], dict[int, float]] = {}
     for row in rows:
         if row.stitch is not None and row.anchors == anchors:
-            measured.setdefault(row.stitch, {})[row.seed] = _value(row, metric)
+            measured.setdefault(row.stitch, {})[row.seed] = row.value(metric)
     pairs = [(scores.value_of(Stitch(*pair)), sign * fmean(seeds.values())) for pair, seeds in measured.items()]
     table = np.array([pair for pair in pairs if np.isfinite(pair[0])]).reshape(-1, 2)
     if len(table) < 3:
@@ -187,12 +187,6 @@ def correlation_report(
 def spearman(values: NDArray, drops: NDArray) -> float:
     """Rank correlation of two series; ties share their mean rank, and a constant series gives nan."""
     return _pearson(np.stack([_ranks(values), _ranks(drops)], axis=1))
-
-
-def _value(row: ResultRow, metric: str) -> float:
-    if metric not in row.metrics:
-        raise ValueError(f"got a row without {metric!r}; it has {sorted(row.metrics)}")
-    return row.value(metric)
 
 
 def _pearson(table: NDArray) -> float:

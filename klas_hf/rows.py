@@ -56,7 +56,10 @@ class ResultRow:
             ValueError: the row has no such metric; those that it has are named.
         """
         if metric not in self.metrics:
-            raise ValueError(f"got the metric {metric!r}; expected one of {sorted(self.metrics)}, which the rows have")
+            raise ValueError(
+                f"got a row without {metric!r}; it has {sorted(self.metrics)}: expected rows measured alike, or the name "
+                "of one of these"
+            )
         return self.metrics[metric]
 
     def is_of(self, stitch: Stitch) -> bool:
