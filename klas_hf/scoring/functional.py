@@ -83,6 +83,7 @@ class FunctionalResult:
         loss: cross-entropy of the stitched networks with the labels, or the next tokens, in nats; None without labels.
         unexplained: 1 − R² of each least-squares map.
         items: images or sequences that the means are over.
+        units: images or tokens of these.
         passes: passes over the calibration data, one per group of pairs.
     """
 
@@ -91,6 +92,7 @@ class FunctionalResult:
     loss: Array | None
     unexplained: Array
     items: int
+    units: int
     passes: int
 
     def statistics(self) -> dict[str, Array]:
@@ -130,7 +132,7 @@ def score_functionally(
         capacity_error=nothing[0, :-1],
         gamma_error=nothing[:, :-1],
         sequences=found.items,
-        tokens=found.items,
+        tokens=found.units,
         costs=costs,
         provenance=provenance | {"functional": {"temperature": settings.temperature, "passes": found.passes}},
         statistics=found.statistics(),
@@ -208,23 +210,26 @@ def functional_statistics(
     shape = len(anchors.widths[0]) - 1, len(anchors.widths[1]) - 1
     divergence, loss, unexplained = RatioSums(shape), RatioSums(shape), np.full(shape, np.nan)
     groups = pair_groups(pairs, anchors.widths, settings.moment_bytes)
+    units = 0
     for number, group in enumerate(groups):
         of = f" {number + 1} of {len(groups)}" if len(groups) > 1 else ""
         fits = fit_pairs(anchors, group, calibration, settings.ridge, f"calibrating stitches{of}")
         for (i, j), fit in fits.items():
             unexplained[i - 1, j - 1] = max(0.0, 1 - fit.r2)
         for batch in progress(shared_out(data), f"running stitched networks{of}"):
-            _add_batch(anchors, fits, batch, settings, divergence, loss)
+            units += _add_batch(anchors, fits, batch, settings, divergence, loss)
     for sums in (divergence, loss):
         sums.set_moments(sum_array_over_processes(sums.moments()))
     if not divergence.sequences:
         raise ValueError("got no data to score on; expected batches. Check that an iterator was not used up before")
     has_loss = bool(np.isfinite(loss.value).any())
     items = divergence.sequences // len(groups)
+    units = int(sum_over_processes(torch.tensor(float(units), dtype=torch.float64))) // len(groups)
     divergence.sequences = loss.sequences = items
     return FunctionalResult(
-        divergence.value, divergence.standard_error, loss.value if has_loss else None, unexplained, items, len(groups)
-    )
+        divergence.value, divergence.standard_error, loss.value if has_loss else None, unexplained, items, units,
+        len(groups),
+    )  # fmt: skip
 
 
 def fit_pairs(
@@ -255,8 +260,8 @@ def _add_batch(
     settings: FunctionalScoring,
     divergence: RatioSums,
     loss: RatioSums,
-) -> None:
-    """Add one batch: the anchors run once, stitches into one target block together."""
+) -> int:
+    """Add one batch: the anchors run once, stitches into one target block together. The number of its units."""
     source, target = anchors.states(batch)
     log_p = _log_probs(anchors.answer(target[-1], batch), settings.temperature)
     labels, items, count = anchors.labels(batch), anchors.unit_items(batch), anchors.items(batch)
@@ -276,6 +281,7 @@ def _add_batch(
                     _add(loss, place, -picked * known, known.to(picked), items, count)
     divergence.sequences += count
     loss.sequences += count
+    return len(log_p)
 
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:

@@ -97,6 +97,7 @@ def test_text_equals_a_stitched_model_per_pair(family: str) -> None:
         source, target, [padded], score="functional", functional=FunctionalScoring(calibration=calibration)
     )
     counted = padded["attention_mask"].bool() & (padded["attention_mask"].cumsum(1) > 1)
+    assert (scores.sequences, scores.tokens) == (4, int(counted.sum()))
     following = torch.roll(padded["input_ids"], -1, 1)[:, :-1]
     with torch.no_grad():
         p = target(**padded).logits.double().log_softmax(-1)
@@ -141,7 +142,7 @@ def test_groups_and_smaller_rears_change_nothing_but_passes() -> None:
     for name in ("groups", "rears"):
         for key, value in found["whole"].statistics.items():
             np.testing.assert_allclose(found[name].statistics[key], value, rtol=1e-5, atol=1e-9)
-        assert found[name].sequences == found["whole"].sequences == 18
+        assert found[name].sequences == found["whole"].sequences == found[name].tokens == 18
 
 
 def test_halving_measures_the_shortlist_only_and_the_same() -> None:
