@@ -88,7 +88,7 @@ def main() -> None:
     source = evaluate_anchor(sibling, measure, rule="sibling", rows=rows)
     begun = time.perf_counter()
     probes = train_probes(sibling, fitting), train_probes(anchor, fitting)
-    scores = score_stitches(sibling, anchor, scoring, probes=probes, tokens=options.length)
+    scores = score_stitches(sibling, anchor, scoring, probes=probes, tokens=options.length, score="klas")
     seconds = time.perf_counter() - begun
     print(f"\nprobes and {len(scores.stitches)} scores in {seconds:.1f} s over {scores.tokens:,} tokens")
     scores.save(output / "scores.safetensors")

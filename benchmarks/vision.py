@@ -411,7 +411,9 @@ def scoring(options: Options) -> None:
                     one(batch["pixel_values"])
 
     def scored(moment_images: int, count: int = len(data)) -> None:
-        score_stitches(*anchors, data[:count], probes=probes, images=ImageScoring(moment_images=moment_images))
+        score_stitches(
+            *anchors, data[:count], probes=probes, images=ImageScoring(moment_images=moment_images), score="klas"
+        )
 
     scored(0, count=1)
     plain, bare = in_turns(min(options.repeats, 3), forwards, lambda: scored(0), warm_up=False)

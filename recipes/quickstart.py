@@ -148,7 +148,7 @@ class Quickstart:
         """Probes on training text, scores of all stitches on validation text."""
         self.say("\n[2/5] Probes (ridge, logit-lens style) on training text; scores of all stitches on held-out text")
         probes = train_probes(self.source, self.fitting), train_probes(self.target, self.fitting)
-        scores = score_stitches(self.source, self.target, self.validation, probes=probes, tokens=LENGTH)
+        scores = score_stitches(self.source, self.target, self.validation, probes=probes, tokens=LENGTH, score="klas")
         if self.state.is_main_process:
             scores.save(self.output / "scores.safetensors")
             scores.plot(self.output / "heatmap")

@@ -148,7 +148,7 @@ class Experiment:
         held = len(sequences) // 5
         fitting, scoring = (TextBatches(part, 8) for part in (sequences[held:], sequences[:held]))
         probes = train_probes(self.source, fitting), train_probes(self.target, fitting)
-        scores = score_stitches(self.source, self.target, scoring, probes=probes)
+        scores = score_stitches(self.source, self.target, scoring, probes=probes, score="klas")
         if self.state.is_main_process:
             scores.save(path)
             scores.plot(self.output / f"heatmap-{seed}")

@@ -350,6 +350,7 @@ class ImageComparison:
             images=ImageScoring(shuffled=(shuffled[0], shuffled[1])),
             functional=FunctionalScoring(calibration=calibration, scored_items=None) if functional else None,
             positions=pair,
+            score="klas",
         )
         if process_state().is_main_process:
             scores.save(path)

@@ -91,7 +91,7 @@ class LanguageScoreStudy(ScoreStudy):
         probes = train_probes(self.source, probing), train_probes(self.target, probing)
         scores = score_stitches(
             self.source, self.target, self.scored(), probes=probes, tokens=self.task.length,
-            functional=FunctionalScoring(calibration=self.calibration(), scored_items=None),
+            functional=FunctionalScoring(calibration=self.calibration(), scored_items=None), score="klas",
         )  # fmt: skip
         if process_state().is_main_process:
             scores.save(path)

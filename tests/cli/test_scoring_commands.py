@@ -225,7 +225,7 @@ def test_the_table_of_a_selection(scored: Path, capsys: pytest.CaptureFixture) -
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [(["--rule", "nonsense"], "got the rule 'nonsense'"), (["--rule", "functional"], "got score='functional'")],
+    [(["--rule", "nonsense"], "got the rule 'nonsense'"), (["--rule", "cka"], "got score='cka'")],
 )
 def test_rules_that_cannot_be_had(words: list[str], expected: str, scored: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["select", str(scored), *words]) == 2

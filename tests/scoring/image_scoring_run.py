@@ -35,7 +35,7 @@ def found(rows: RowFile) -> tuple[StitchScores, dict[str, Any]]:
     is_shuffled = ImageProbeConfig(epochs=2, shuffled_labels=True)
     shuffled = [train_probes(model, train, is_shuffled, validation=held) for model in pair]
     settings = ImageScoring(shuffled=(shuffled[0], shuffled[1]))
-    scores = score_stitches(*pair, test, probes=(probes[0], probes[1]), images=settings)
+    scores = score_stitches(*pair, test, probes=(probes[0], probes[1]), images=settings, score="klas")
     one_batch = select_anchors(pair, test[:1])  # a second process has none
     chosen = select_anchors(pair, test)
     supernet = StitchedSupernet.from_anchors(pair, [(1, 1), (2, 3)], calibration=train)

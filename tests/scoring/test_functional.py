@@ -208,11 +208,31 @@ def test_the_product_with_theta_needs_probes_and_is_a_geometric_mean() -> None:
     np.testing.assert_allclose(found.values**2, theta * functional)
 
 
+def test_by_default_stitches_are_ranked_by_both_or_without_probes_by_functional_kl() -> None:
+    source, target = (tiny_vision.tiny_classifier("vit", large=large, seed=6) for large in (False, True))
+    data = image_batches("vit", 6, seed=7)
+    assert score_stitches(source, target, data).score == "functional"
+    probes = train_probes(source, data), train_probes(target, data)
+    both = score_stitches(source, target, data, probes=probes)
+    assert both.score == "functional_theta"
+    named = score_stitches(source, target, data, probes=probes, score="functional_theta")
+    np.testing.assert_array_equal(both.values, named.values)
+    decoders = tiny_models.tiny_model(seed=1), tiny_models.tiny_model(large=True, seed=2)
+    text = [{"input_ids": tiny_models.token_ids(6, 12, seed=seed)} for seed in range(4)]
+    found = score_stitches(*decoders, text)
+    assert found.score == "functional_theta"
+    # Probes and maps come from the first half, all scores from the second.
+    klas = score_stitches(*decoders, text, score="klas")
+    np.testing.assert_array_equal(found.with_score("klas").values, klas.values)
+    functional = score_stitches(*decoders, text, score="functional")
+    np.testing.assert_array_equal(found.with_score("functional").values, functional.values)
+
+
 def test_beside_probes_all_scores_are_there_and_alone_the_probed_ones_are_not(tmp_path) -> None:
     source, target = (tiny_vision.tiny_classifier("vit", large=large, seed=6) for large in (False, True))
     data = image_batches("vit", 6, seed=7)
     probes = train_probes(source, data), train_probes(target, data)
-    both = score_stitches(source, target, data, probes=probes, functional=FunctionalScoring())
+    both = score_stitches(source, target, data, probes=probes, functional=FunctionalScoring(), score="klas")
     assert {"klas", "theta", "functional", "stitched_loss", "cka"} <= set(both.available) and both.score == "klas"
     alone = score_stitches(source, target, data, score="functional")
     assert set(alone.available) == {"functional", "stitched_loss", "dm"}

@@ -148,7 +148,7 @@ def forwards(model: PreTrainedModel) -> list[int]:
 def test_divergences_and_their_errors_are_those_of_the_naive_loop(source: str, target: str) -> None:
     pair, data = tiny_pair(source, target), labelled(target, 3, 8)
     probes, other = probes_of(pair), probes_of(pair, 10)
-    got = score_stitches(*pair, data, probes=probes, images=ImageScoring(shuffled=other))
+    got = score_stitches(*pair, data, probes=probes, images=ImageScoring(shuffled=other), score="klas")
     expected, shuffled = Naive(pair, probes, data), Naive(pair, other, data)
     assert (got.sequences, got.tokens, got.score) == (24, 24, "klas")
     for name in ("cross", "capacity", "gamma", "cross_error", "capacity_error", "gamma_error"):
@@ -163,7 +163,7 @@ def test_divergences_and_their_errors_are_those_of_the_naive_loop(source: str, t
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_measures_on_features_are_those_of_the_naive_loop(source: str, target: str) -> None:
     pair, data = tiny_pair(source, target), labelled(target, 2, 5)
-    got = score_stitches(*pair, data, probes=probes_of(pair)).statistics
+    got = score_stitches(*pair, data, probes=probes_of(pair), score="klas").statistics
     xs, ys, equal = block_rows(pair, data)
     np.testing.assert_allclose(got["dm"], over(equal, naive_dm, xs, ys), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(got["cka"], over(equal, naive_cka, xs, ys), rtol=1e-6)
@@ -177,7 +177,9 @@ def test_measures_on_features_are_those_of_the_naive_loop(source: str, target: s
 @pytest.mark.parametrize(("source", "target"), [*PAIRS, ("swin", "resnet")])
 def test_only_stitches_between_equal_grids_have_a_value(source: str, target: str) -> None:
     pair, data = tiny_pair(source, target), labelled(target, 1, 8)
-    scores = score_stitches(*pair, data, probes=probes_of(pair), images=ImageScoring(shuffled=probes_of(pair, 4)))
+    scores = score_stitches(
+        *pair, data, probes=probes_of(pair), images=ImageScoring(shuffled=probes_of(pair, 4)), score="klas"
+    )
     can = possible(*pair, data[0]["pixel_values"].double())
     naive = Naive(pair, probes_of(pair), data)
     rows = {"klas": naive.gamma, "theta": naive.cross, "ce": naive.ce}
@@ -194,22 +196,24 @@ def test_only_stitches_between_equal_grids_have_a_value(source: str, target: str
 def test_the_split_into_batches_changes_nothing(vits: Pair, vit_probes: Probes, size: int) -> None:
     data = labelled("vit", 3, 8)
     settings = ImageScoring(shuffled=probes_of(vits, 7), moment_images=14)  # amid a batch
-    expected = score_stitches(*vits, data, probes=vit_probes, images=settings)
-    got = score_stitches(*vits, iter(split(data, size)), probes=vit_probes, images=settings)
+    expected = score_stitches(*vits, data, probes=vit_probes, images=settings, score="klas")
+    got = score_stitches(*vits, iter(split(data, size)), probes=vit_probes, images=settings, score="klas")
     assert_equal_scores(got, expected)
 
 
 def test_each_anchor_runs_once_over_each_batch() -> None:
     pair = tiny_pair("vit")
     probes, seen = probes_of(pair), [forwards(model) for model in pair]
-    score_stitches(*pair, labelled("vit", 3, 8), probes=probes, images=ImageScoring(shuffled=probes))
+    score_stitches(*pair, labelled("vit", 3, 8), probes=probes, images=ImageScoring(shuffled=probes), score="klas")
     assert seen == [[8, 8, 8], [8, 8, 8]]
 
 
 @pytest.mark.parametrize("count", [10, 16, 24, 1000])
 def test_moments_are_taken_on_the_first_images(vits: Pair, vit_probes: Probes, count: int) -> None:
     data = labelled("vit", 3, 8)
-    got = score_stitches(*vits, data, probes=vit_probes, images=ImageScoring(moment_images=count)).statistics
+    got = score_stitches(
+        *vits, data, probes=vit_probes, images=ImageScoring(moment_images=count), score="klas"
+    ).statistics
     xs, ys, equal = block_rows(vits, split(data, min(count, 24))[:1])
     np.testing.assert_allclose(got["cka"], over(equal, naive_cka, xs, ys), rtol=1e-6)
     np.testing.assert_allclose(got["dm"], over(equal, naive_dm, xs, ys), rtol=1e-3, atol=1e-5)
@@ -217,7 +221,7 @@ def test_moments_are_taken_on_the_first_images(vits: Pair, vit_probes: Probes, c
 
 def test_without_moments_what_rests_on_features_is_missing(vits: Pair, vit_probes: Probes) -> None:
     data, without = labelled("vit", 2, 8), ImageScoring(moment_images=0)
-    scores = score_stitches(*vits, data, probes=vit_probes, images=without)
+    scores = score_stitches(*vits, data, probes=vit_probes, images=without, score="klas")
     assert set(PROBED) - set(scores.available) == {"cka", "dm", "class_cka", "klas_shuffled"}
     with pytest.raises(ValueError, match="got score='cka'; expected one of .*Gather them when scoring"):
         scores.with_score("cka")
@@ -231,7 +235,7 @@ def test_what_cannot_be_scored_is_refused_before_an_anchor_runs() -> None:
     probes, data, seen = probes_of(pair), labelled("vit", 2, 8), [forwards(model) for model in pair]
     bare = [batch["pixel_values"] for batch in data]
     with pytest.raises(ValueError, match=r"got 6 pairs of blocks whose second moments take .*Raise moment_bytes"):
-        score_stitches(*pair, data, probes=probes, images=ImageScoring(moment_bytes=1000))
+        score_stitches(*pair, data, probes=probes, images=ImageScoring(moment_bytes=1000), score="klas")
     with pytest.raises(ValueError, match="got score='class_cka'"):
         score_stitches(*pair, bare, probes=probes, score="class_cka")
     with pytest.raises(ValueError, match="got score='klas_shuffled'"):
@@ -239,15 +243,15 @@ def test_what_cannot_be_scored_is_refused_before_an_anchor_runs() -> None:
     with pytest.raises(ValueError, match="got score='best'; expected one of"):
         score_stitches(*pair, data, probes=probes, score="best")
     with pytest.raises(ValueError, match="reversed; expected the cheaper anchor as the source"):
-        score_stitches(*pair[::-1], data, probes=probes[::-1])
+        score_stitches(*pair[::-1], data, probes=probes[::-1], score="klas")
     with pytest.raises(ValueError, match="got no probes for two image classifiers"):
-        score_stitches(*pair, data)
+        score_stitches(*pair, data, score="klas")
     with pytest.raises(ValueError, match="got no images to score on"):
-        score_stitches(*pair, [], probes=probes)
+        score_stitches(*pair, [], probes=probes, score="klas")
     with pytest.raises(ValueError, match="other weights; expected the model they were trained on"):
-        score_stitches(*pair, data, probes=probes[::-1])
+        score_stitches(*pair, data, probes=probes[::-1], score="klas")
     with pytest.raises(ValueError, match="other weights; expected the model they were trained on"):
-        score_stitches(*pair, data, probes=probes, images=ImageScoring(shuffled=probes[::-1]))
+        score_stitches(*pair, data, probes=probes, images=ImageScoring(shuffled=probes[::-1]), score="klas")
     assert seen == [[], []]
 
 
@@ -255,27 +259,27 @@ def test_the_bytes_allowed_are_those_that_the_moments_take(vits: Pair, vit_probe
     # Gram matrices and sums of 2 blocks of 16 and 3 of 24 channels, and the products of the 6 pairs, in float64.
     needed = 8 * (2 * (16 * 16 + 2 * 16) + 3 * (24 * 24 + 2 * 24) + 6 * 16 * 24)
     data = labelled("vit", 1, 8)
-    score_stitches(*vits, data, probes=vit_probes, images=ImageScoring(moment_bytes=needed))
+    score_stitches(*vits, data, probes=vit_probes, images=ImageScoring(moment_bytes=needed), score="klas")
     with pytest.raises(ValueError, match="second moments"):
-        score_stitches(*vits, data, probes=vit_probes, images=ImageScoring(moment_bytes=needed - 1))
+        score_stitches(*vits, data, probes=vit_probes, images=ImageScoring(moment_bytes=needed - 1), score="klas")
 
 
 def test_without_labels_class_conditional_cka_is_missing(vits: Pair, vit_probes: Probes) -> None:
     data = labelled("vit", 2, 8)
-    with_labels = score_stitches(*vits, data, probes=vit_probes)
-    scores = score_stitches(*vits, [batch["pixel_values"] for batch in data], probes=vit_probes)
+    with_labels = score_stitches(*vits, data, probes=vit_probes, score="klas")
+    scores = score_stitches(*vits, [batch["pixel_values"] for batch in data], probes=vit_probes, score="klas")
     assert "class_cka" in with_labels.available and "class_cka" not in scores.available
     np.testing.assert_array_equal(scores.cross, with_labels.cross)
     with pytest.raises(ValueError, match="class_cka"):
         scores.with_score("class_cka")
     with pytest.raises(ValueError, match="got a batch of images without 'labels'"):
-        score_stitches(*vits, [data[0], {"pixel_values": data[1]["pixel_values"]}], probes=vit_probes)
+        score_stitches(*vits, [data[0], {"pixel_values": data[1]["pixel_values"]}], probes=vit_probes, score="klas")
 
 
 def test_images_of_one_per_class_leave_class_conditional_cka_out(vits: Pair, vit_probes: Probes) -> None:
     data = labelled("vit", 1, CLASSES)
     data[0]["labels"] = torch.arange(CLASSES)
-    scores = score_stitches(*vits, data, probes=vit_probes)
+    scores = score_stitches(*vits, data, probes=vit_probes, score="klas")
     assert "class_cka" not in scores.available and "cka" in scores.available
     with pytest.raises(ValueError, match="got score='class_cka'"):
         score_stitches(*vits, data, probes=vit_probes, score="class_cka")
@@ -286,40 +290,40 @@ def test_labels_out_of_range_are_refused(vits: Pair, vit_probes: Probes, label: 
     data = labelled("vit", 2, 8)
     data[1]["labels"][3] = label
     with pytest.raises(ValueError, match="got labels from .*; expected 0 to 4"):
-        score_stitches(*vits, data, probes=vit_probes)
+        score_stitches(*vits, data, probes=vit_probes, score="klas")
 
 
 def test_anchors_of_other_classes_are_refused(vits: Pair, vit_probes: Probes) -> None:
     data, (_, target) = labelled("vit", 1, 8), vits
     with pytest.raises(ValueError, match="got anchors of 7 and 5 classes"):
-        score_stitches(tiny_classifier("vit", seed=1, num_labels=7), target, data, probes=vit_probes)
+        score_stitches(tiny_classifier("vit", seed=1, num_labels=7), target, data, probes=vit_probes, score="klas")
     renamed = copy.deepcopy(vits[0])
     renamed.config.id2label = renamed.config.id2label | {1: "wasp"}
     with pytest.raises(ValueError, match="name 1 classes differently, class 1 as 'wasp' and as 'bee'"):
-        score_stitches(renamed, target, data, probes=vit_probes)
+        score_stitches(renamed, target, data, probes=vit_probes, score="klas")
 
 
 def test_values_that_are_not_finite_are_refused(vits: Pair, vit_probes: Probes) -> None:
     data = labelled("vit", 2, 8)
     data[1]["pixel_values"][2, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
-        score_stitches(*vits, data, probes=vit_probes)
+        score_stitches(*vits, data, probes=vit_probes, score="klas")
     broken = copy.deepcopy(vit_probes)
     with torch.no_grad():
         broken[1].probes[2].bias[0] = torch.nan
     with pytest.raises(ValueError, match="got probe distributions with NaN or infinite divergences"):
-        score_stitches(*vits, labelled("vit", 1, 8), probes=broken)
+        score_stitches(*vits, labelled("vit", 1, 8), probes=broken, score="klas")
 
 
 def test_images_that_an_anchor_does_not_take_are_refused(vits: Pair, vit_probes: Probes) -> None:
     with pytest.raises(ValueError, match=r"got images of \(64, 64\) pixels"):
-        score_stitches(*vits, [torch.zeros(2, 3, 64, 64)], probes=vit_probes)
+        score_stitches(*vits, [torch.zeros(2, 3, 64, 64)], probes=vit_probes, score="klas")
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 32)])
 def test_costs_are_for_the_images_that_were_scored(size: tuple[int, int]) -> None:
     pair = tiny_pair("resnet")
-    scores = score_stitches(*pair, [torch.randn(4, 3, *size)], probes=probes_of(pair), positions=(1, 3))
+    scores = score_stitches(*pair, [torch.randn(4, 3, *size)], probes=probes_of(pair), positions=(1, 3), score="klas")
     expected = measure_stitch_costs(*pair, image_size=size, positions=(1, 3))
     np.testing.assert_array_equal(scores.costs.macs, expected.macs)
     np.testing.assert_array_equal(scores.costs.parameters, expected.parameters)
@@ -340,13 +344,13 @@ def test_the_score_ranks_and_changes_no_statistic(vits: Pair, vit_probes: Probes
 def test_anchors_are_left_as_they_were() -> None:
     pair, data = tiny_pair("resnet"), labelled("resnet", 2, 8)
     probes = probes_of(pair)
-    expected = score_stitches(*pair, data, probes=probes)
+    expected = score_stitches(*pair, data, probes=probes, score="klas")
     weights = [copy.deepcopy(model.state_dict()) for model in pair]
     for model in pair:
         model.train()
         model.resnet.embedder.eval()
     modes = [[module.training for module in model.modules()] for model in pair]
-    assert_equal_scores(score_stitches(*pair, data, probes=probes), expected, rtol=0)
+    assert_equal_scores(score_stitches(*pair, data, probes=probes, score="klas"), expected, rtol=0)
     assert [[module.training for module in model.modules()] for model in pair] == modes
     for model, before in zip(pair, weights, strict=True):
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -358,8 +362,8 @@ def test_folders_are_loaded_and_scores_saved(tmp_path: Path, vits: Pair) -> None
         copy.deepcopy(model).float().save_pretrained(tmp_path / name)
     folders = str(tmp_path / "small"), tmp_path / "large"
     probes = probes_of(tuple(copy.deepcopy(model).float() for model in vits))
-    scores = score_stitches(*folders, data, probes=probes)
-    assert_equal_scores(scores, score_stitches(*vits, data, probes=probes_of(vits)), rtol=1e-2)
+    scores = score_stitches(*folders, data, probes=probes, score="klas")
+    assert_equal_scores(scores, score_stitches(*vits, data, probes=probes_of(vits), score="klas"), rtol=1e-2)
     assert [scores.provenance[side]["name"] for side in ("source", "target")] == [str(folder) for folder in folders]
     assert scores.provenance["source"]["fingerprint"] == probes[0].config.anchor_fingerprint
     again = StitchScores.load(scores.save(tmp_path / "scores.safetensors"))
@@ -368,17 +372,19 @@ def test_folders_are_loaded_and_scores_saved(tmp_path: Path, vits: Pair) -> None
 
 
 def test_one_image_has_scores_but_no_errors(vits: Pair, vit_probes: Probes) -> None:
-    scores = score_stitches(*vits, [torch.randn(1, 3, 32, 32)], probes=vit_probes, images=ImageScoring(moment_images=0))
+    scores = score_stitches(
+        *vits, [torch.randn(1, 3, 32, 32)], probes=vit_probes, images=ImageScoring(moment_images=0), score="klas"
+    )
     assert np.isfinite(scores.cross).all() and np.isnan(scores.cross_error).all()
 
 
 def test_a_classifier_and_a_language_model_are_refused(vits: Pair, vit_probes: Probes) -> None:
     with pytest.raises(ValueError, match="unknown type 'llama'"):
-        score_stitches(vits[0], tiny_model(), labelled("vit", 1, 8), probes=vit_probes)
+        score_stitches(vits[0], tiny_model(), labelled("vit", 1, 8), probes=vit_probes, score="klas")
 
 
 def test_few_images_warn_of_nothing(vits: Pair, vit_probes: Probes) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        score_stitches(*vits, [torch.randn(1, 3, SIDE["vit"], SIDE["vit"])], probes=vit_probes)
+        score_stitches(*vits, [torch.randn(1, 3, SIDE["vit"], SIDE["vit"])], probes=vit_probes, score="klas")
     assert not seen

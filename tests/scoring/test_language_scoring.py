@@ -158,7 +158,7 @@ def test_scores_are_those_of_the_naive_loop(kind: str, dtype: torch.dtype) -> No
     anchors = llama(3, 8, seed=1).to(dtype), llama(4, 12, seed=2).to(dtype)
     fitted = tuple(fit_probes(anchor, batches(12, seed=9), ProbeConfig(kind=kind)) for anchor in anchors)
     data = batches(3)
-    got = score_stitches(*anchors, data, probes=fitted)
+    got = score_stitches(*anchors, data, probes=fitted, score="klas")
     # In bf16 a matrix product over several rows may round otherwise than one over a single sequence.
     Naive(*anchors, fitted, data).check(got, **({} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.01}))
 
@@ -171,9 +171,9 @@ def test_the_workspace_changes_nothing(
     data, vocabulary_bytes = batches(3), 4 * 31
     blocks = 3 + 4 + 2 * (4 + 1)  # the distributions of both anchors, and scratch
     got = score_stitches(
-        source, target, data, probes=probes, workspace_bytes=chunk_tokens * vocabulary_bytes * blocks + 1
+        source, target, data, probes=probes, workspace_bytes=chunk_tokens * vocabulary_bytes * blocks + 1, score="klas"
     )
-    assert_same(got, score_stitches(source, target, data, probes=probes))
+    assert_same(got, score_stitches(source, target, data, probes=probes, score="klas"))
 
 
 @pytest.mark.parametrize("form", ["sequences", "one batch", "left padding", "more padding", "iterator", "plain ids"])
@@ -183,7 +183,7 @@ def test_batch_split_padding_and_form_change_nothing(
     data = batches(3)
     if form == "plain ids":
         data = [{"input_ids": batch["input_ids"]} for batch in data]
-    expected = score_stitches(source, target, data, probes=probes)
+    expected = score_stitches(source, target, data, probes=probes, score="klas")
     changed: Any = data
     if form == "sequences":
         changed = single_sequences(data)
@@ -201,7 +201,7 @@ def test_batch_split_padding_and_form_change_nothing(
         changed = iter(data)
     else:
         changed = [batch["input_ids"] for batch in data]
-    assert_same(score_stitches(source, target, changed, probes=probes), expected, rtol=1e-3, atol=2e-6)
+    assert_same(score_stitches(source, target, changed, probes=probes, score="klas"), expected, rtol=1e-3, atol=2e-6)
 
 
 def test_sequences_without_a_counted_token_do_not_count(
@@ -211,20 +211,20 @@ def test_sequences_without_a_counted_token_do_not_count(
     empty = {"input_ids": torch.full((2, 10), 5), "attention_mask": torch.zeros(2, 10, dtype=torch.long)}
     empty["attention_mask"][1, 0] = 1  # one token: the first, which never counts
     mixed = {name: torch.cat([data[0][name], empty[name]]) for name in empty}
-    got = score_stitches(source, target, [empty, mixed, data[1]], probes=probes)
-    assert_same(got, score_stitches(source, target, data, probes=probes))
+    got = score_stitches(source, target, [empty, mixed, data[1]], probes=probes, score="klas")
+    assert_same(got, score_stitches(source, target, data, probes=probes, score="klas"))
     assert got.sequences == 6
 
 
 def test_one_sequence_has_scores_but_no_errors(source: LlamaForCausalLM, target: LlamaForCausalLM, probes: Any) -> None:
-    got = score_stitches(source, target, single_sequences(batches(1))[:1], probes=probes)
+    got = score_stitches(source, target, single_sequences(batches(1))[:1], probes=probes, score="klas")
     assert got.sequences == 1 and np.isfinite(got.cross).all() and np.isfinite(got.gamma).all()
     for error in (got.cross_error, got.capacity_error, got.gamma_error, *got.interval("gamma")):
         assert np.isnan(error).all()
 
 
 def test_an_anchor_scored_against_itself(target: LlamaForCausalLM, probes: Any) -> None:
-    got = score_stitches(target, target, batches(3), probes=(probes[1], probes[1]))
+    got = score_stitches(target, target, batches(3), probes=(probes[1], probes[1]), score="klas")
     assert (got.cross >= 0).all() and got.cross.diagonal().max() < 1e-6
     np.testing.assert_allclose(got.cross.diagonal(1), got.capacity, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(got.gamma.diagonal(1), got.capacity[:-1] / got.capacity[1:], rtol=1e-4)
@@ -239,7 +239,7 @@ def test_a_target_block_without_capacity_is_undefined_not_best() -> None:
         target.model.layers[2].self_attn.o_proj.weight.zero_()
         target.model.layers[2].mlp.down_proj.weight.zero_()
     lens = tuple(fit_probes(anchor, [], ProbeConfig(kind="logit")) for anchor in (source, target))
-    got = score_stitches(source, target, batches(3), probes=lens)
+    got = score_stitches(source, target, batches(3), probes=lens, score="klas")
     assert got.capacity[1] == 0 and (got.capacity[[0, 2]] > 0).all()
     assert not np.isfinite(got.gamma[:, 1]).any() and (got.gamma[:, [0, 2]] > 0).all()
     assert all(stitch.target_start != 2 for stitch in (*got.stitches, *select_stitches(got, threshold=1e9)))
@@ -251,8 +251,8 @@ def test_without_probes_they_are_fitted_to_the_first_half_alone(
 ) -> None:
     data = batches(7)
     fitted = fit_probes(source, data[:3]), fit_probes(target, data[:3])
-    got = score_stitches(source, target, iter(data))
-    assert_same(got, score_stitches(source, target, data[3:], probes=fitted), rtol=1e-9, atol=0)
+    got = score_stitches(source, target, iter(data), score="klas")
+    assert_same(got, score_stitches(source, target, data[3:], probes=fitted, score="klas"), rtol=1e-9, atol=0)
     assert got.provenance["source"]["probes"]["kind"] == got.provenance["target"]["probes"]["kind"] == "ridge"
 
 
@@ -264,15 +264,15 @@ def test_the_score_ranks_and_changes_no_statistic(
     np.testing.assert_array_equal(klas.values[:, 1:], klas.gamma)
     np.testing.assert_array_equal(theta.values[:, 1:], theta.cross[:, :-1])
     assert klas.score == "klas" and theta.score == "theta"
-    assert score_stitches(source, target, batches(2), probes=probes).score == "klas"
+    assert score_stitches(source, target, batches(2), probes=probes, score="klas").score == "klas"
 
 
 def test_scores_carry_costs_and_provenance(
     source: LlamaForCausalLM, target: LlamaForCausalLM, probes: Any, tmp_path: Path
 ) -> None:
-    got = score_stitches(source, target, batches(2), probes=probes, tokens=5)
+    got = score_stitches(source, target, batches(2), probes=probes, tokens=5, score="klas")
     assert got.costs.tokens == 5 and len(got.stitches) == 3 * 3
-    assert score_stitches(source, target, batches(2), probes=probes).costs.tokens == 128
+    assert score_stitches(source, target, batches(2), probes=probes, score="klas").costs.tokens == 128
     assert got.costs.of(Stitch(1, 3)) < got.costs.of(Stitch(3, 1))
     assert json.loads(json.dumps(got.provenance)) == got.provenance
     for side, probe in zip(("source", "target"), probes, strict=True):
@@ -284,7 +284,7 @@ def test_scores_carry_costs_and_provenance(
 def test_anchors_are_left_as_they_were(probes: Any) -> None:
     anchors = llama(3, 8, seed=1), llama(4, 12, seed=2)
     anchors[0].train()
-    score_stitches(*anchors, batches(2), probes=probes)
+    score_stitches(*anchors, batches(2), probes=probes, score="klas")
     assert anchors[0].training and not anchors[1].training
     assert not any(module._forward_hooks for anchor in anchors for module in anchor.modules())
 
@@ -292,8 +292,8 @@ def test_anchors_are_left_as_they_were(probes: Any) -> None:
 def test_folders_are_loaded(tmp_path: Path, source: LlamaForCausalLM, target: LlamaForCausalLM, probes: Any) -> None:
     source.save_pretrained(tmp_path / "small")
     target.save_pretrained(tmp_path / "large")
-    got = score_stitches(str(tmp_path / "small"), tmp_path / "large", batches(2), probes=probes)
-    assert_same(got, score_stitches(source, target, batches(2), probes=probes), rtol=1e-5)
+    got = score_stitches(str(tmp_path / "small"), tmp_path / "large", batches(2), probes=probes, score="klas")
+    assert_same(got, score_stitches(source, target, batches(2), probes=probes, score="klas"), rtol=1e-5)
     assert got.provenance["target"]["name"] == str(tmp_path / "large")
 
 
@@ -309,31 +309,31 @@ def test_an_unknown_score_is_refused_before_anything_is_loaded(
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_batches_to_halve_are_refused(source: LlamaForCausalLM, target: LlamaForCausalLM, count: int) -> None:
     with pytest.raises(ValueError, match=f"got {count} batches; expected at least two"):
-        score_stitches(source, target, batches(count))
+        score_stitches(source, target, batches(count), score="klas")
 
 
 def test_data_without_a_token_is_refused(source: LlamaForCausalLM, target: LlamaForCausalLM, probes: Any) -> None:
     padding = {"input_ids": torch.full((2, 4), 5), "attention_mask": torch.zeros(2, 4, dtype=torch.long)}
     for data in ([], [padding, padding]):
         with pytest.raises(ValueError, match="got no token to score that is neither padding nor BOS"):
-            score_stitches(source, target, data, probes=probes)
+            score_stitches(source, target, data, probes=probes, score="klas")
 
 
 def test_reversed_anchors_are_refused(source: LlamaForCausalLM, target: LlamaForCausalLM, probes: Any) -> None:
     with pytest.raises(ValueError, match="reversed.*Swap source and target"):
-        score_stitches(target, source, batches(2), probes=probes[::-1])
+        score_stitches(target, source, batches(2), probes=probes[::-1], score="klas")
 
 
 def test_unequal_vocabularies_are_refused(source: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="got vocabularies of 31 and 37 entries"):
-        score_stitches(source, llama(4, 12, seed=2, vocabulary=37), batches(2))
+        score_stitches(source, llama(4, 12, seed=2, vocabulary=37), batches(2), score="klas")
 
 
 def test_probes_of_another_model_are_refused(source: LlamaForCausalLM, target: LlamaForCausalLM, probes: Any) -> None:
     with pytest.raises(ValueError, match="got probes of 4 blocks 12 wide"):
-        score_stitches(source, target, batches(2), probes=probes[::-1])
+        score_stitches(source, target, batches(2), probes=probes[::-1], score="klas")
     with pytest.raises(ValueError, match="other weights"):
-        score_stitches(source, llama(4, 12, seed=3), batches(2), probes=probes)
+        score_stitches(source, llama(4, 12, seed=3), batches(2), probes=probes, score="klas")
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
@@ -342,7 +342,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         target.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     lens = tuple(fit_probes(anchor, [], ProbeConfig(kind="logit")) for anchor in (source, target))
     with pytest.raises(ValueError, match="got probe distributions with NaN or infinite divergences"):
-        score_stitches(source, target, batches(2), probes=lens)
+        score_stitches(source, target, batches(2), probes=lens, score="klas")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -373,7 +373,7 @@ class LiveBytes(TorchDispatchMode):
 
 def peak_bytes(*anchors: LlamaForCausalLM, data: Iterator[Batch], probes: Any, workspace: int) -> int:
     with LiveBytes() as memory:
-        score_stitches(*anchors, data, probes=probes, workspace_bytes=workspace)
+        score_stitches(*anchors, data, probes=probes, workspace_bytes=workspace, score="klas")
     return memory.peak
 
 
@@ -403,5 +403,5 @@ def test_a_vocabulary_of_128256_fits_the_workspace() -> None:
     workspace = 3 * (4 * 128_256 * (2 + 3 + 3 + 1))  # three tokens at a time
     peak = peak_bytes(source, target, data=iter(data), probes=lens, workspace=workspace)
     assert 0.9 * workspace < peak < 1.05 * workspace
-    got = score_stitches(source, target, data, probes=lens, workspace_bytes=workspace)
+    got = score_stitches(source, target, data, probes=lens, workspace_bytes=workspace, score="klas")
     Naive(source, target, lens, data).check(got)

@@ -135,7 +135,7 @@ def test_rules_choose_what_the_plain_functions_choose(
         data = normalised(comparison.task.validation, scoring_images)
         scores.append(
             score_stitches(
-                *anchors, data, probes=kinds[0], images=ImageScoring(shuffled=kinds[1]), positions=pair
+                *anchors, data, probes=kinds[0], images=ImageScoring(shuffled=kinds[1]), positions=pair, score="klas"
             )
         )  # fmt: skip
         assert [[one.config.shuffled_labels for one in pair] for pair in kinds] == [[False] * 2, [True] * 2]

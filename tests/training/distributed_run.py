@@ -24,7 +24,7 @@ def main() -> None:
     source, target = anchors()
     batches = token_batch_list()
     probes = train_probes(source, batches), train_probes(target, batches, ProbeConfig(kind="tuned", epochs=1))
-    scores = score_stitches(source, target, batches, probes=probes)
+    scores = score_stitches(source, target, batches, probes=probes, score="klas")
     model = StitchedModel.from_anchors(source, target, (2, 2), calibration=batches)
     config = TrainingConfig(
         trainable=trainable, max_steps=6, per_device_batch_size=batch_size, learning_rate=1e-2,
