@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from klas_hf.anchors.families import decoder_family
 from klas_hf.anchors.language import anchor_config, explained_access
@@ -46,10 +47,9 @@ class AnchorCheckpoint:
         else:
             self.config = anchor_config(anchor, **hub)
             self.dtype = self.config.dtype or torch.float32
-            self.name, self.revision = str(anchor), hub.get("revision")
+            self.name, self.revision = str(anchor), _commit(anchor, hub)
             self._tensors = {}
-            with explained_access(anchor):
-                self._shards = self._find_shards()
+            self._shards = self._find_shards()
         self.keys = set(self._tensors) | set(self._shards)
 
     def __enter__(self) -> Self:
@@ -80,18 +80,30 @@ class AnchorCheckpoint:
 
     def _find_shards(self) -> dict[str, str]:
         """Tensor name → file name."""
-        single = cached_file(self._anchor, _SINGLE, _raise_exceptions_for_missing_entries=False, **self.hub)
+        with explained_access(str(self._anchor)):
+            single = cached_file(self._anchor, _SINGLE, _raise_exceptions_for_missing_entries=False, **self.hub)
         if single is not None:
             with _open(single) as file:
                 return dict.fromkeys(file.keys(), _SINGLE)
-        index = cached_file(self._anchor, _INDEX, _raise_exceptions_for_missing_entries=False, **self.hub)
-        if index is None:
+        with explained_access(str(self._anchor)):
+            index = cached_file(self._anchor, _INDEX, _raise_exceptions_for_missing_entries=False, **self.hub)
+            if index is None:
+                raise OSError(
+                    f"found neither {_SINGLE} nor {_INDEX}; only safetensors weights are read, never pickled ones"
+                )
+        try:
+            return dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
             raise OSError(
-                f"found neither {_SINGLE} nor {_INDEX}; only safetensors weights are read, never pickled ones"
-            )
-        return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+                f"{index} is damaged ({error!r}); expected a file name for each tensor. Download or save it again"
+            ) from error
 
     def _path(self, shard: str) -> str:
+        if Path(str(self._anchor)).is_dir() and not Path(str(self._anchor), shard).is_file():
+            raise OSError(
+                f"the anchor {str(self._anchor)!r} is missing {shard}; expected all files that {_INDEX} names. "
+                "Download or save it again"
+            )
         with explained_access(str(self._anchor)):
             return cached_file(self._anchor, shard, **self.hub)
 
@@ -166,6 +178,14 @@ class DecoderCheckpoint(AnchorCheckpoint):
             f"got {self.name or 'an anchor'} without the weights of its head ({' or '.join(self.family.heads)}); "
             "expected a causal language model. Pass one saved from AutoModelForCausalLM"
         )
+
+
+def _commit(anchor: str | Path, hub: dict[str, Any]) -> str | None:
+    """The commit that a Hub id stands for now; what was asked for where that is not known."""
+    if Path(anchor).is_dir():
+        return hub.get("revision")
+    with explained_access(anchor):
+        return extract_commit_hash(cached_file(anchor, CONFIG_NAME, **hub), None) or hub.get("revision")
 
 
 def _open(path: str) -> Any:

@@ -110,7 +110,7 @@ def pretrained(auto_class: Any, anchor: str | Path, check: Callable[[PreTrainedC
     """A model in eval mode, by Hub id or folder; `check` sees its configuration before anything is downloaded."""
     check(anchor_config(anchor, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}))
     with explained_access(anchor):
-        return auto_class.from_pretrained(anchor, **kwargs).eval()
+        return auto_class.from_pretrained(anchor, use_safetensors=True, **kwargs).eval()
 
 
 def anchor_config(anchor: str | Path, **hub: Any) -> PreTrainedConfig:

@@ -4,6 +4,7 @@ A path is an anchor run whole, or a stitch: the first blocks of one anchor, a st
 another. All paths share the anchors' weights.
 """
 
+import os
 from abc import abstractmethod
 from functools import cached_property
 from importlib import import_module
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from klas_hf.costs import measure_costs, measure_stitch_costs
 from klas_hf.models import StitchedModel
+from klas_hf.models.checkpoint_files import load_whole, replacing
 from klas_hf.stitches import Stitch
 from klas_hf.supernet.configuration import StitchedSupernetConfig
 
@@ -72,7 +74,7 @@ class StitchedSupernet(PreTrainedModel):
             ValueError: a checkpoint of something else.
         """
         if cls is not StitchedSupernet:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
         config = kwargs.get("config") or StitchedSupernetConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         by_name = {kind.__name__: kind for kind in cls.__subclasses__()}
@@ -80,6 +82,11 @@ class StitchedSupernet(PreTrainedModel):
         if name not in by_name:
             raise ValueError(f"got a checkpoint of {name!r}; expected a supernet, one of {sorted(by_name)}")
         return by_name[name].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as any model of transformers; what the folder holds stays until the new checkpoint is written whole."""
+        with replacing(save_directory, kwargs.get("variant")) as part:
+            super().save_pretrained(part, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Publish the supernet in one commit, with a card written for it; see `klas_hf.hub.publish`."""

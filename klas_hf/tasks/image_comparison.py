@@ -308,7 +308,7 @@ class ImageComparison:
 
     @cached_property
     def _named_teacher(self) -> PreTrainedModel:
-        teacher = AutoModelForImageClassification.from_pretrained(self.settings.teacher)
+        teacher = AutoModelForImageClassification.from_pretrained(self.settings.teacher, use_safetensors=True)
         check_labels(teacher.config, self.anchors[-1].config)
         return teacher.eval()
 
