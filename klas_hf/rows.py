@@ -57,8 +57,8 @@ class ResultRow:
         """
         if metric not in self.metrics:
             raise ValueError(
-                f"got a row without {metric!r}; it has {sorted(self.metrics)}: expected rows measured alike, or the name "
-                "of one of these"
+                f"got a row without {metric!r}; it has {sorted(self.metrics)}: expected rows measured alike, or one of "
+                "these names"
             )
         return self.metrics[metric]
 

@@ -3,8 +3,8 @@
 import copy
 import json
 import resource
-import sys
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
