@@ -75,7 +75,7 @@ def score_stitches(
         )
     if functional is None and not runs:
         return _probed(vision, source, target, data, probes, score, tokens, workspace_bytes, images, positions)
-    batches = list(data)
+    batches = list(data) if iter(data) is data else data  # an iterator can be read once
     found = score_functionally(
         source, target, batches, settings=functional or FunctionalScoring(), tokens=tokens, positions=positions
     )

@@ -8,7 +8,7 @@ held-out data, both anchors run once, and the rears of all stitches that enter t
 Where the matrices of all pairs do not fit into the memory allowed, pairs are taken in groups, one pass for each.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +41,8 @@ class FunctionalScoring:
     """How functional KL is measured: a score of ours, the target's answers against an untrained stitched network's.
 
     Attributes:
-        calibration: batches that the least-squares maps are fitted to; None takes the first half of the scored data.
+        calibration: batches that the least-squares maps are fitted to; None takes as many from the front of the data as
+            are scored behind them, at most the first half.
         candidates: the stitches to score; None scores all that are possible with target_start >= 1.
         temperature: softens both distributions.
         ridge: penalty of the fits, relative to the variance of a standardised feature.
@@ -104,7 +105,7 @@ class FunctionalResult:
 def score_functionally(
     source: Any,
     target: Any,
-    data: Sequence[Any],
+    data: Iterable[Any],
     *,
     settings: FunctionalScoring,
     tokens: int = 128,
@@ -114,15 +115,8 @@ def score_functionally(
     anchors, costs, provenance = _pair(source, target, data, tokens, positions)
     costs.check_direction()
     pairs = _candidates(costs, settings)
-    calibration = data[: len(data) // 2] if settings.calibration is None else list(settings.calibration)
-    scored = data[len(data) // 2 :] if settings.calibration is None else data
-    if not calibration or not len(scored):
-        raise ValueError(
-            f"got {len(data)} batches to score on and {len(calibration)} to calibrate on; expected at least two, or "
-            "one and calibration=batches. Pass smaller batches"
-        )
-    enough = _enough(anchors, anchors.read(scored), settings.scored_items)
-    found = functional_statistics(anchors, pairs, anchors.read(calibration), enough, settings)
+    calibration, scored = _parts(anchors, data, settings)
+    found = functional_statistics(anchors, pairs, calibration, scored, settings)
     nothing = np.full(costs.macs.shape, np.nan)
     return StitchScores(
         score="functional",
@@ -140,7 +134,7 @@ def score_functionally(
 
 
 def _pair(
-    source: Any, target: Any, data: Sequence[Any], tokens: int, positions: tuple[int, int]
+    source: Any, target: Any, data: Iterable[Any], tokens: int, positions: tuple[int, int]
 ) -> tuple[AnchorPair, StitchCosts, dict[str, Any]]:
     """Both anchors ready to be stitched on trial, what all stitches cost, and where the scores come from."""
     anchors: AnchorPair
@@ -148,7 +142,8 @@ def _pair(
         classifiers = load_vision_anchor(source), load_vision_anchor(target)
         check_labels(*classifiers)
         anchors, configs = ClassifierPair(*classifiers), [one.config for one in classifiers]
-        size = next(image_batches(data)).pixel_values.shape[-2:] if data else None
+        batch = next(image_batches(data), None)
+        size = None if batch is None else batch.pixel_values.shape[-2:]
         costs = measure_stitch_costs(configs[0], configs[1], image_size=size, positions=positions)
         names = [{"name": one.name, "revision": one.revision, "fingerprint": one.fingerprint} for one in classifiers]
     else:
@@ -160,14 +155,46 @@ def _pair(
     return anchors, costs, {"source": names[0], "target": names[1], "versions": library_versions()}
 
 
-def _enough(anchors: AnchorPair, batches: Sequence[Any], items: int | None) -> list[Any]:
+def _parts(
+    anchors: AnchorPair, data: Iterable[Any], settings: FunctionalScoring
+) -> tuple[Iterable[Any], Iterable[Any]]:
+    """Batches to fit to and batches to score on; no more are held in memory than are used."""
+    items = settings.scored_items
+    if settings.calibration is not None:
+        calibration = list(anchors.read(settings.calibration))
+        scored: Iterable[Any] = _Batches(anchors, data) if items is None else _first(anchors, data, items)
+        if not calibration:
+            raise ValueError("got no batches to calibrate on; expected at least one. Was an iterator used up before?")
+        return calibration, scored
+    taken = _first(anchors, data, None if items is None else 2 * items)
+    half = len(taken) // 2
+    if not half:
+        raise ValueError(
+            f"got {len(taken)} batches; expected at least two, one to calibrate on and one to score on. Pass smaller "
+            "batches, or calibration=batches"
+        )
+    return taken[:half], taken[half:]
+
+
+def _first(anchors: AnchorPair, data: Iterable[Any], items: int | None) -> list[Any]:
     """The first batches, until they hold so many images or sequences."""
-    taken: list[Any] = []
-    for batch in batches:
-        if items is not None and sum(map(anchors.items, taken)) >= items:
-            break
+    taken, seen = [], 0
+    for batch in anchors.read(data):
         taken.append(batch)
+        seen += anchors.items(batch)
+        if items is not None and seen >= items:
+            break
     return taken
+
+
+class _Batches:
+    """All batches, read anew for every group of pairs."""
+
+    def __init__(self, anchors: AnchorPair, data: Iterable[Any]):
+        self.anchors, self.data = anchors, data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.anchors.read(self.data))
 
 
 def _candidates(costs: StitchCosts, settings: FunctionalScoring) -> list[Pair]:
@@ -192,8 +219,8 @@ def _candidates(costs: StitchCosts, settings: FunctionalScoring) -> list[Pair]:
 def functional_statistics(
     anchors: AnchorPair,
     pairs: Sequence[Pair],
-    calibration: Sequence[Any],
-    data: Sequence[Any],
+    calibration: Iterable[Any],
+    data: Iterable[Any],
     settings: FunctionalScoring,
 ) -> FunctionalResult:
     """Functional KL of every pair of blocks asked for.

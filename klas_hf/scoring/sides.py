@@ -1,7 +1,7 @@
 """Anchors as functional scoring needs them: states between blocks, answers, and the rear part fed from elsewhere."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -36,7 +36,7 @@ class AnchorPair(ABC, Generic[Batch, State]):
     dtype: torch.dtype
 
     @abstractmethod
-    def read(self, data: Sequence[Any]) -> list[Batch]:
+    def read(self, data: Iterable[Any]) -> Iterator[Batch]:
         """Batches as they are given, checked."""
 
     @abstractmethod
@@ -82,8 +82,8 @@ class ClassifierPair(AnchorPair[ImageBatch, Features]):
         self.dropped = dropped_prefix(first.kind, last.kind)
         self.widths = tuple([shape.channels for shape in one.shapes()] for one in (first, last))  # type: ignore
 
-    def read(self, data: Sequence[Any]) -> list[ImageBatch]:
-        return list(image_batches(data))
+    def read(self, data: Iterable[Any]) -> Iterator[ImageBatch]:
+        return image_batches(data)
 
     def states(self, batch: ImageBatch) -> tuple[list[Features], list[Features]]:
         return self.first.features(batch.pixel_values), self.last.features(batch.pixel_values)
@@ -134,8 +134,8 @@ class DecoderPair(AnchorPair[TokenBatch, Tensor]):
         self.widths = ([first.width] * (first.num_blocks + 1), [last.width] * (last.num_blocks + 1))
         self._rears: dict[int, PreTrainedModel] = {}
 
-    def read(self, data: Sequence[Any]) -> list[TokenBatch]:
-        return list(token_batches(data))
+    def read(self, data: Iterable[Any]) -> Iterator[TokenBatch]:
+        return token_batches(data)
 
     def states(self, batch: TokenBatch) -> tuple[list[Tensor], list[Tensor]]:
         # The embedding's place stays empty: only blocks' outputs are stitched here.

@@ -182,6 +182,30 @@ def test_without_calibration_the_first_half_calibrates() -> None:
     np.testing.assert_array_equal(halves.statistics["functional"], named.statistics["functional"])
 
 
+def test_no_more_batches_are_read_than_are_used() -> None:
+    source, target = (tiny_vision.tiny_classifier("vit", large=large, seed=5) for large in (False, True))
+    data, read = image_batches("vit", 9, seed=7), []
+    size = len(data[0]["pixel_values"])
+
+    class Counting:
+        def __iter__(self):
+            for number, batch in enumerate(data):
+                read.append(number)
+                yield batch
+
+    found = score_stitches(source, target, Counting(), functional=FunctionalScoring(scored_items=2 * size))
+    assert max(read) == 3 and found.sequences == 2 * size
+    expected = score_stitches(source, target, data[2:4], functional=FunctionalScoring(data[:2]))
+    np.testing.assert_array_equal(found.values, expected.values)
+    read.clear()
+    score_stitches(source, target, Counting(), functional=FunctionalScoring(data[:2], scored_items=size))
+    assert max(read) == 0
+    whole = score_stitches(source, target, Counting(), functional=FunctionalScoring(data[:2], scored_items=None))
+    assert whole.sequences == 9 * size
+    once = score_stitches(source, target, iter(data), functional=FunctionalScoring(data[:2], scored_items=None))
+    np.testing.assert_array_equal(whole.values, once.values)
+
+
 def test_so_many_items_are_scored_in_whole_batches() -> None:
     source, target = (tiny_vision.tiny_classifier("vit", large=large, seed=5) for large in (False, True))
     data = image_batches("vit", 6, seed=7)
