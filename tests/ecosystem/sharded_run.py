@@ -4,6 +4,8 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,34 @@ def trained_by_klas_hf(folder: Path, trainable: str) -> tuple[nn.Module, list[fl
     return model, list(train_stitches(model, rows(), training(trainable, process_state().num_processes)).losses)
 
 
+class Interrupted(list):
+    """Rows that end in an error after the first two batches."""
+
+    def __init__(self, rows: list[dict[str, Any]], count: int):
+        super().__init__(rows)
+        self.left = count
+
+    def __getitem__(self, index: Any) -> Any:
+        if not self.left:
+            raise InterruptedError
+        self.left -= 1
+        return super().__getitem__(index)
+
+
+def resumed_by_klas_hf(folder: Path, trainable: str) -> tuple[nn.Module, list[float]]:
+    """`train_stitches`, interrupted and begun again."""
+    config = replace(training(trainable, process_state().num_processes), save_steps=1)
+    checkpoints = folder / f"checkpoints {trainable}"
+    with suppress(InterruptedError):
+        few = Interrupted(rows(), 2 * config.per_device_batch_size)
+        train_stitches(StitchedModel.from_pretrained(folder / "unequal"), few, config, output_dir=checkpoints)
+    assert [path.name for path in checkpoints.glob("checkpoint-*")] in (["checkpoint-1"], ["checkpoint-2"])
+    process_state().wait_for_everyone()
+    choose(shards=True)
+    model = StitchedModel.from_pretrained(folder / "unequal")
+    return model, list(train_stitches(model, rows(), config, output_dir=checkpoints).losses)
+
+
 def rows() -> list[dict[str, Any]]:
     return list(counting_text(STEPS * BATCH))
 
@@ -133,7 +163,13 @@ def local(parameter: nn.Parameter) -> Tensor:
     return parameter.data.to_local() if isinstance(parameter.data, DTensor) else parameter.data
 
 
-WAYS = {"ddp": in_accelerate, "fsdp2": in_accelerate, "native": in_transformers, "train": trained_by_klas_hf}
+WAYS = {
+    "ddp": in_accelerate,
+    "fsdp2": in_accelerate,
+    "native": in_transformers,
+    "train": trained_by_klas_hf,
+    "resume": resumed_by_klas_hf,
+}
 
 
 def main() -> None:
@@ -143,11 +179,15 @@ def main() -> None:
     process_state()
     for name in ways:
         way, what = name.split(" ")
-        choose(shards=way in ("fsdp2", "train"))
+        choose(shards=way in ("fsdp2", "train", "resume"))
         model, losses = WAYS[way](folder, what)
         write(folder, name, model, losses)
         if way == "native":
             model.save_pretrained(folder / f"{name} saved")  # every process takes part
+        elif way == "train":
+            whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            if process_state().is_main_process:
+                model.save_pretrained(folder / f"{name} saved", state_dict=whole)
     torch.distributed.destroy_process_group()
 
 

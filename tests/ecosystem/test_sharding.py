@@ -21,7 +21,9 @@ from klas_hf import StitchedModel, train_stitches
 HERE = Path(__file__).parent
 KINDS = ["equal", "unequal", "classifier"]
 TRAINED = ["stitch", "lora", "full"]
-WAYS = [f"{way} {kind}" for way in ("ddp", "fsdp2", "native") for kind in KINDS] + [f"train {one}" for one in TRAINED]
+WAYS = [f"{way} {kind}" for way in ("ddp", "fsdp2", "native") for kind in KINDS] + [
+    f"{way} {one}" for way in ("train", "resume") for one in TRAINED
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +91,11 @@ def test_shards_give_what_one_process_gives(way: str, kind: str, runs: Path) -> 
     assert_close(state, model.state_dict())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_sharded_model_is_saved_whole(kind: str, runs: Path) -> None:
-    loaded = StitchedModel.from_pretrained(runs / f"native {kind} saved")
-    _, state = read(runs, f"native {kind}")
+@pytest.mark.parametrize("way", [f"native {kind}" for kind in KINDS] + [f"train {one}" for one in TRAINED])
+def test_a_sharded_model_is_saved_whole(way: str, runs: Path) -> None:
+    """By itself where transformers sharded it; with its gathered tensors where `train_stitches` did."""
+    loaded = StitchedModel.from_pretrained(runs / f"{way} saved")
+    _, state = read(runs, way)
     assert loaded.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
 
@@ -112,6 +115,13 @@ def test_train_stitches_takes_shards(trainable: str, runs: Path) -> None:
         # Adam's first steps are as long for the smallest gradient as for any, in the direction of its sign.
         assert (state[name] - tensor).abs().mean() < 0.02 * 1e-3, name
         assert ("stitch" in name or trainable != "stitch") or torch.equal(tensor, start[name])
+
+
+@pytest.mark.parametrize("trainable", TRAINED)
+def test_train_stitches_resumes_over_shards(trainable: str, runs: Path) -> None:
+    (found, state), (expected, whole) = read(runs, f"resume {trainable}"), read(runs, f"train {trainable}")
+    assert found["losses"] == expected["losses"] and found["sharded"] == 1
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in state.items())
 
 
 SIDES = {
