@@ -34,7 +34,14 @@ from transformers import (
     ViTConfig,
 )
 
-from klas_hf import StitchedModel, StitchedSupernet, measure_stitch_costs, score_stitches, train_probes
+from klas_hf import (
+    StitchedModel,
+    StitchedSupernet,
+    StitchedSupernetForImageClassification,
+    measure_stitch_costs,
+    score_stitches,
+    train_probes,
+)
 from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.probes import ImageProbeConfig, ImageProbeNet
 from klas_hf.scoring import ImageScoring
@@ -278,7 +285,8 @@ def step(network: nn.Module, batch: dict[str, Tensor], **options: object) -> Non
 
 def supernet_step(options: Options, folder: Path) -> dict[str, float]:
     config = StitchedSupernet.config_class.from_pretrained(folder / "supernet")
-    return step_memory(options, lambda: StitchedSupernet(config), path=Stitch(*config.stitches[0]))
+    make = StitchedSupernetForImageClassification
+    return step_memory(options, lambda: make(config), path=Stitch(*config.stitches[0]))
 
 
 def plain_step(options: Options, folder: Path) -> dict[str, float]:
