@@ -42,7 +42,7 @@ from klas_hf.tasks.language_study import LanguageScoreStudy
 from klas_hf.tasks.score_study import ImageScoreStudy, ScoreStudy, StudySettings
 
 COMBINED = ("theta", "functional", "dm")
-SHOWN = ("klas", "theta", "dm", "functional", "stitched_loss", "cost")
+SHOWN = ("functional_theta", "functional", "theta", "klas", "dm", "cost")
 FAMILIES = (*digits.FAMILIES, *small_llamas.PAIRS, "mobilenet", "stories")
 
 
