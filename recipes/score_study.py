@@ -42,7 +42,7 @@ from klas_hf.tasks.language_study import LanguageScoreStudy
 from klas_hf.tasks.score_study import ImageScoreStudy, ScoreStudy, StudySettings
 
 COMBINED = ("theta", "functional", "dm")
-SHOWN = ("functional_theta", "functional", "theta", "klas", "dm", "cost")
+SHOWN = ("functional, temperature 4", "functional", "functional_theta", "theta", "klas", "cost")
 FAMILIES = (*digits.FAMILIES, *small_llamas.PAIRS, "mobilenet", "stories")
 
 
@@ -57,6 +57,9 @@ class StudyArguments:
         default_factory=lambda: [1, 5], metadata={"help": "functional KL is measured again after so many steps"}
     )
     alone: int = field(default=8, metadata={"help": "random stitches that are trained by themselves too, one seed"})
+    middle: bool = field(
+        default=False, metadata={"help": "the middle one of three anchors as the source: pairs that chose nothing"}
+    )
     data: str | None = field(default=None, metadata={"help": "images of the family mobilenet"})
     anchors: list[str] | None = field(default=None, metadata={"help": "source and target of the family mobilenet"})
     labels: str | None = field(default="recipes/imagenette_labels.yaml", metadata={"help": "labels of its classes"})
@@ -121,7 +124,7 @@ def study_of(family: str, args: StudyArguments, settings: StudySettings) -> Scor
             assert args.stories is not None
             models, text = small_llamas.sibling_pair(*args.stories, cache, args.anchor_steps)
         else:
-            models, text = small_llamas.documentation_pair(family, cache, args.anchor_steps)
+            models, text = small_llamas.documentation_pair(family, cache, args.anchor_steps, args.middle)
         fine_tuning = TrainingConfig(
             trainable="full", per_device_batch_size=16, gradient_accumulation_steps=1, learning_rate=1e-3,
             save_steps=1000,
@@ -140,7 +143,7 @@ def study_of(family: str, args: StudyArguments, settings: StudySettings) -> Scor
         task = ImageTask(train, validation, test, digits.MEAN, digits.STD)
         wanted = digits.DigitsArguments(anchor_steps=args.anchor_steps or digits.DigitsArguments().anchor_steps)
         configs = digits.FAMILIES[family]
-        names, training = [list(configs)[0], list(configs)[-1]], digits.DigitsTraining()
+        names, training = [list(configs)[1 if args.middle else 0], list(configs)[-1]], digits.DigitsTraining()
         place = cache / f"{family}-{wanted.anchor_steps}-steps"
         anchors = [digits.anchor(name, configs[name], task, wanted, place) for name in names]
     return ImageScoreStudy(family, anchors, names, task, ComparisonSettings(), training, settings, output)

@@ -20,7 +20,7 @@ class ScoreOptions(DataOptions):
     target: str = positional("the dearer anchor")
     output: str = field(metadata={"metavar": "FILE", "help": "where the scores go, as scores.safetensors"})
     score: str = field(
-        default="functional_theta", metadata={"help": f"{', '.join(SCORES)}; functional needs no probes and no labels"}
+        default="functional", metadata={"help": f"{', '.join(SCORES)}; functional needs no probes and no labels"}
     )
     probes: list[str] | None = two("probes of both anchors; without them they are trained", str, ("FOLDER", "FOLDER"))
     split: str = field(default="validation", metadata={"help": "images to score on"})

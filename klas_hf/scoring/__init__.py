@@ -20,7 +20,7 @@ def score_stitches(
     data: Iterable[Any],
     *,
     probes: Any = None,
-    score: str | None = None,
+    score: str = "functional",
     tokens: int = 128,
     workspace_bytes: int = WORKSPACE_BYTES,
     images: ImageScoring | None = None,
@@ -35,11 +35,10 @@ def score_stitches(
             of images, whose labels only class-conditional CKA needs.
         probes: of source and target, trained on other data (`train_probes`). For language models None fits ridge
             probes to the first half of the batches and scores on the second.
-        score: which statistic ranks the stitches: "klas" (Γ, Eq. 2), "theta" (Θ, Eq. 1), "functional" (no probes,
-            labels or training), "functional_theta" (the geometric mean of the two before), and for images all of
-            `SCORES`. None takes "functional_theta", and for images without probes "functional": see LOG.md for how
-            they compare. All that the data allow are computed, the functional ones only where they are asked for;
-            `StitchScores.with_score` changes the ranking later.
+        score: which statistic ranks the stitches: "functional" (no probes, labels or training), "klas" (Γ, Eq. 2),
+            "theta" (Θ, Eq. 1), "functional_theta" (the geometric mean of the first and Θ), and for images all of
+            `SCORES`; LOG.md compares them. All that the data allow are computed, the functional ones only where they
+            are asked for; `StitchScores.with_score` changes the ranking later.
         tokens: sequence length that a language model's costs are counted for.
         workspace_bytes: memory for a language model's distributions; more is faster up to a point.
         images: what else is measured on images.
@@ -61,11 +60,9 @@ def score_stitches(
         >>> score_stitches(source, target, batches[2:], probes=probes, score="klas").available
         ('klas', 'klas_staged', 'theta')
     """
-    if score is not None and score not in SCORES:
+    if score not in SCORES:
         raise ValueError(f"got score={score!r}; expected one of {sorted(SCORES)}")
     vision = is_vision(source)
-    if score is None:
-        score = "functional" if vision and probes is None else "functional_theta"
     needed = set(NEEDED[score])
     runs, probed = needed & set(STITCHED), needed - set(STITCHED)
     if vision and probes is None and probed:

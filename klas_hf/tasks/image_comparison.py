@@ -60,6 +60,7 @@ class ComparisonSettings:
     scoring_images: int | None = field(default=None, metadata={"help": "validation images to score on; None: all"})
     batch_size: int = field(default=64, metadata={"help": "images per batch where nothing is trained"})
     probe_epochs: int = field(default=20, metadata={"help": "most epochs of the probes"})
+    temperature: float = field(default=4.0, metadata={"help": "softens both outputs that functional KL compares"})
     recalibrate: bool = field(
         default=False, metadata={"help": "take BatchNorm statistics anew for every stitch before it is measured"}
     )
@@ -340,7 +341,11 @@ class ImageComparison:
             stored = StitchScores.load(path)
             if not functional or set(STITCHED) <= set(stored.available):
                 return stored
-        calibration = self.batches(self.task.train, self.settings.calibration_images)
+        running = FunctionalScoring(
+            calibration=self.batches(self.task.train, self.settings.calibration_images),
+            temperature=self.settings.temperature,
+            scored_items=None,
+        )
         shuffled = tuple(self._probes(place, shuffled=True) for place in pair)
         scores = score_stitches(
             self.anchors[pair[0]],
@@ -348,7 +353,7 @@ class ImageComparison:
             self.batches(self.task.validation, self.settings.scoring_images),
             probes=(self.probes[pair[0]], self.probes[pair[1]]),
             images=ImageScoring(shuffled=(shuffled[0], shuffled[1])),
-            functional=FunctionalScoring(calibration=calibration, scored_items=None) if functional else None,
+            functional=running if functional else None,
             positions=pair,
             score="klas",
         )

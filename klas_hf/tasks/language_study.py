@@ -90,8 +90,8 @@ class LanguageScoreStudy(ScoreStudy):
         probing = TextBatches(self.task.train[: self.task.probing], self.task.batch_size)
         probes = train_probes(self.source, probing), train_probes(self.target, probing)
         scores = score_stitches(
-            self.source, self.target, self.scored(), probes=probes, tokens=self.task.length,
-            functional=FunctionalScoring(calibration=self.calibration(), scored_items=None), score="klas",
+            self.source, self.target, self.scored(), probes=probes, score="klas", tokens=self.task.length,
+            functional=FunctionalScoring(calibration=self.calibration(), temperature=1.0, scored_items=None),
         )  # fmt: skip
         if process_state().is_main_process:
             scores.save(path)

@@ -99,13 +99,16 @@ class ScoreStudy(ABC):
 
     @cached_property
     def values(self) -> dict[str, Values]:
-        """Score → stitch → value, lower is better: all of `SCORES`, cost itself, and functional KL after few steps."""
+        """Score → stitch → value, lower is better: all of `SCORES` (functional KL at temperature 1), cost itself, and
+        functional KL at other temperatures and after few steps."""
         found = {}
         for name in self.scores.available:
             one = self.scores.with_score(name)
             found[name] = {stitch: one.value_of(stitch) for stitch in one.stitches}
         # The dearest is expected to be the best: what any score must beat.
         found["cost"] = {stitch: 1 / self.scores.costs.of(stitch)[0] for stitch in self.scores.stitches}
+        for temperature in self.settings.temperatures:
+            found[f"functional, temperature {temperature:g}"] = self.variants[f"temperature {temperature:g}"]
         for steps in self.settings.adapted_steps:
             name = f"functional, {steps} steps"
             found[name] = self._kept(name, partial(self._adapted_all, steps))
@@ -209,7 +212,7 @@ class ImageScoreStudy(ScoreStudy):
     ):
         super().__init__(name, settings, output)
         self.task, self.training = task, training
-        every = replace(comparison, rules=["every"], seeds=list(settings.seeds), pairs="all")
+        every = replace(comparison, rules=["every"], seeds=list(settings.seeds), pairs="all", temperature=1.0)
         self.runs = {
             length: ImageComparison(
                 anchors, names, task, every, replace(training, max_steps=length), Path(output) / f"{length}-steps"

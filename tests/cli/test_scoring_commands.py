@@ -41,7 +41,7 @@ def _score(folder: Path, data: str, output: Path, *words: str) -> int:
 @pytest.fixture(scope="module")
 def scored(language: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("scores") / "scores.safetensors"
-    assert _score(language, "text", path, "--length", "12", "--batch_size", "8") == 0
+    assert _score(language, "text", path, "--length", "12", "--batch_size", "8", "--score", "functional_theta") == 0
     return path
 
 
@@ -55,7 +55,7 @@ def _equal(one: StitchScores, other: StitchScores) -> None:
 
 def test_scores_of_text_are_those_of_the_function(language: Path, scored: Path) -> None:
     batches = TextBatches(_sequences(language, 12), 8)
-    _equal(StitchScores.load(scored), score_stitches(*_anchors(language), batches, tokens=12))
+    _equal(StitchScores.load(scored), score_stitches(*_anchors(language), batches, tokens=12, score="functional_theta"))
 
 
 def test_other_scores_samples_dtype_and_json(language: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -87,13 +87,13 @@ def test_probes_from_folders(language: Path, tmp_path: Path) -> None:
 
 def test_images_are_scored_on_one_split_by_probes_of_another(vision: Path, tmp_path: Path) -> None:
     output = tmp_path / "scores.safetensors"
-    assert _score(vision, "images", output, "--batch_size", "12") == 0
+    assert _score(vision, "images", output, "--batch_size", "12", "--score", "klas") == 0
     processing = common_processing([vision / "small", vision / "large"])
     moments = processing.mean, processing.std
     train, held = (load_images(vision / "images", split, processing) for split in ("train", "validation"))
     anchors = _anchors(vision, AutoModelForImageClassification)
     probes = [train_probes(anchor, image_batches(train, 12, *moments, seed=0)) for anchor in anchors]
-    expected = score_stitches(*anchors, image_batches(held, 12, *moments, seed=0), probes=probes)
+    expected = score_stitches(*anchors, image_batches(held, 12, *moments, seed=0), probes=probes, score="klas")
     _equal(StitchScores.load(output), expected)
     _equal(StitchScores.load(output).with_score("cka"), expected.with_score("cka"))
     other = tmp_path / "other.safetensors"
@@ -155,7 +155,8 @@ def test_scores_are_replaced_only_when_asked(
     output.write_text("mine")
     assert _score(language, "text", output, "--length", "12") == 2
     assert "add --overwrite" in capsys.readouterr().err and output.read_text() == "mine"
-    assert _score(language, "text", output, "--length", "12", "--batch_size", "8", "--overwrite") == 0
+    words = ("--length", "12", "--batch_size", "8", "--score", "functional_theta", "--overwrite")
+    assert _score(language, "text", output, *words) == 0
     _equal(StitchScores.load(output), StitchScores.load(scored))
     assert _score(language, "text", output / "below.safetensors", "--length", "12") == 2
     assert "is a file" in capsys.readouterr().err

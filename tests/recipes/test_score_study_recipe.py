@@ -18,7 +18,7 @@ import small_llamas  # noqa: E402
 from klas_hf.stitches import Stitch  # noqa: E402
 from klas_hf.study import MeasuredStitch, score_outcomes  # noqa: E402
 
-NAMES = ("klas", "theta", "dm", "functional", "functional_theta", "cost")
+NAMES = ("klas", "theta", "dm", "functional", "functional_theta", "functional, temperature 4", "cost")
 
 
 def measured(seed: int, count: int = 24, names: tuple[str, ...] = NAMES) -> list[MeasuredStitch]:

@@ -94,7 +94,7 @@ def test_text_equals_a_stitched_model_per_pair(family: str) -> None:
     calibration = [{"input_ids": tiny_models.token_ids(8, 24, seed=3)}]
     padded = tiny_models.left_padded(tiny_models.token_ids(4, 20, seed=5), [20, 13, 7, 18])
     scores = score_stitches(
-        source, target, [padded], score="functional", functional=FunctionalScoring(calibration=calibration)
+        source, target, [padded], functional=FunctionalScoring(calibration=calibration, temperature=1.0)
     )
     counted = padded["attention_mask"].bool() & (padded["attention_mask"].cumsum(1) > 1)
     assert (scores.sequences, scores.tokens) == (4, int(counted.sum()))
@@ -232,24 +232,18 @@ def test_the_product_with_theta_needs_probes_and_is_a_geometric_mean() -> None:
     np.testing.assert_allclose(found.values**2, theta * functional)
 
 
-def test_by_default_stitches_are_ranked_by_both_or_without_probes_by_functional_kl() -> None:
+def test_by_default_stitches_are_ranked_by_functional_kl_at_a_temperature_of_four() -> None:
     source, target = (tiny_vision.tiny_classifier("vit", large=large, seed=6) for large in (False, True))
     data = image_batches("vit", 6, seed=7)
-    assert score_stitches(source, target, data).score == "functional"
+    found = score_stitches(source, target, data)
+    named = FunctionalScoring(data[:3], temperature=4.0)
+    expected = score_stitches(source, target, data[3:], score="functional", functional=named)
+    assert found.score == "functional"
+    np.testing.assert_array_equal(found.values, expected.values)
     probes = train_probes(source, data), train_probes(target, data)
     both = score_stitches(source, target, data, probes=probes)
-    assert both.score == "functional_theta"
-    named = score_stitches(source, target, data, probes=probes, score="functional_theta")
-    np.testing.assert_array_equal(both.values, named.values)
-    decoders = tiny_models.tiny_model(seed=1), tiny_models.tiny_model(large=True, seed=2)
-    text = [{"input_ids": tiny_models.token_ids(6, 12, seed=seed)} for seed in range(4)]
-    found = score_stitches(*decoders, text)
-    assert found.score == "functional_theta"
-    # Probes and maps come from the first half, all scores from the second.
-    klas = score_stitches(*decoders, text, score="klas")
-    np.testing.assert_array_equal(found.with_score("klas").values, klas.values)
-    functional = score_stitches(*decoders, text, score="functional")
-    np.testing.assert_array_equal(found.with_score("functional").values, functional.values)
+    np.testing.assert_array_equal(both.values, found.values)
+    assert {"klas", "theta", "functional_theta"} <= set(both.available)
 
 
 def test_beside_probes_all_scores_are_there_and_alone_the_probed_ones_are_not(tmp_path) -> None:

@@ -44,9 +44,16 @@ def test_every_stitch_is_measured_at_every_length_and_nothing_twice(tmp_path: Pa
         rows, found = one.rows(length), one.stitches(length)
         assert {row.seed for row in rows} == seeds
         assert {entry.stitch for entry in found} == every
-        assert {"klas", "theta", "dm", "functional", "stitched_loss", "cost", "functional, 1 steps"} <= set(
-            found[0].values
-        )
+        assert {
+            "klas",
+            "theta",
+            "dm",
+            "functional",
+            "stitched_loss",
+            "cost",
+            "functional, 1 steps",
+            "functional, temperature 2",
+        } <= set(found[0].values)
         for entry in found:
             losses = [row.metrics["loss"] for row in rows if row.is_of(entry.stitch)]
             assert len(losses) == len(seeds) and entry.quality == pytest.approx(-np.mean(losses))
