@@ -44,6 +44,7 @@ from klas_hf.tasks.score_study import ImageScoreStudy, ScoreStudy, StudySettings
 COMBINED = ("theta", "functional", "dm")
 SHOWN = ("functional, temperature 4", "functional", "functional_theta", "theta", "klas", "cost")
 FAMILIES = (*digits.FAMILIES, *small_llamas.PAIRS, "mobilenet", "stories")
+WITH_MIDDLE = (*digits.FAMILIES, "llama_across")  # families of three anchors
 
 
 @dataclass
@@ -110,6 +111,8 @@ def check(args: StudyArguments) -> None:
     """Raise ValueError for families that do not exist or lack their data."""
     if unknown := sorted(set(args.families) - set(FAMILIES)):
         raise ValueError(f"got the families {unknown}; expected some of {list(FAMILIES)}")
+    if args.middle and (without := sorted(set(args.families) - set(WITH_MIDDLE))):
+        raise ValueError(f"got --middle with the families {without}; expected some of {list(WITH_MIDDLE)}")
     if "mobilenet" in args.families and (args.data is None or args.anchors is None or len(args.anchors) != 2):
         raise ValueError("got the family mobilenet without its data or two anchors; expected --data and --anchors")
     if "stories" in args.families and (args.stories is None or len(args.stories) != 3):

@@ -45,7 +45,7 @@ class Size:
 
 SMALL, DEEP, WIDE = Size(5, 64, 600, 5e-3), Size(10, 64, 1500, 3e-3), Size(8, 128, 1500, 3e-3)
 PAIRS = {"llama_within": (SMALL, DEEP), "llama_across": (SMALL, WIDE)}  # of one width, and of two
-MIDDLE_PAIRS = dict.fromkeys(PAIRS, (DEEP, WIDE))
+MIDDLE_PAIR = DEEP, WIDE
 SIBLING = Size(4, 48, 1500, 5e-3)
 
 
@@ -56,16 +56,15 @@ def documentation_pair(
 
     Args:
         steps: of the training; None takes each size's own.
-        middle: the deep one as the source.
+        middle: the deep one as the source, of two widths.
     """
     train_texts, test_texts = held_out(python_documentation())
     tokenizer = _tokenizer(cache, train_texts)
     parts = (train_texts, test_texts[::2], test_texts[1::2])
     train, validation, test = (text_sequences(texts, tokenizer, LENGTH) for texts in parts)
     task = TextTask(_spread(train), validation[:128], test[:256], LENGTH)
-    return [
-        _trained(size, tokenizer, train, cache, steps) for size in (MIDDLE_PAIRS if middle else PAIRS)[family]
-    ], task
+    sizes = MIDDLE_PAIR if middle else PAIRS[family]
+    return [_trained(size, tokenizer, train, cache, steps) for size in sizes], task
 
 
 def sibling_pair(

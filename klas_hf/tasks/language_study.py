@@ -77,6 +77,7 @@ class LanguageScoreStudy(ScoreStudy):
         self.source, self.target = (anchor.model.to(process_state().device) for anchor in loaded)
         run: dict[str, Any] = {"anchors": [anchor.fingerprint for anchor in loaded], "training": vars(training)}
         run |= {"sequences": [len(part) for part in (task.train, task.validation, task.test)], "length": task.length}
+        run |= {"calibration": task.calibration, "probing": task.probing}
         self.files = {
             length: RowFile(self.output / f"{length}-steps" / "rows.jsonl", run | {"steps": length})
             for length in settings.lengths

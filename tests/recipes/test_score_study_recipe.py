@@ -120,6 +120,7 @@ def test_stitches_and_figure_are_written(families, args, tmp_path: Path) -> None
         ({"families": ["mobilenet"]}, "--anchors"),
         ({"families": ["mobilenet"], "data": "x", "anchors": ["one"]}, "--anchors"),
         ({"families": ["stories"], "stories": ["one"]}, "--stories"),
+        ({"families": ["vit", "llama_within"], "middle": True}, r"--middle with the families \['llama_within'\]"),
     ],
 )
 def test_families_without_their_data_are_refused(changes: dict, message: str) -> None:
@@ -140,6 +141,9 @@ def test_small_llamas_are_trained_once_and_know_one_tokenizer(
     sizes = [(model.config.num_hidden_layers, model.config.hidden_size) for model in models]
     assert sizes == [(size.depth, size.width) for size in small_llamas.PAIRS[family]]
     assert not {tuple(s) for s in task.train} & ({tuple(s) for s in task.validation} | {tuple(s) for s in task.test})
+    deep, wide = small_llamas.documentation_pair("llama_across", tmp_path, steps=2, middle=True)[0]
+    capsys.readouterr()
+    assert (deep.config.num_hidden_layers, wide.config.hidden_size) == (10, 128)
     again, _ = small_llamas.documentation_pair(family, tmp_path, steps=2)
     assert "trained" not in capsys.readouterr().out
     for one, other in zip(models, again, strict=True):

@@ -110,9 +110,11 @@ def test_scrambled_sequences_hold_the_same_tokens_after_the_same_first(tmp_path:
     assert sum(len(batch["input_ids"]) for batch in one.scored(7)) == 7
 
 
-def test_rows_of_other_data_are_not_taken_for_these(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "calibration", "probing"), [(41, 24, 32), (40, 20, 32), (40, 24, 30)])
+def test_rows_of_other_data_are_not_taken_for_these(count: int, calibration: int, probing: int, tmp_path: Path) -> None:
     study(tmp_path).rows(0)
-    task = TextTask(sequences(41, 1), sequences(16, 2), sequences(16, 3), 10, batch_size=8, calibration=24, probing=32)
+    parts = sequences(count, 1), sequences(16, 2), sequences(16, 3)
+    task = TextTask(*parts, 10, batch_size=8, calibration=calibration, probing=probing)
     anchors = [tiny_model(seed=1), tiny_model(large=True, seed=2)]
     with pytest.raises(ValueError, match="another run"):
         LanguageScoreStudy("llama", anchors, task, TRAINING, StudySettings(lengths=(0,)), tmp_path)
