@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from klas_hf import FunctionalScoring, measure_stitch_costs, score_stitches
-from klas_hf.scoring.functional import pair_groups
+from klas_hf.scores.functional import pair_groups
 
 GIB = 1 << 30
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from klas_hf.anchors import LanguageAnchor, TokenBatch
-from klas_hf.divergences import pairwise_kl
+from klas_hf.maths.divergences import pairwise_kl
 from klas_hf.probes import ProbeConfig, ProbeNet, fit_probes
-from klas_hf.scoring.language import WORKSPACE_BYTES, _PairSums
+from klas_hf.scores.language import WORKSPACE_BYTES, _PairSums
 
 NARROW = 64  # width of the anchors whose memory is watched: what grows is not their weights
 

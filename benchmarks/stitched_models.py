@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from klas_hf import StitchedModel, measure_stitch_costs
-from klas_hf.selection import bucket_of, near_bucket_minimum
+from klas_hf.selection.rules import bucket_of, near_bucket_minimum
 
 
 @dataclass

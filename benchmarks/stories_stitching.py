@@ -31,7 +31,7 @@ from klas_hf import (
     train_probes,
     train_stitches,
 )
-from klas_hf.tasks.text import TextBatches, text_examples, text_sequences
+from klas_hf.data.text import TextBatches, text_examples, text_sequences
 
 SEPARATOR = r"(?<!\n)\n(?!\n)"
 

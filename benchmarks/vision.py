@@ -43,9 +43,9 @@ from klas_hf import (
     train_probes,
 )
 from klas_hf.anchors.vision import VisionAnchor
+from klas_hf.paths import Stitch
 from klas_hf.probes import ImageProbeConfig, ImageProbeNet
-from klas_hf.scoring import ImageScoring
-from klas_hf.stitches import Stitch
+from klas_hf.scores.images import ImageScoring
 
 CLASSES = 1000
 

@@ -19,11 +19,11 @@ from klas_hf.models import (
 )
 
 if TYPE_CHECKING:
-    from klas_hf.anchor_selection import AnchorSelection
     from klas_hf.cli.examination import examine_anchors
     from klas_hf.cli.findings import Examination, Finding
     from klas_hf.costs import Cost, measure_costs, measure_stitch_costs
-    from klas_hf.curves import TradeoffCurve, common_interval, correlation_report, plot_curves
+    from klas_hf.curves.tradeoff import TradeoffCurve, common_interval, correlation_report, plot_curves
+    from klas_hf.errors import TrainingDiverged
     from klas_hf.evaluation import (
         Measurement,
         evaluate_accuracy,
@@ -35,11 +35,18 @@ if TYPE_CHECKING:
     )
     from klas_hf.hub import model_card, publish
     from klas_hf.hub.delta import merge_delta, save_delta
+    from klas_hf.models.configuration_supernet import StitchedSupernetConfig
+    from klas_hf.paths import Stitch, StitchCosts
     from klas_hf.probes import ImageProbeConfig, ImageProbeNet, ProbeConfig, ProbeNet
+    from klas_hf.probes.training import train_probes
     from klas_hf.rows import ResultRow, RowFile, format_table
-    from klas_hf.scores import StitchScores
-    from klas_hf.scoring import FunctionalScoring, ImageScoring, score_stitches, select_anchors
-    from klas_hf.selection import (
+    from klas_hf.scores.driver import score_stitches
+    from klas_hf.scores.functional import FunctionalScoring
+    from klas_hf.scores.images import ImageScoring
+    from klas_hf.scores.values import StitchScores
+    from klas_hf.selection.anchor_distances import select_anchors
+    from klas_hf.selection.anchors import AnchorSelection
+    from klas_hf.selection.rules import (
         StitchSelection,
         best_stitches,
         esta_stitches,
@@ -50,30 +57,24 @@ if TYPE_CHECKING:
         select_stitches,
         shortlist_stitches,
     )
-    from klas_hf.snnet import snnet_groups, snnet_stitches
-    from klas_hf.stitches import Stitch, StitchCosts
-    from klas_hf.supernet import (
-        StitchedSupernet,
-        StitchedSupernetConfig,
-        StitchedSupernetForCausalLM,
-        StitchedSupernetForImageClassification,
-    )
+    from klas_hf.selection.snnet import snnet_groups, snnet_stitches
+    from klas_hf.stitching.supernet import StitchedSupernet
+    from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
+    from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
     from klas_hf.training import (
         ImageTrainingConfig,
         TrainingConfig,
-        TrainingDiverged,
         TrainingResult,
         recalibrate_batch_norm,
-        train_probes,
         train_stitches,
     )
 
 _PLACES = {
-    "klas_hf.anchor_selection": ("AnchorSelection",),
     "klas_hf.cli.examination": ("examine_anchors",),
     "klas_hf.cli.findings": ("Examination", "Finding"),
     "klas_hf.costs": ("Cost", "measure_costs", "measure_stitch_costs"),
-    "klas_hf.curves": ("TradeoffCurve", "common_interval", "correlation_report", "plot_curves"),
+    "klas_hf.curves.tradeoff": ("TradeoffCurve", "common_interval", "correlation_report", "plot_curves"),
+    "klas_hf.errors": ("TrainingDiverged",),
     "klas_hf.evaluation": (
         "Measurement",
         "evaluate_accuracy",
@@ -85,11 +86,18 @@ _PLACES = {
     ),
     "klas_hf.hub": ("model_card", "publish"),
     "klas_hf.hub.delta": ("merge_delta", "save_delta"),
+    "klas_hf.models.configuration_supernet": ("StitchedSupernetConfig",),
+    "klas_hf.paths": ("Stitch", "StitchCosts"),
     "klas_hf.probes": ("ImageProbeConfig", "ImageProbeNet", "ProbeConfig", "ProbeNet"),
+    "klas_hf.probes.training": ("train_probes",),
     "klas_hf.rows": ("ResultRow", "RowFile", "format_table"),
-    "klas_hf.scores": ("StitchScores",),
-    "klas_hf.scoring": ("FunctionalScoring", "ImageScoring", "score_stitches", "select_anchors"),
-    "klas_hf.selection": (
+    "klas_hf.scores.driver": ("score_stitches",),
+    "klas_hf.scores.functional": ("FunctionalScoring",),
+    "klas_hf.scores.images": ("ImageScoring",),
+    "klas_hf.scores.values": ("StitchScores",),
+    "klas_hf.selection.anchor_distances": ("select_anchors",),
+    "klas_hf.selection.anchors": ("AnchorSelection",),
+    "klas_hf.selection.rules": (
         "StitchSelection",
         "best_stitches",
         "esta_stitches",
@@ -100,21 +108,15 @@ _PLACES = {
         "select_stitches",
         "shortlist_stitches",
     ),
-    "klas_hf.snnet": ("snnet_groups", "snnet_stitches"),
-    "klas_hf.stitches": ("Stitch", "StitchCosts"),
-    "klas_hf.supernet": (
-        "StitchedSupernet",
-        "StitchedSupernetConfig",
-        "StitchedSupernetForCausalLM",
-        "StitchedSupernetForImageClassification",
-    ),
+    "klas_hf.selection.snnet": ("snnet_groups", "snnet_stitches"),
+    "klas_hf.stitching.supernet": ("StitchedSupernet",),
+    "klas_hf.stitching.supernet_images": ("StitchedSupernetForImageClassification",),
+    "klas_hf.stitching.supernet_language": ("StitchedSupernetForCausalLM",),
     "klas_hf.training": (
         "ImageTrainingConfig",
         "TrainingConfig",
-        "TrainingDiverged",
         "TrainingResult",
         "recalibrate_batch_norm",
-        "train_probes",
         "train_stitches",
     ),
 }

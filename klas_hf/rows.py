@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from klas_hf.files import write_atomically
-from klas_hf.stitches import Stitch
+from klas_hf.paths import Stitch
 
 _REPORTED = ("klas_hf", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers")
 

@@ -9,14 +9,14 @@ and kept in the cache folder. The rest is as in recipes/imagenet.py.
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from experiments.image_comparison import ComparisonSettings, ImageComparison, ImageTask
+from experiments.image_report import report
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from klas_hf import ImageTrainingConfig, train_stitches
+from klas_hf.data.image_data import ImageDataArguments, load_task
 from klas_hf.options import parse_options
 from klas_hf.processes import process_state
-from klas_hf.tasks.image_comparison import ComparisonSettings, ImageComparison, ImageTask
-from klas_hf.tasks.image_data import ImageDataArguments, load_task
-from klas_hf.tasks.image_report import report
 
 
 @dataclass

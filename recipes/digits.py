@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from experiments.image_comparison import ComparisonSettings, ImageComparison, ImageTask
+from experiments.image_report import report
 from transformers import (
     AutoModelForImageClassification,
     PreTrainedConfig,
@@ -21,12 +23,10 @@ from transformers import (
 )
 
 from klas_hf import ImageTrainingConfig, evaluate_accuracy, train_stitches
+from klas_hf.data.digits import load_digits_split
+from klas_hf.data.images import image_batches
 from klas_hf.options import parse_options
 from klas_hf.processes import process_state
-from klas_hf.tasks.digits import load_digits_split
-from klas_hf.tasks.image_comparison import ComparisonSettings, ImageComparison, ImageTask
-from klas_hf.tasks.image_report import report
-from klas_hf.tasks.images import image_batches
 
 MEAN, STD = (0.3,), (0.37,)  # of the digits' pixels
 SIZE, CLASSES = 8, 10

@@ -12,12 +12,13 @@ folder: an interrupted run goes on where it stopped.
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from experiments.image_comparison import ComparisonSettings, ImageComparison
+from experiments.image_report import report
+
 from klas_hf import ImageTrainingConfig
+from klas_hf.data.image_data import ImageDataArguments, load_task
 from klas_hf.options import parse_options
 from klas_hf.processes import process_state
-from klas_hf.tasks.image_comparison import ComparisonSettings, ImageComparison
-from klas_hf.tasks.image_data import ImageDataArguments, load_task
-from klas_hf.tasks.image_report import report
 
 
 @dataclass

@@ -52,8 +52,7 @@ from klas_hf import (
     train_probes,
     train_stitches,
 )
-from klas_hf.processes import process_state
-from klas_hf.tasks.text import (
+from klas_hf.data.text import (
     TextBatches,
     held_out,
     python_documentation,
@@ -61,6 +60,7 @@ from klas_hf.tasks.text import (
     text_sequences,
     train_tokenizer,
 )
+from klas_hf.processes import process_state
 
 LENGTH = 64  # tokens of a sequence
 VOCABULARY = 1024

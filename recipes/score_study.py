@@ -18,14 +18,10 @@ from pathlib import Path
 import digits
 import numpy as np
 import small_llamas
-
-from klas_hf import TrainingConfig
-from klas_hf.curves import spearman
-from klas_hf.options import parse_options
-from klas_hf.plotting import Series, lines
-from klas_hf.processes import process_state
-from klas_hf.rows import markdown_table
-from klas_hf.study import (
+from experiments.image_comparison import ComparisonSettings, ImageTask
+from experiments.language_study import LanguageScoreStudy
+from experiments.score_study import ImageScoreStudy, ScoreStudy, StudySettings
+from experiments.study import (
     MeasuredStitch,
     ScoreOutcome,
     combined_values,
@@ -35,11 +31,15 @@ from klas_hf.study import (
     score_outcomes,
     with_score,
 )
-from klas_hf.tasks.digits import load_digits_split
-from klas_hf.tasks.image_comparison import ComparisonSettings, ImageTask
-from klas_hf.tasks.image_data import ImageDataArguments, load_task
-from klas_hf.tasks.language_study import LanguageScoreStudy
-from klas_hf.tasks.score_study import ImageScoreStudy, ScoreStudy, StudySettings
+
+from klas_hf import TrainingConfig
+from klas_hf.curves.tradeoff import spearman
+from klas_hf.data.digits import load_digits_split
+from klas_hf.data.image_data import ImageDataArguments, load_task
+from klas_hf.options import parse_options
+from klas_hf.plotting import Series, lines
+from klas_hf.processes import process_state
+from klas_hf.rows import markdown_table
 
 COMBINED = ("theta", "functional", "dm")
 SHOWN = ("functional, temperature 4", "functional", "functional_theta", "theta", "klas", "cost")

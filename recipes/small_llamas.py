@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.language_study import TextTask
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,9 +17,8 @@ from transformers import (
 )
 
 from klas_hf import TrainingConfig, train_stitches
+from klas_hf.data.text import held_out, python_documentation, text_examples, text_sequences, train_tokenizer
 from klas_hf.processes import process_state
-from klas_hf.tasks.language_study import TextTask
-from klas_hf.tasks.text import held_out, python_documentation, text_examples, text_sequences, train_tokenizer
 
 LENGTH, VOCABULARY = 64, 1024
 LINE = r"(?<!\n)\n(?!\n)"  # what parts the stories of a TinyStories file with a story per line

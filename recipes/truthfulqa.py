@@ -35,18 +35,18 @@ from klas_hf import (
     train_stitches,
 )
 from klas_hf.anchors import load_anchor
-from klas_hf.options import parse_options
-from klas_hf.processes import process_state
-from klas_hf.scores import StitchScores
-from klas_hf.tasks.answering import compare_rules, measure_answers, measured
-from klas_hf.tasks.text import TextBatches
-from klas_hf.tasks.truthfulqa import (
+from klas_hf.data.answering import compare_rules, measure_answers, measured
+from klas_hf.data.text import TextBatches
+from klas_hf.data.truthfulqa import (
     Question,
     degenerate_answers,
     encode_completion,
     load_truthfulqa,
     split_questions,
 )
+from klas_hf.options import parse_options
+from klas_hf.processes import process_state
+from klas_hf.scores.values import StitchScores
 
 RULES = ("klas", "esta_proportional", "esta_index", "random")
 SHOWN = ["best_rouge1", "best_rouge2", "best_rougeL", "max_correct_rouge1", "lm_eval_rouge1_max", "lm_eval_rouge1_acc"]

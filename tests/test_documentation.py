@@ -52,15 +52,20 @@ THINGS = documented()
 
 # Where a name stands in docs/reference.md, by the longest module that its own begins with.
 STEPS = {
-    "Anchors": ("klas_hf.anchor_selection", "klas_hf.scoring.anchors", "klas_hf.cli"),
-    "Stitches and costs": ("klas_hf.stitches", "klas_hf.costs"),
-    "Probes": ("klas_hf.probes", "klas_hf.training.probes"),
-    "Scores": ("klas_hf.scores", "klas_hf.scoring"),
-    "Selection": ("klas_hf.selection", "klas_hf.snnet"),
-    "Stitching": ("klas_hf.models", "klas_hf.assembly", "klas_hf.supernet"),
-    "Training": ("klas_hf.training",),
+    "Anchors": ("klas_hf.selection.anchors", "klas_hf.selection.anchor_distances", "klas_hf.cli"),
+    "Stitches and costs": ("klas_hf.paths", "klas_hf.costs"),
+    "Probes": ("klas_hf.probes",),
+    "Scores": ("klas_hf.scores",),
+    "Selection": ("klas_hf.selection.rules", "klas_hf.selection.snnet"),
+    "Stitching": ("klas_hf.models", "klas_hf.stitching"),
+    "Training": ("klas_hf.training", "klas_hf.errors"),
     "Evaluation": ("klas_hf.evaluation", "klas_hf.rows"),
-    "Curves": ("klas_hf.curves", "klas_hf.curve_comparison", "klas_hf.cascades", "klas_hf.regret"),
+    "Curves": (
+        "klas_hf.curves.tradeoff",
+        "experiments.curve_comparison",
+        "klas_hf.curves.cascades",
+        "experiments.regret",
+    ),
     "Hub": ("klas_hf.hub",),
 }
 

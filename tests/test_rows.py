@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from klas_hf.paths import Stitch
 from klas_hf.rows import ResultRow, RowFile, format_table, library_versions
-from klas_hf.stitches import Stitch
 
 RUN = {"source": "small", "target": "large", "seed": 3, "taus": (0.05, 0.1)}
 

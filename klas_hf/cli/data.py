@@ -65,7 +65,7 @@ def load_material(options: DataOptions, models: Sequence[str], split: str) -> Ma
 
 
 def _text(options: DataOptions, model: str) -> Material:
-    from klas_hf.tasks.text import TextBatches, text_examples, text_sequences
+    from klas_hf.data.text import TextBatches, text_examples, text_sequences
 
     texts = read_texts(options.data)
     tokenizer = tokenizer_of(model)
@@ -78,8 +78,8 @@ def _text(options: DataOptions, model: str) -> Material:
 
 
 def _images(options: DataOptions, models: Sequence[str], split: str) -> Material:
-    from klas_hf.tasks.image_data import class_labels
-    from klas_hf.tasks.images import common_processing, image_batches, load_images, map_labels, subset
+    from klas_hf.data.image_data import class_labels
+    from klas_hf.data.images import common_processing, image_batches, load_images, map_labels, subset
 
     processing = common_processing(models)
     images = load_images(options.data, split, processing)

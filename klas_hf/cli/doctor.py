@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from klas_hf.cli.findings import Examination, Finding
 from klas_hf.cli.output import say, say_json
 from klas_hf.cli.parsing import Command, flag, positional, two
-from klas_hf.stitches import Stitch
+from klas_hf.paths import Stitch
 
 _WIDTH = 100
 

@@ -12,7 +12,6 @@ from transformers.utils import cached_file
 from klas_hf.anchors.families import decoder_family
 from klas_hf.anchors.language import anchor_config
 from klas_hf.anchors.vision import is_vision
-from klas_hf.assembly.vision import check_grids, common_size
 from klas_hf.cli.examine_images import Configs, Tensors, examine_classifiers, grids_finding, kept_classifier_keys
 from klas_hf.cli.examine_text import (
     block_parameters_finding,
@@ -26,7 +25,8 @@ from klas_hf.cli.headers import stored_tensors
 from klas_hf.cli.output import human_bytes, human_count, names
 from klas_hf.costs import measure_costs, measure_stitch_costs
 from klas_hf.models.vision_kinds import vision_kind
-from klas_hf.stitches import Stitch, StitchCosts
+from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.stitching.images import check_grids, common_size
 
 __all__ = ["examine_anchors"]
 

@@ -11,14 +11,14 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from klas_hf.anchors.vision import check_labels
-from klas_hf.assembly.loading import load_parts
-from klas_hf.assembly.vision import common_size, stitched_vision_config
 from klas_hf.cli.findings import Finding, attempted, ok, problem, warning
 from klas_hf.cli.headers import StoredTensor
+from klas_hf.data.images import common_processing
 from klas_hf.models import StitchedForImageClassification
 from klas_hf.models.vision_shapes import trace
-from klas_hf.stitches import Stitch, StitchCosts
-from klas_hf.tasks.images import common_processing
+from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.stitching.images import common_size, stitched_vision_config
+from klas_hf.stitching.loading import load_parts
 
 Configs = tuple[PreTrainedConfig, PreTrainedConfig]
 Tensors = dict[str, StoredTensor]

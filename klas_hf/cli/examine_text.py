@@ -12,7 +12,7 @@ from klas_hf.cli.findings import Finding, attempted, ok, problem, warning
 from klas_hf.cli.headers import StoredTensor
 from klas_hf.cli.output import human_count
 from klas_hf.models.configuration_stitched import kv_shape
-from klas_hf.stitches import Stitch, StitchCosts
+from klas_hf.paths import Stitch, StitchCosts
 
 Configs = tuple[PreTrainedConfig, PreTrainedConfig]
 Tensors = dict[str, StoredTensor]

@@ -8,9 +8,9 @@ from klas_hf import plotting
 from klas_hf.cli.output import OVERWRITE, check_output, say
 from klas_hf.cli.parsing import Command, flag, positional
 from klas_hf.cli.select import load_scores
-from klas_hf.curves import TradeoffCurve, plot_curves
+from klas_hf.curves.tradeoff import TradeoffCurve, plot_curves
 from klas_hf.rows import ResultRow, RowFile
-from klas_hf.scores import StitchScores
+from klas_hf.scores.values import StitchScores
 
 
 @dataclass(frozen=True, kw_only=True)

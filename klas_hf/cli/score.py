@@ -9,7 +9,7 @@ from klas_hf.cli.output import OVERWRITE, check_output, say, say_json
 from klas_hf.cli.parsing import Command, flag, positional, two
 from klas_hf.cli.select import described, table
 from klas_hf.processes import process_state
-from klas_hf.scores import NEEDED, SCORES, STITCHED
+from klas_hf.scores.values import NEEDED, SCORES, STITCHED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class ScoreOptions(DataOptions):
 
 
 def run(options: ScoreOptions) -> int:
-    from klas_hf.scoring import score_stitches
-    from klas_hf.selection import select_stitches
+    from klas_hf.scores.driver import score_stitches
+    from klas_hf.selection.rules import select_stitches
 
     if options.score not in SCORES:
         raise ValueError(f"got score={options.score!r}; expected one of {sorted(SCORES)}")
@@ -70,7 +70,7 @@ def _saved_probes(folder: str, options: ScoreOptions) -> Any:
 
 def _trained_probes(options: ScoreOptions, anchors: tuple[Any, Any]) -> list[Any] | None:
     """Probes that learnt from images of the train split; None: none are needed, or text, where scoring makes them."""
-    from klas_hf.training import train_probes
+    from klas_hf.probes.training import train_probes
 
     if not is_vision(options.source) or set(NEEDED[options.score]) <= set(STITCHED):
         return None

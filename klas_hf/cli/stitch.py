@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from klas_hf.cli.data import DataOptions, load_material
 from klas_hf.cli.output import OVERWRITE, check_output, human_count, save_model, say
 from klas_hf.cli.parsing import Command, flag, positional, two
+from klas_hf.paths import Stitch
 from klas_hf.processes import process_state
-from klas_hf.stitches import Stitch
 
 
 @dataclass(frozen=True, kw_only=True)

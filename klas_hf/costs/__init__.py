@@ -9,7 +9,7 @@ from klas_hf.costs.language import decoder_costs, decoder_stitch_costs
 from klas_hf.costs.vision import classifier_costs, classifier_stitch_costs
 from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
 from klas_hf.models.vision_features import image_size as size_of
-from klas_hf.stitches import StitchCosts
+from klas_hf.paths import StitchCosts
 
 __all__ = ["Cost", "measure_costs", "measure_stitch_costs"]
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from klas_hf.anchors.families import decoder_family
 from klas_hf.costs.counting import Cost, macs_by_module, parameter_count
 from klas_hf.models.configuration_stitched import StitchedConfig, kv_shape
-from klas_hf.stitches import StitchCosts
+from klas_hf.paths import StitchCosts
 
 
 def decoder_costs(config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> Cost:

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.anchors.weights import evaluating
-from klas_hf.divergences import kl_divergence
 from klas_hf.evaluation.models import Measurement
+from klas_hf.maths.divergences import kl_divergence
 from klas_hf.models.vision_features import Features
+from klas_hf.paths import Stitch
 from klas_hf.processes import progress, shared_out, sum_over_processes
-from klas_hf.stitches import Stitch
-from klas_hf.supernet import Path, StitchedSupernetForImageClassification
+from klas_hf.stitching.supernet import Path
+from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
 from klas_hf.training.batch_norm import batch_norms, recalibrate_batch_norm
 
 

@@ -9,11 +9,12 @@ from transformers import PreTrainedModel
 
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.weights import evaluating
-from klas_hf.divergences import kl_divergence
 from klas_hf.evaluation.models import Measurement
+from klas_hf.maths.divergences import kl_divergence
+from klas_hf.paths import Stitch
 from klas_hf.processes import progress, shared_out, sum_over_processes
-from klas_hf.stitches import Stitch
-from klas_hf.supernet import Path, StitchedSupernetForCausalLM
+from klas_hf.stitching.supernet import Path
+from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
 from klas_hf.training.losses import cross_entropy_sum, label_count
 
 

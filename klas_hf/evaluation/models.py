@@ -7,9 +7,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from klas_hf.costs import measure_costs
+from klas_hf.paths import Stitch
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile
-from klas_hf.stitches import Stitch
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from klas_hf.evaluation.images import measure_image_paths, recalibrated
 from klas_hf.evaluation.language import measure_text_paths
 from klas_hf.evaluation.models import Measurement
+from klas_hf.paths import Stitch
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile
-from klas_hf.stitches import Stitch
-from klas_hf.supernet import (
-    Path,
-    StitchedSupernet,
-    StitchedSupernetForCausalLM,
-    StitchedSupernetForImageClassification,
-)
+from klas_hf.stitching.supernet import Path, StitchedSupernet
+from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
+from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
 
 GROUP = 24  # paths that are evaluated in one pass, and written when it ends
 

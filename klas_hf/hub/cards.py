@@ -18,7 +18,7 @@ from klas_hf.hub.licences import Licence, attribution, built_with, carried_licen
 from klas_hf.hub.results import eval_results, table
 from klas_hf.hub.subjects import Subject, describe, facts_table
 from klas_hf.rows import ResultRow
-from klas_hf.scores import StitchScores
+from klas_hf.scores.values import StitchScores
 
 _CITATION = """
 *KLAS: Using Similarity to Stitch Neural Networks for Improved Accuracy-Efficiency Tradeoffs*, ICLR 2026, arXiv

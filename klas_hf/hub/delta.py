@@ -23,8 +23,6 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, __
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
-from klas_hf.assembly import stitch_anchors
-from klas_hf.assembly.loading import RANDOM_STITCH
 from klas_hf.hub.delta_tensors import fingerprints, is_stitch, plain_tensors, replaced_by_adapter, same_bits
 from klas_hf.models import (
     StitchedForCausalLM,
@@ -33,6 +31,8 @@ from klas_hf.models import (
     StitchedVisionConfig,
 )
 from klas_hf.models.checkpoint_files import HUB_OPTIONS, check_whole, explained_damage, replacing
+from klas_hf.stitching.assembly import stitch_anchors
+from klas_hf.stitching.loading import RANDOM_STITCH
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -16,7 +16,7 @@ from klas_hf.hub.pages import AnchorPage
 from klas_hf.hub.results import draw_curve
 from klas_hf.hub.subjects import Subject, public_config, scores_config
 from klas_hf.rows import ResultRow
-from klas_hf.scores import SCORES_FILE, StitchScores
+from klas_hf.scores.values import SCORES_FILE, StitchScores
 
 _PROCESSORS = {
     "tokenizer": (AutoTokenizer, ("tokenizer_config.json", "tokenizer.json")),

@@ -28,7 +28,7 @@ from klas_hf.hub.folder import carry_legal_files, draw_picture, find_processor, 
 from klas_hf.hub.licences import is_legal_file
 from klas_hf.hub.subjects import Subject, describe, identity
 from klas_hf.rows import ResultRow
-from klas_hf.scores import StitchScores
+from klas_hf.scores.values import StitchScores
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _HARMLESS = (".gitattributes", ".gitignore", "README.md")

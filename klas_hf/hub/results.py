@@ -7,9 +7,9 @@ from statistics import fmean
 from huggingface_hub import EvalResult
 
 from klas_hf import plotting
-from klas_hf.curves import TradeoffCurve
+from klas_hf.curves.tradeoff import TradeoffCurve
+from klas_hf.paths import Stitch
 from klas_hf.rows import ResultRow, format_table
-from klas_hf.stitches import Stitch
 
 
 def own_rows(rows: Sequence[ResultRow], stitches: Collection[Stitch]) -> dict[Stitch, list[ResultRow]]:

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from klas_hf.costs import measure_costs
 from klas_hf.hub import usage
 from klas_hf.hub.pages import AnchorPage, anchor_pages
+from klas_hf.paths import Stitch
 from klas_hf.rows import markdown_table
-from klas_hf.scores import StitchScores
-from klas_hf.stitches import Stitch
+from klas_hf.scores.values import StitchScores
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from klas_hf.stitches import Stitch
+from klas_hf.paths import Stitch
 
 Code = Callable[[str, bool], str]
 

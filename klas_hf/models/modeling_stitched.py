@@ -54,7 +54,7 @@ class StitchedModel(PreTrainedModel):
 
     @classmethod
     def from_anchors(cls, source: Any, target: Any, stitch: Any, **kwargs: Any) -> "StitchedModel":
-        """Join the first blocks of `source` to the last blocks of `target`; see `klas_hf.assembly.stitch_anchors`.
+        """Join the first blocks of `source` to the last blocks of `target`; see `klas_hf.stitching.stitch_anchors`.
 
         Args:
             source, target: Hub id, local folder or PreTrainedModel; the source is the cheaper one.
@@ -75,7 +75,7 @@ class StitchedModel(PreTrainedModel):
             >>> model.stitching_layer()
             Linear(in_features=16, out_features=24, bias=True)
         """
-        return _package("klas_hf.assembly").stitch_anchors(source, target, stitch, **kwargs)
+        return _package("klas_hf.stitching.assembly").stitch_anchors(source, target, stitch, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "StitchedModel":

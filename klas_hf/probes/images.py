@@ -3,7 +3,7 @@
     logits_i = W_i · pool(block i's output) + b_i
 
 Pooling is the mean over the grid, class tokens left out. On maps this is the paper's 1×1 convolution followed by the
-mean: both are linear, so their order does not matter. `klas_hf.training.image_probes` trains them.
+mean: both are linear, so their order does not matter. `klas_hf.probes.image_training` trains them.
 """
 
 from collections.abc import Sequence

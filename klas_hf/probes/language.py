@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.batches import token_batches
 from klas_hf.anchors.language import LanguageAnchor, load_anchor
-from klas_hf.least_squares import LeastSquares
+from klas_hf.maths.least_squares import LeastSquares
 from klas_hf.processes import progress, shared_out, sum_over_processes
 
 KINDS = ("logit", "ridge", "tuned")

@@ -2,15 +2,12 @@
 
 from klas_hf.training.batch_norm import recalibrate_batch_norm
 from klas_hf.training.config import ImageTrainingConfig, TrainingConfig
-from klas_hf.training.loop import TrainingDiverged, TrainingResult, train_stitches
-from klas_hf.training.probes import train_probes
+from klas_hf.training.loop import TrainingResult, train_stitches
 
 __all__ = [
     "ImageTrainingConfig",
     "TrainingConfig",
-    "TrainingDiverged",
     "TrainingResult",
     "recalibrate_batch_norm",
-    "train_probes",
     "train_stitches",
 ]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from klas_hf.errors import TrainingDiverged
 from klas_hf.processes import process_state
 from klas_hf.training.checkpoints import Checkpoints, Progress
 from klas_hf.training.config import CommonTrainingConfig, ImageTrainingConfig, TrainingConfig
@@ -27,18 +28,6 @@ from klas_hf.training.images import ImageData, ImageObjective
 from klas_hf.training.language import LanguageObjective
 from klas_hf.training.objectives import Objective
 from klas_hf.training.trainables import made_trainable, optimizer_of
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or a gradient became NaN or infinite; the last checkpoint is kept.
-
-    Example:
-        >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
-        >>> _ = model.lm_head.weight.data.fill_(float("nan"))
-        >>> train_stitches(model, examples, TrainingConfig(trainable="stitch", max_steps=1))
-        Traceback (most recent call last):
-        klas_hf.training.loop.TrainingDiverged: got a loss of nan ...
-    """
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedModel
 
-from klas_hf.stitches import Stitch
+from klas_hf.paths import Stitch
 from klas_hf.training.config import CommonTrainingConfig
 
 

@@ -34,9 +34,9 @@ from klas_hf import (
 )
 from klas_hf.cli import main
 from klas_hf.cli.plot import read_rows
+from klas_hf.data.images import common_processing, image_batches, load_images
+from klas_hf.data.text import TextBatches, text_examples, text_sequences
 from klas_hf.hub import model_card
-from klas_hf.tasks.images import common_processing, image_batches, load_images
-from klas_hf.tasks.text import TextBatches, text_examples, text_sequences
 
 ROOT = Path(__file__).parents[2]
 FULL = ("--trainable", "full", "--per_device_batch_size", "4", "--gradient_accumulation_steps", "1")

@@ -20,8 +20,8 @@ from klas_hf import (
     train_probes,
 )
 from klas_hf.cli import main
-from klas_hf.tasks.images import common_processing, image_batches, load_images
-from klas_hf.tasks.text import TextBatches, text_sequences
+from klas_hf.data.images import common_processing, image_batches, load_images
+from klas_hf.data.text import TextBatches, text_sequences
 
 
 def _sequences(language: Path, length: int) -> list[list[int]]:

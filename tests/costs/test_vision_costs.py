@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.levit.modeling_levit import LevitAttention, LevitAttentionSubsample
 
 from klas_hf import Stitch, measure_costs, measure_stitch_costs
-from klas_hf.assembly.vision import stitched_vision_config
+from klas_hf.stitching.images import stitched_vision_config
 
 
 def levit(widths: list[int], heads: list[int]) -> LevitConfig:

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from saved_models import TEXT, SavedModel, save_stitched
 
-from klas_hf.tasks.rouge import RougeScores, rouge_lm_eval
-from klas_hf.tasks.truthfulqa import Question
+from klas_hf.data.rouge import RougeScores, rouge_lm_eval
+from klas_hf.data.truthfulqa import Question
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402

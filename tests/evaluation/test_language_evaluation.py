@@ -18,7 +18,7 @@ from klas_hf import (
     generate_greedily,
     measure_costs,
 )
-from klas_hf.tasks.text import TextBatches
+from klas_hf.data.text import TextBatches
 
 
 def test_loss_equals_transformers_over_any_batches() -> None:

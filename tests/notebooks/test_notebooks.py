@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 import klas_hf
-from klas_hf.tasks.digits import load_digits_split
+from klas_hf.data.digits import load_digits_split
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 HEATMAP, LANGUAGE = "reading_a_heatmap.ipynb", "stitch_two_language_models.ipynb"
@@ -254,7 +254,7 @@ def test_only_public_names_are_used(name: str) -> None:
         assert not one.startswith("_")
         if module == "klas_hf":
             assert one in klas_hf.__all__
-        assert module == "klas_hf" or module.startswith("klas_hf.tasks.")
+        assert module == "klas_hf" or module.startswith("klas_hf.data.")
         assert one in vars(import_module(module)) or one in klas_hf.__all__
     assert not [node.attr for node in nodes(page, ast.Attribute) if re.match("_(?!_)", node.attr)]
 

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from klas_hf import ImageProbeConfig, ImageProbeNet, ProbeConfig, TrainingDiverged, train_probes
 from klas_hf.anchors.vision import VisionAnchor
+from klas_hf.probes.image_training import train_image_probes
 from klas_hf.probes.images import pooled_features
-from klas_hf.training.image_probes import train_image_probes
 
 KINDS = ["vit", "deit_teacher", "swin", "levit", "resnet"]
 

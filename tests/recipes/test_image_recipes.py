@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from experiments.image_comparison import ComparisonSettings
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 from klas_hf import ImageTrainingConfig
+from klas_hf.data.image_data import ImageDataArguments, class_labels, load_task
 from klas_hf.options import parse_options
-from klas_hf.tasks.image_comparison import ComparisonSettings
-from klas_hf.tasks.image_data import ImageDataArguments, class_labels, load_task
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CLASSES = ("circle", "square", "stripe")

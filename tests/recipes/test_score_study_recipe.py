@@ -14,9 +14,9 @@ sys.path.insert(0, str(RECIPES))
 
 import score_study  # noqa: E402
 import small_llamas  # noqa: E402
+from experiments.study import MeasuredStitch, score_outcomes  # noqa: E402
 
-from klas_hf.stitches import Stitch  # noqa: E402
-from klas_hf.study import MeasuredStitch, score_outcomes  # noqa: E402
+from klas_hf.paths import Stitch  # noqa: E402
 
 NAMES = ("klas", "theta", "dm", "functional", "functional_theta", "functional, temperature 4", "cost")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_model
 
-from klas_hf.tasks.text import train_tokenizer
+from klas_hf.data.text import train_tokenizer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "truthfulqa.py"
 COLUMNS = ["Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source"]

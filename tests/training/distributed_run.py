@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from training_examples import anchors, examples, token_batch_list
 
 from klas_hf import StitchedModel, TrainingConfig, evaluate_loss, generate_greedily, score_stitches, train_stitches
+from klas_hf.data.text import TextBatches
 from klas_hf.probes import ProbeConfig
 from klas_hf.processes import process_state
-from klas_hf.tasks.text import TextBatches
 from klas_hf.training import train_probes
 
 

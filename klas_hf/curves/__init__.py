@@ -1,0 +1,1 @@
+"""Quality over cost: the trade-off curve, and two-model cascades beside it."""

@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: divergences, least squares, similarities, estimates. Nothing here knows transformers."""

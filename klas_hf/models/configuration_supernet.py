@@ -1,0 +1,72 @@
+"""Configuration of a stitched supernet: its anchors, its stitches, and which of them share a stitching layer."""
+
+from typing import Any, ClassVar
+
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
+
+from .configuration_stitched_vision import as_config
+from .vision_features import image_size
+
+
+class StitchedSupernetConfig(PreTrainedConfig):
+    """Configuration of every `StitchedSupernet`; `StitchedSupernet.from_anchors` makes it.
+
+    Args:
+        anchor_configs: configurations (or their dicts) of the anchors, cheapest first.
+        stitches: `[i, j, source, target]` of every stitch, the last two being positions of anchors.
+        layer_of: the stitching layer of every stitch; stitches with the same number share one.
+        layer_fits: how each stitching layer was initialised (`r2`, `ridge`, `rows`), or None.
+        image_size: (height, width) in pixels; None takes the dearest anchor's. None for text.
+        tokens: of the sequence that the costs of language models are counted for.
+        generation_configs: of language models, each anchor's own settings.
+        drop_path_rate: stochastic depth of a path's last block in training, for images.
+        initializer_range: standard deviation of weights that are drawn at random.
+        anchor_names, anchor_revisions: Hub ids or folders of the anchors, and their commits, where known.
+
+    Example:
+        >>> config = StitchedSupernetConfig(
+        ...     anchor_configs=[small.config, large.config], stitches=[(1, 2, 0, 1), (2, 3, 0, 1)], layer_of=[0, 0]
+        ... )
+        >>> supernet = StitchedSupernetForImageClassification(config)  # of random weights
+        >>> len(supernet.paths), len(supernet.stitches), config.image_size
+        (4, 1, [16, 16])
+    """
+
+    model_type = "stitched_supernet"
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
+
+    anchor_configs: Any = None
+    stitches: Any = None
+    layer_of: Any = None
+    layer_fits: list[dict[str, Any]] | None = None
+    image_size: list[int] | None = None
+    tokens: int = 128
+    generation_configs: list[dict[str, Any]] | None = None
+    drop_path_rate: float = 0.0
+    initializer_range: float = 0.02
+    anchor_names: list[Any] | None = None
+    anchor_revisions: list[Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.anchor_configs = [as_config(config) for config in self.anchor_configs or [None]]
+        self.stitches = [list(stitch) for stitch in self.stitches or []]
+        self.layer_of = list(range(len(self.stitches))) if self.layer_of is None else self.layer_of
+        if type(self.anchor_configs[-1]) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+            self.image_size = list(self.image_size or image_size(self.anchor_configs[-1]))
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_channels(self) -> int:
+        return self.anchor_configs[-1].num_channels
+
+    @property
+    def vocab_size(self) -> int:
+        return self.anchor_configs[-1].vocab_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return super().to_dict() | {"anchor_configs": [config.to_dict() for config in self.anchor_configs]}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to config.json."""
+        return super().to_diff_dict() | {"anchor_configs": [config.to_dict() for config in self.anchor_configs]}

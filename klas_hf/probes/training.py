@@ -1,0 +1,124 @@
+"""Training of probes (KLAS Alg. 1); of language models: features once per batch, one block's backward at a time."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import AdamW
+
+from klas_hf.anchors.batches import TokenBatch, token_batches
+from klas_hf.anchors.language import LanguageAnchor, load_anchor
+from klas_hf.anchors.vision import is_vision
+from klas_hf.errors import TrainingDiverged
+from klas_hf.maths.divergences import kl_divergence
+from klas_hf.probes import ImageProbeConfig, ImageProbeNet, ProbeConfig, ProbeNet, fit_probes
+from klas_hf.probes.image_training import train_image_probes
+from klas_hf.processes import process_state, progress, sum_over_processes
+
+
+def train_probes(
+    anchor: Any,
+    data: Iterable[Any],
+    config: ProbeConfig | ImageProbeConfig | None = None,
+    *,
+    validation: Iterable[Any] | None = None,
+) -> ProbeNet | ImageProbeNet:
+    """Probes of every block of an anchor (Alg. 1): of images by gradient descent, of text in closed form or tuned.
+
+    Args:
+        anchor: Hub id, folder or model; it is frozen.
+        data: batches of the train split: of token ids, or of images with labels, in random order. A list where it is
+            read more than once (images, `epochs`, a ridge start).
+        config: a `ProbeConfig` for language models, an `ImageProbeConfig` for image classifiers; None takes the
+            defaults.
+        validation: batches of images for early stopping; None holds out every fifth batch of the data. Language
+            models have no use for it.
+
+    Returns:
+        The probes, marked as this anchor's.
+
+    Raises:
+        ValueError: unknown family, nothing to learn from, or activations that are not finite.
+        TrainingDiverged: the loss of a tuned or an image probe is not finite.
+
+    Example:
+        >>> probes = train_probes(source, batches, ProbeConfig(kind="ridge"))  # "meta-llama/Llama-3.2-1B", say
+        >>> probes.save_pretrained(folder)
+        >>> ProbeNet.from_pretrained(folder).config.num_blocks
+        3
+        >>> train_probes(small, images, ImageProbeConfig(epochs=1)).config.num_labels
+        3
+    """
+    if is_vision(anchor):
+        _check_config(config, ImageProbeConfig)
+        return train_image_probes(anchor, data, config, validation=validation)
+    _check_config(config, ProbeConfig)
+    if validation is not None:
+        raise ValueError("got validation data for a language model, whose probes need none; leave it out")
+    config = config or ProbeConfig()
+    anchor = load_anchor(anchor)
+    if config.kind != "tuned":
+        return fit_probes(anchor, data, config)
+    batches = list(token_batches(data))
+    probes = fit_probes(anchor, batches, config).float()
+    _tune(probes, anchor, batches)
+    return probes
+
+
+def _check_config(config: Any, expected: type) -> None:
+    if config is not None and not isinstance(config, expected):
+        raise TypeError(f"got {type(config).__name__} for this anchor; expected {expected.__name__}")
+
+
+def _tune(probes: ProbeNet, anchor: LanguageAnchor, batches: list[TokenBatch]) -> None:
+    config = probes.config
+    optimizer = AdamW(probes.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    total = max(1, config.epochs * len(batches))
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total)
+    for epoch in range(config.epochs):
+        for batch in progress(batches, f"tuning probes of {anchor.name}, epoch {epoch + 1}"):
+            _tuning_step(probes, anchor, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            decay.step()
+
+
+def _tuning_step(probes: ProbeNet, anchor: LanguageAnchor, batch: TokenBatch) -> None:
+    """Put the gradients of all probes on one batch in place; each process takes its share of the sequences."""
+    state = process_state()
+    rows = slice(state.process_index, None, state.num_processes)
+    counted = batch.counted(anchor.config.bos_token_id)
+    counted[:, :-1] &= batch.attention_mask[:, 1:].bool()  # a token whose next one is known, for either loss
+    counted[:, -1] = False
+    total = int(counted.sum())
+    gradients = [torch.zeros_like(parameter) for parameter in probes.parameters()]
+    if total and counted[rows].any():
+        share = TokenBatch(batch.input_ids[rows], batch.attention_mask[rows])
+        *earlier, last = (h[counted[rows].to(h.device)] for h in anchor.hidden_states(share))
+        following = share.input_ids[:, 1:][counted[rows][:, :-1]].to(last.device)
+        for block, hidden in enumerate(earlier):
+            loss = _block_loss(probes, anchor, block, hidden, last, following) / total
+            if not loss.isfinite():
+                raise TrainingDiverged(
+                    f"got a loss of {float(loss)} for the probe of block {block + 1}; lower learning_rate"
+                )
+            found = torch.autograd.grad(loss, list(probes.parameters()), allow_unused=True)
+            for gradient, part in zip(gradients, found, strict=True):
+                if part is not None:
+                    gradient += part
+    for parameter, gradient in zip(probes.parameters(), gradients, strict=True):
+        parameter.grad = sum_over_processes(gradient)
+
+
+def _block_loss(
+    probes: ProbeNet, anchor: LanguageAnchor, block: int, hidden: Tensor, last: Tensor, following: Tensor
+) -> Tensor:
+    """Loss of one probe summed over tokens, in nats: `hidden` and `last` are `(tokens, width)`."""
+    log_q = anchor.logits(probes.translate(block, hidden)).float().log_softmax(-1)
+    if probes.config.tuned_loss == "ce":
+        return F.nll_loss(log_q, following, reduction="sum")
+    with torch.no_grad():
+        log_p = anchor.logits(last).float().log_softmax(-1)
+    return kl_divergence(log_p, log_q).sum()

@@ -1,0 +1,1 @@
+"""The paper's experiments and ours, as plain modules beside the recipes."""

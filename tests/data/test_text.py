@@ -1,0 +1,58 @@
+"""Text as sequences: nothing is lost, nothing is shared between texts, every sequence begins with BOS."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from klas_hf.data.text import (
+    TextBatches,
+    held_out,
+    python_documentation,
+    text_examples,
+    text_sequences,
+    train_tokenizer,
+)
+
+TEXTS = ["The quick brown fox jumps over the lazy dog. " * 8, "Stitched models interpolate between anchors. " * 5, "x"]
+TOKENIZER = train_tokenizer(TEXTS, 300)
+
+
+@given(length=st.integers(4, 40))
+def test_sequences_hold_the_texts(length: int) -> None:
+    sequences = text_sequences(TEXTS, TOKENIZER, length)
+    bos = TOKENIZER.bos_token_id
+    assert all(sequence[0] == bos and 3 <= len(sequence) <= length for sequence in sequences)
+    whole = TOKENIZER.decode([token for sequence in sequences for token in sequence[1:]])
+    lost = sum(map(len, TEXTS)) - len(whole)
+    assert 0 <= lost <= 2 * max(map(len, TOKENIZER.get_vocab()))  # at most a last single token of each text
+
+
+def test_tokenizer_gives_any_text_back() -> None:
+    for text in ("naïve café — 東京 🙂\n\ttabs", TEXTS[0]):
+        assert TOKENIZER.decode(TOKENIZER(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_batches_are_padded_and_repeatable() -> None:
+    batches = TextBatches([[1, 5, 6], [1, 7], [1, 8, 9, 10]], batch_size=2)
+    first, second = list(batches)
+    assert len(batches) == 2
+    assert first["input_ids"].tolist() == [[1, 5, 6], [1, 7, 0]]
+    assert first["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert first["labels"].tolist() == [[1, 5, 6], [1, 7, -100]]
+    assert second["input_ids"].tolist() == [[1, 8, 9, 10]]
+    assert [batch["input_ids"].tolist() for batch in batches] == [
+        first["input_ids"].tolist(),
+        second["input_ids"].tolist(),
+    ]
+    assert text_examples([[1, 2]]) == [{"input_ids": [1, 2], "labels": [1, 2]}]
+
+
+def test_python_carries_its_documentation() -> None:
+    texts = python_documentation()
+    assert sum(map(len, texts)) > 500_000
+    assert any(
+        "The “for” statement is used to iterate" in text or 'The "for" statement is used to iterate' in text
+        for text in texts
+    )
+    train, test = held_out(texts)
+    assert len(test) == -(-len(texts) // 10)
+    assert sorted(train + test) == sorted(texts)
