@@ -24,6 +24,7 @@ from klas_hf.data.images import ImageSet, image_batches
 from klas_hf.evaluation import evaluate_accuracy, evaluate_supernet, predict_probabilities
 from klas_hf.paths import Stitch, StitchCosts
 from klas_hf.probes import ImageProbeConfig, ImageProbeNet
+from klas_hf.probes.training import train_probes
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile
 from klas_hf.scores.driver import score_stitches
@@ -35,7 +36,7 @@ from klas_hf.selection.anchors import AnchorRule, AnchorSelection
 from klas_hf.selection.rules import StitchSelection, merge_selections, min_kl_stitches, random_stitches, select_stitches
 from klas_hf.selection.snnet import Stages, snnet_groups, snnet_stitches
 from klas_hf.stitching.supernet import StitchedSupernet
-from klas_hf.training import ImageTrainingConfig, train_probes, train_stitches
+from klas_hf.training import ImageTrainingConfig, train_stitches
 
 RULES = (*SCORES, "snnet", "min_kl", "random", "every")
 

@@ -16,6 +16,7 @@ from klas_hf.data.text import TextBatches, text_examples
 from klas_hf.evaluation import evaluate_loss, evaluate_supernet, evaluate_token_divergence
 from klas_hf.models import StitchedModel
 from klas_hf.paths import Stitch
+from klas_hf.probes.training import train_probes
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile
 from klas_hf.scores.driver import score_stitches
@@ -23,7 +24,7 @@ from klas_hf.scores.functional import FunctionalScoring
 from klas_hf.scores.values import StitchScores
 from klas_hf.selection.rules import random_stitches
 from klas_hf.stitching.supernet import StitchedSupernet
-from klas_hf.training import TrainingConfig, train_probes, train_stitches
+from klas_hf.training import TrainingConfig, train_stitches
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from scipy import stats
 
-from klas_hf import bootstrap
+from klas_hf.maths import bootstrap
 from klas_hf.maths.bootstrap import paired_bootstrap
 
 Array = NDArray[np.float64]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 from torch.distributions import kl_divergence as reference_kl
 
-from klas_hf import divergences
+from klas_hf.maths import divergences
 from klas_hf.maths.divergences import consecutive_kl, kl_divergence, pairwise_kl
 
 seeds = st.integers(0, 2**31)

@@ -12,8 +12,8 @@ from training_examples import anchors, examples, token_batch_list
 from klas_hf import StitchedModel, TrainingConfig, evaluate_loss, generate_greedily, score_stitches, train_stitches
 from klas_hf.data.text import TextBatches
 from klas_hf.probes import ProbeConfig
+from klas_hf.probes.training import train_probes
 from klas_hf.processes import process_state
-from klas_hf.training import train_probes
 
 
 def main() -> None:
