@@ -200,8 +200,8 @@ class Path:
                 )
             if max(one.start, one.stop or 0) > depths[one.anchor]:
                 raise ValueError(
-                    f"got path {self}, out of range: {one} of an anchor of {depths[one.anchor]} blocks; expected bounds "
-                    f"up to {depths[one.anchor]}"
+                    f"got path {self}, out of range: {one} of an anchor of {depths[one.anchor]} blocks; expected "
+                    f"bounds up to {depths[one.anchor]}"
                 )
         return [(s.anchor, s.start, depths[s.anchor] if s.stop is None else s.stop) for s in self.slices]
 
