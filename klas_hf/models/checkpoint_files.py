@@ -7,7 +7,7 @@ old one; and it fills what a checkpoint lacks with random numbers.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +32,12 @@ def check_format(config: dict[str, Any]) -> None:
             f"got a stitched checkpoint of format {version}, written by a newer klas_hf; expected format "
             f"{FORMAT_VERSION} or older. Upgrade: pip install -U klas_hf"
         )
+
+
+def path_text(slices: Sequence[Sequence[int]]) -> str:
+    """`[anchor, start, stop]` of the slices of a path as `klas_hf.paths.Path` writes them, such as "0[:8] 1[14:]"."""
+    ends = [str(stop) for _, _, stop in slices[:-1]] + [""]
+    return " ".join(f"{anchor}[{start or ''}:{end}]" for (anchor, start, _), end in zip(slices, ends, strict=True))
 
 
 @contextmanager

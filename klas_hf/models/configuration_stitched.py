@@ -1,20 +1,21 @@
-"""Configuration of a stitched model: the configurations of both anchors, cut to the blocks that are used.
+"""Configuration of a stitched language model: the configurations of its slices, each cut to the blocks that it runs.
 
-`source_config` and `target_config` describe ordinary transformers models of `source_stop` and
-`target_blocks - target_start` blocks. What libraries read from a config's top level (depth, widths, vocabulary,
-layer types) is derived from the two.
+Each of `slice_configs` describes an ordinary transformers model of `stop - start` blocks. What libraries read from a
+config's top level (depth, widths, vocabulary, layer types) is derived from them.
 """
 
 import sys
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .checkpoint_files import FORMAT_VERSION, check_format
+from .checkpoint_files import FORMAT_VERSION, check_format, path_text
 
 _DERIVED = (
     "format_version",
+    "path",
     "num_hidden_layers",
     "vocab_size",
     "hidden_size",
@@ -32,7 +33,7 @@ _LORA_TARGETS = r".*\.(q_proj|v_proj|query_key_value|qkv_proj)"
 
 
 def _derived(value: Callable[["StitchedConfig"], Any]) -> Any:
-    """A property that follows from the two sides.
+    """A property that follows from the slices.
 
     It has a setter because PreTrainedConfig assigns every key of a JSON file: what stands there is the same value.
     """
@@ -40,52 +41,47 @@ def _derived(value: Callable[["StitchedConfig"], Any]) -> Any:
 
 
 class StitchedConfig(PreTrainedConfig):
-    """Configuration of every stitched model; `StitchedModel.from_anchors` makes it.
+    """Configuration of every stitched language model; `StitchedModel.from_path` makes it.
 
     Args:
-        source_config, target_config: configurations (or their dicts) of the kept part of each anchor.
-        source_stop, target_start: the stitch (i, j): `source.blocks[:i]`, stitching layer, `target.blocks[j:]`.
-        source_blocks, target_blocks: depths of the whole anchors.
-        source_norm: name of the source's final norm, which does not run.
-        head_bias: whether the target's head has a bias.
-        stitch_bias: whether the stitching layer has a bias.
-        stitch_fit: how the stitching layer was initialised by least squares (`r2`, `ridge`, `tokens`), or None
-            for a random start.
-        source_name, target_name: Hub ids or folders of the anchors.
-        source_revision, target_revision: their commits, where known.
+        slice_configs: configurations (or their dicts) of the slices, each of the blocks that it runs.
+        slices: `[anchor, start, stop]` of every slice, anchors by position.
+        anchor_blocks: depths of the whole anchors.
+        slice_norms: name of each slice's final norm, of which only the last runs.
+        head_bias: whether the last slice's head has a bias.
+        joint_bias: whether the stitching layers have one.
+        joint_fits: how each stitching layer was initialised by least squares (`r2`, `ridge`, `rows`), or None for a
+            random start.
+        anchor_names, anchor_revisions: Hub ids or folders of the anchors, and their commits, where known.
+        training: how the model was fine-tuned, or None.
         delta: of a checkpoint without the anchors' tensors, what is needed to assemble it (see `klas_hf.hub.delta`).
         initializer_range: standard deviation of weights that are drawn at random.
-        tie_word_embeddings: always False: the source embeds, the target has the head.
-        use_cache, bos_token_id, eos_token_id, pad_token_id: as in any decoder's configuration; the target's.
+        tie_word_embeddings: always False: the first slice embeds, the last has the head.
+        use_cache, bos_token_id, eos_token_id, pad_token_id: as in any decoder's configuration; the last anchor's.
 
     Example:
         >>> config = StitchedModel.from_anchors(source, target, stitch=(2, 3), calibration=batches).config
-        >>> config.source_config.num_hidden_layers, config.target_config.num_hidden_layers  # of 3 and 4
-        (2, 1)
+        >>> config.path, [one.num_hidden_layers for one in config.slice_configs]  # of 3 and 4 blocks
+        ('0[:2] 1[3:]', [2, 1])
         >>> config.num_hidden_layers, config.embedding_size, config.hidden_size, config.vocab_size
         (3, 16, 24, 64)
     """
 
     model_type = "stitched"
     _auto_class = "AutoConfig"  # a checkpoint carries its code
-    sub_configs = {"source_config": AutoConfig, "target_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
 
-    source_config: Any = None
-    target_config: Any = None
-    source_stop: int = 1
-    target_start: int = 0
-    source_blocks: int = 1
-    target_blocks: int = 1
-    source_norm: str = "norm"
+    slice_configs: Any = None
+    slices: Any = None
+    anchor_blocks: list[int] | None = None
+    slice_norms: list[str] | None = None
     head_bias: bool = False
-    stitch_bias: bool = True
-    stitch_fit: dict[str, Any] | None = None
-    source_name: str | None = None
-    target_name: str | None = None
-    source_revision: str | None = None
-    target_revision: str | None = None
+    joint_bias: bool = True
+    joint_fits: list[dict[str, Any]] | None = None
+    anchor_names: list[Any] | None = None
+    anchor_revisions: list[Any] | None = None
+    training: dict[str, Any] | None = None
     delta: dict[str, Any] | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -95,9 +91,23 @@ class StitchedConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.source_config = _as_config(self.source_config)
-        self.target_config = _as_config(self.target_config)
+        self.slice_configs = [_as_config(config) for config in self.slice_configs or [None]]
+        if self.slices is None:  # transformers makes default instances, to compare with
+            self.slices = [[0, 0, self.slice_configs[0].num_hidden_layers]]
+        self.slices = [list(one) for one in self.slices]
+        self.anchor_blocks = self.anchor_blocks or [self.slices[0][2]]
+        self.slice_norms = self.slice_norms or ["norm"] * len(self.slices)
         super().__post_init__(**kwargs)
+
+    @property
+    def sub_configs(self) -> dict[str, Any]:
+        """`slice_0`, `slice_1`, …: where transformers sets dtypes and attention implementations, by these names."""
+        return {f"slice_{number}": AutoConfig for number in range(len(self.slice_configs or ()))}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("slice_") and name[6:].isdigit() and int(name[6:]) < len(self.slice_configs):
+            return self.slice_configs[int(name[6:])]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -107,30 +117,34 @@ class StitchedConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields, with the derived ones: adapters and servers read the JSON."""
         _enter_lora_targets(self.model_type)
-        return super().to_dict() | {name: getattr(self, name) for name in _DERIVED}
+        return super().to_dict() | self._own_fields()
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is written to config.json: differences from the defaults, and the derived fields."""
-        return super().to_diff_dict() | {name: getattr(self, name) for name in _DERIVED}
+        return super().to_diff_dict() | self._own_fields()
+
+    def _own_fields(self) -> dict[str, Any]:
+        derived = {name: getattr(self, name) for name in _DERIVED}
+        return derived | {"slice_configs": [config.to_dict() for config in self.slice_configs]}
 
     @property
     def vocab_size(self) -> int:
-        return self.target_config.vocab_size
+        return self.slice_configs[-1].vocab_size
 
     @vocab_size.setter
     def vocab_size(self, value: int) -> None:  # resizing the embeddings sets it
-        self.source_config.vocab_size = self.target_config.vocab_size = value
+        for config in self.slice_configs:
+            config.vocab_size = value
 
     format_version = _derived(lambda self: FORMAT_VERSION)
-    per_layer_config = _derived(lambda self: [*_layers(self.source_config), *_layers(self.target_config)])
+    path = _derived(lambda self: path_text(self.slices))
+    per_layer_config = _derived(lambda self: list(chain.from_iterable(map(_layers, self.slice_configs))))
     num_hidden_layers = _derived(lambda self: len(self.per_layer_config))
-    hidden_size = _derived(lambda self: self.target_config.hidden_size)
-    embedding_size = _derived(lambda self: self.source_config.hidden_size)
-    max_position_embeddings = _derived(
-        lambda self: min(self.source_config.max_position_embeddings, self.target_config.max_position_embeddings)
-    )
-    layer_types = _derived(lambda self: _layer_types(self.source_config) + _layer_types(self.target_config))
-    num_attention_heads = _derived(lambda self: self.target_config.num_attention_heads)
+    hidden_size = _derived(lambda self: self.slice_configs[-1].hidden_size)
+    embedding_size = _derived(lambda self: self.slice_configs[0].hidden_size)
+    max_position_embeddings = _derived(lambda self: min(one.max_position_embeddings for one in self.slice_configs))
+    layer_types = _derived(lambda self: list(chain.from_iterable(map(_layer_types, self.slice_configs))))
+    num_attention_heads = _derived(lambda self: self.slice_configs[-1].num_attention_heads)
     # What must be alike in all layers to have a place at the top; None where it is not.
     num_key_value_heads = _derived(lambda self: _only({kv_shape(layer)[0] for layer in self.per_layer_config}))
     head_dim = _derived(lambda self: _only({kv_shape(layer)[1] for layer in self.per_layer_config}))
@@ -177,7 +191,7 @@ def _layer_types(config: PreTrainedConfig) -> list[str]:
 
 
 def _layers(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The configuration as each block sees it (alike for all blocks of a side)."""
+    """The configuration as each block sees it (alike for all blocks of a slice)."""
     return [config] * config.num_hidden_layers
 
 
