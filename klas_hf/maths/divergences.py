@@ -66,12 +66,16 @@ def consecutive_kl(log_q: Tensor) -> Tensor:
 @contextmanager
 def _exact_products() -> Iterator[None]:
     """No TF32 in fp32 products, whatever the user has allowed: it would change which stitch is best."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Not torch.get_float32_matmul_precision, which raises once a user has set these.
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    allowed = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        for backend, precision in zip(backends, allowed, strict=True):
+            backend.fp32_precision = precision
 
 
 def _check_precision(*log_probabilities: Tensor) -> None:

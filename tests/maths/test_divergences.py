@@ -1,6 +1,8 @@
 """Divergences against torch.distributions, F.kl_div and float64 loops."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -117,6 +119,31 @@ def test_nan_is_kept_for_the_caller_to_see() -> None:
     log_p[0, 1, 2] = torch.nan
     assert pairwise_kl(log_p, log_p).isnan().nonzero()[:, 0].unique().tolist() == [1]
     assert consecutive_kl(log_p).isnan().nonzero().tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("setting", ["torch.backends", "torch.backends.cuda.matmul", "torch.backends.mkldnn.matmul"])
+def test_products_are_exact_whichever_way_tf32_was_allowed(setting: str) -> None:
+    """In a process of its own: PyTorch forgets no setting of the new kind, and then refuses the old questions."""
+    script = f"""
+import torch
+from klas_hf.maths import divergences
+log_p = torch.randn(2, 3, 50).log_softmax(-1)
+exact = divergences.pairwise_kl(log_p, log_p)
+{setting}.fp32_precision = "tf32"
+with divergences._exact_products():
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+assert torch.equal(divergences.pairwise_kl(log_p, log_p), exact)
+assert {setting}.fp32_precision == "tf32"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_older_setting_for_tf32_comes_back_too() -> None:
+    for precision in ("high", "medium", "highest"):
+        torch.set_float32_matmul_precision(precision)
+        pairwise_kl(log_probabilities(1, 2, 5), log_probabilities(1, 2, 5))
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cuda.matmul.allow_tf32 == (precision != "highest")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
