@@ -1,14 +1,15 @@
-"""Stitched models: two native transformers models, cut short and joined by a linear stitching layer.
+"""Stitched models: native transformers models, each cut to a slice of its blocks, joined by linear stitching layers.
 
-    tokens ─► source.embed ─► source.blocks[:i] ─► stitch ─► target.blocks[j:] ─► target's norm and head
+    tokens ─► embedding ─► slice 0 ─► joint 0 ─► slice 1 ─► … ─► last slice ─► its norm and head
 
-Each side is a model of its own family running its own forward, so masks, rotary embeddings and kernels are the
-family's. Both sides keep their keys and values in one cache: each sees the slice that holds its own layers, and
-so its own length, though `layer_idx` of the target's blocks counts on from the source's.
+Each slice is a model of its own family running its own forward, so masks, rotary embeddings and kernels are the
+family's. All slices keep their keys and values in one cache: each sees the part that holds its own layers, and so its
+own length, though `layer_idx` counts on from slice to slice.
 """
 
 import os
 from importlib import import_module
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from .configuration_stitched import StitchedConfig
 class StitchedModel(PreTrainedModel):
     """Base of all stitched models; makes them from anchors (KLAS Sec. 5, SN-Net) and loads them.
 
-    `from_anchors` and `from_pretrained` of this class return the class for the task: a `StitchedForCausalLM` for
+    `from_anchors`, `from_path` and `from_pretrained` of this class return the class for the task: a `StitchedForCausalLM` for
     language models, a `StitchedForImageClassification` for image classifiers.
 
     Example:
@@ -45,26 +46,24 @@ class StitchedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _skip_keys_device_placement: list[str] = ["past_key_values"]
-    _fsdp_plan = {"stitch": "keep_full_weight"}
+    _fsdp_plan = {"joints.*": "keep_full_weight"}
     # Auto class → other class that loads the same checkpoint, for machines without klas_hf.
     carried_classes: ClassVar[dict[str, str]] = {}
-    # Patterns of what quantisers leave as it is: the stitching layer, and image classifiers' heads (they find an
+    # Patterns of what quantisers leave as it is: the stitching layers, and image classifiers' heads (they find an
     # unembedding by themselves).
-    _keep_in_fp32_modules = [r"(model\.)?stitch", r"target\.\w*classifier\w*"]
+    _keep_in_fp32_modules = [r"(model\.)?joints", r"slices\.\d+\.\w*classifier\w*"]
 
     @classmethod
     def from_anchors(cls, source: Any, target: Any, stitch: Any, **kwargs: Any) -> "StitchedModel":
-        """Join the first blocks of `source` to the last blocks of `target`; see `klas_hf.stitching.stitch_anchors`.
+        """Join the first blocks of `source` to the last blocks of `target`: `from_path` for two anchors.
 
         Args:
             source, target: Hub id, local folder or PreTrainedModel; the source is the cheaper one.
-            stitch: `Stitch(i, j)` or `(i, j)`.
-            kwargs: `calibration` batches for the least-squares start of the stitching layer (None: random, with a
-                warning), its `ridge`; `dtype`, `device_map` and others of `from_pretrained`; `source_revision` and
-                `target_revision` on the Hub; `image_size` in pixels.
+            stitch: `Stitch(i, j)` or `(i, j)`, or any path through the two.
+            kwargs: as for `from_path`; `source_revision` and `target_revision` are commits on the Hub.
 
         Raises:
-            ValueError: a stitch out of range, or anchors that do not fit each other.
+            ValueError: a stitch out of range, or anchors that do not fit each other or are in reversed order.
             OSError: an anchor cannot be reached.
 
         Example:
@@ -72,10 +71,32 @@ class StitchedModel(PreTrainedModel):
             ...     "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", stitch=(8, 14), calibration=batches
             ... )  # doctest: +SKIP
             >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
-            >>> model.stitching_layer()
-            Linear(in_features=16, out_features=24, bias=True)
+            >>> model.stitching_layers()
+            [Linear(in_features=16, out_features=24, bias=True)]
         """
         return _package("klas_hf.stitching.assembly").stitch_anchors(source, target, stitch, **kwargs)
+
+    @classmethod
+    def from_path(cls, anchors: Any, path: Any, **kwargs: Any) -> "StitchedModel":
+        """The model of a path through anchors; see `klas_hf.stitching.assembly.assemble_path`.
+
+        Args:
+            anchors: Hub ids, local folders or PreTrainedModels; the path names them by position.
+            path: `Path`, its text, or a `Stitch`.
+            kwargs: `calibration` batches for the least-squares start of the stitching layers (None: random, with a
+                warning), their `ridge`; `dtype`, `device_map` and others of `from_pretrained`; `revisions` of the
+                anchors on the Hub; `image_size` in pixels.
+
+        Raises:
+            ValueError: a path out of range, or anchors that do not fit each other.
+            OSError: an anchor cannot be reached.
+
+        Example:
+            >>> model = StitchedModel.from_path([source, target], "1[:1] 1[2:3] 1[3:]", calibration=batches)
+            >>> model.config.path, model.config.num_hidden_layers  # of 4 blocks, the second is a linear map
+            ('1[:1] 1[2:3] 1[3:]', 3)
+        """
+        return _package("klas_hf.stitching.assembly").assemble_path(anchors, path, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "StitchedModel":
@@ -138,9 +159,9 @@ class StitchedModel(PreTrainedModel):
         """Publish the model at `repo_id` in one commit, with a card; `kwargs` as for `klas_hf.hub.publish`."""
         return _package("klas_hf.hub").publish(self, repo_id, **kwargs)
 
-    def stitching_layer(self) -> nn.Linear:
-        """The linear layer from the source's width to the target's."""
-        return self.get_submodule("stitch" if self.base_model is self else "model.stitch")
+    def stitching_layers(self) -> list[nn.Module]:
+        """The linear layer of every joint."""
+        return list(self.base_model.joints)
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """What is loaded in another dtype than asked for: not what is only kept from quantisers."""
@@ -149,7 +170,7 @@ class StitchedModel(PreTrainedModel):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """Leave the 2D `attention_mask` as it is: each side makes its own 4D masks from its own slice of the cache.
+        """Leave the 2D `attention_mask` as it is: each slice makes its own 4D masks from its own part of the cache.
 
         Args:
             attention_mask: `(batch, tokens)`, 0 at padding.
@@ -190,29 +211,33 @@ def _descendants(kind: type[StitchedModel]) -> list[type[StitchedModel]]:
 
 
 class StitchedTextModel(StitchedModel):
-    """A stitched decoder without its head: token ids to the target's last hidden states."""
+    """A stitched decoder without its head: token ids to the last slice's last hidden states."""
 
     _auto_class = "AutoModel"
 
     def __init__(self, config: StitchedConfig):
         super().__init__(config)
-        self.source = AutoModel.from_config(config.source_config)
-        self.stitch = nn.Linear(
-            config.source_config.hidden_size, config.target_config.hidden_size, bias=config.stitch_bias
-        )
-        self.target = AutoModel.from_config(config.target_config)
-        self.source.set_submodule(config.source_norm, nn.Identity())
-        self.target.set_input_embeddings(None)
-        for module in self.target.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx += config.source_config.num_hidden_layers
+        self.slices = nn.ModuleList(AutoModel.from_config(one) for one in config.slice_configs)
+        widths = [one.hidden_size for one in config.slice_configs]
+        self.joints = nn.ModuleList(nn.Linear(*ends, bias=config.joint_bias) for ends in pairwise(widths))
+        for part, norm in zip(self.slices[:-1], config.slice_norms, strict=False):
+            part.set_submodule(norm, nn.Identity())
+        for part, first in zip(self.slices[1:], self._first_layers()[1:], strict=False):
+            part.set_input_embeddings(None)
+            for module in part.modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx += first
         self.post_init()
 
+    def _first_layers(self) -> list[int]:
+        """Number of the first layer of each slice, and the number of layers."""
+        return [0, *accumulate(one.num_hidden_layers for one in self.config.slice_configs)]
+
     def get_input_embeddings(self) -> nn.Module:
-        return self.source.get_input_embeddings()
+        return self.slices[0].get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.source.set_input_embeddings(value)
+        self.slices[0].set_input_embeddings(value)
 
     def forward(
         self,
@@ -225,40 +250,36 @@ class StitchedTextModel(StitchedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """Run both sides.
+        """Run the slices.
 
         Args:
-            input_ids: `(batch, tokens)`; or `inputs_embeds`: `(batch, tokens, source width)`.
+            input_ids: `(batch, tokens)`; or `inputs_embeds`: `(batch, tokens, first slice's width)`.
             attention_mask: `(batch, past + tokens)`, 0 at padding.
-            past_key_values: one cache for both sides, source layers first.
+            past_key_values: one cache for all slices, in their order.
 
         Returns:
-            last_hidden_state `(batch, tokens, target width)`. `hidden_states` holds the input of every block and
-            then the normed output; its width changes at the stitch.
+            last_hidden_state `(batch, tokens, last slice's width)`. `hidden_states` holds the input of every block and
+            then the normed output; its width may change at a joint.
         """
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        depth = self.config.source_config.num_hidden_layers
         common = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, **kwargs}
-        first = self.source(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            past_key_values=_slice_cache(past_key_values, 0, depth, self.config),
-            return_dict=True,
-            **common,
-        )
-        last = self.target(
-            inputs_embeds=self.stitch(first.last_hidden_state),
-            past_key_values=_slice_cache(past_key_values, depth, None, self.config),
-            return_dict=True,
-            **common,
-        )
+        given: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        outputs = []
+        for number, (part, layers) in enumerate(zip(self.slices, pairwise(self._first_layers()), strict=True)):
+            if number:
+                given = {"inputs_embeds": self.joints[number - 1](outputs[-1].last_hidden_state)}
+            cache = _slice_cache(past_key_values, *layers, self.config)
+            outputs.append(part(past_key_values=cache, return_dict=True, **given, **common))
+        last = outputs[-1]
+        states = None if last.hidden_states is None else [one.hidden_states[:-1] for one in outputs]
+        attentions = None if last.attentions is None else [one.attentions for one in outputs]
         output = BaseModelOutputWithPast(
             last_hidden_state=last.last_hidden_state,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=None if last.hidden_states is None else (*first.hidden_states[:-1], *last.hidden_states),
-            attentions=None if last.attentions is None else (*first.attentions, *last.attentions),
+            hidden_states=None if states is None else (*chain.from_iterable(states), last.hidden_states[-1]),
+            attentions=None if attentions is None else tuple(chain.from_iterable(attentions)),
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
@@ -286,7 +307,7 @@ class StitchedForCausalLM(StitchedModel, GenerationMixin):
         "AutoModelForDecision": "modeling_stitched.StitchedForCausalLM",
     }
 
-    _fsdp_plan = {"model.stitch": "keep_full_weight", "lm_head": "keep_full_weight"}
+    _fsdp_plan = {"model.joints.*": "keep_full_weight", "lm_head": "keep_full_weight"}
 
     def __init__(self, config: StitchedConfig):
         super().__init__(config)
@@ -329,7 +350,7 @@ class StitchedForCausalLM(StitchedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept, :]
-        logits = scale_logits(self.lm_head(hidden), self.config.target_config)
+        logits = scale_logits(self.lm_head(hidden), self.config.slice_configs[-1])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -347,7 +368,7 @@ class StitchedForCausalLM(StitchedModel, GenerationMixin):
         """Continuous batching (`generate_batch`), whose cache holds one shape of keys and values for all layers.
 
         Raises:
-            ValueError: the two sides differ in it, or in their sliding windows.
+            ValueError: the slices differ in it, or in their sliding windows.
         """
         shapes, windows = self.config.kv_shapes(), self.config.sliding_windows()
         if len(shapes) > 1 or len(windows) > 1:
@@ -370,9 +391,9 @@ def scale_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
 
 
 class _CacheSlice(Cache):
-    """The layers of one side inside the cache of both: own lengths and masks, shared storage."""
+    """The layers of one slice inside the cache of all: own lengths and masks, shared storage."""
 
-    def __init__(self, parent: Cache, start: int, stop: int | None):
+    def __init__(self, parent: Cache, start: int, stop: int):
         super().__init__(layers=parent.layers[start:stop])
         self.parent = parent
 
@@ -382,7 +403,7 @@ class _CacheSlice(Cache):
         return self.parent.update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-def _slice_cache(cache: Cache | None, start: int, stop: int | None, config: StitchedConfig) -> Cache | None:
+def _slice_cache(cache: Cache | None, start: int, stop: int, config: StitchedConfig) -> Cache | None:
     if cache is None:
         return None
     if not cache.layers:  # DynamicCache() without a config makes its layers one by one, too late for a slice
