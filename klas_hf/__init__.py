@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from klas_hf.errors import TrainingDiverged
     from klas_hf.evaluation import (
         Measurement,
-        evaluate_accuracy,
+        evaluate,
         evaluate_anchor,
-        evaluate_loss,
+        evaluate,
         evaluate_stitches,
         evaluate_supernet,
         generate_greedily,
@@ -46,17 +46,9 @@ if TYPE_CHECKING:
     from klas_hf.scores.values import StitchScores
     from klas_hf.selection.anchor_distances import select_anchors
     from klas_hf.selection.anchors import AnchorSelection
-    from klas_hf.selection.rules import (
-        StitchSelection,
-        best_stitches,
-        esta_stitches,
-        match_stitches,
-        merge_selections,
-        min_kl_stitches,
-        random_stitches,
-        select_stitches,
-        shortlist_stitches,
-    )
+    from klas_hf.selection.choice import StitchSelection, merge_selections
+    from klas_hf.selection.klas import best_stitches, match_stitches, select_stitches, shortlist_stitches
+    from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stitches
     from klas_hf.selection.snnet import snnet_groups, snnet_stitches
     from klas_hf.stitching.supernet import StitchedSupernet
     from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
@@ -77,9 +69,9 @@ _PLACES = {
     "klas_hf.errors": ("TrainingDiverged",),
     "klas_hf.evaluation": (
         "Measurement",
-        "evaluate_accuracy",
+        "evaluate",
         "evaluate_anchor",
-        "evaluate_loss",
+        "evaluate",
         "evaluate_stitches",
         "evaluate_supernet",
         "generate_greedily",
@@ -97,17 +89,9 @@ _PLACES = {
     "klas_hf.scores.values": ("StitchScores",),
     "klas_hf.selection.anchor_distances": ("select_anchors",),
     "klas_hf.selection.anchors": ("AnchorSelection",),
-    "klas_hf.selection.rules": (
-        "StitchSelection",
-        "best_stitches",
-        "esta_stitches",
-        "match_stitches",
-        "merge_selections",
-        "min_kl_stitches",
-        "random_stitches",
-        "select_stitches",
-        "shortlist_stitches",
-    ),
+    "klas_hf.selection.choice": ("StitchSelection", "merge_selections"),
+    "klas_hf.selection.klas": ("best_stitches", "match_stitches", "select_stitches", "shortlist_stitches"),
+    "klas_hf.selection.rivals": ("esta_stitches", "min_kl_stitches", "random_stitches"),
     "klas_hf.selection.snnet": ("snnet_groups", "snnet_stitches"),
     "klas_hf.stitching.supernet": ("StitchedSupernet",),
     "klas_hf.stitching.supernet_images": ("StitchedSupernetForImageClassification",),

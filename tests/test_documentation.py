@@ -56,7 +56,12 @@ STEPS = {
     "Stitches and costs": ("klas_hf.paths", "klas_hf.costs"),
     "Probes": ("klas_hf.probes",),
     "Scores": ("klas_hf.scores",),
-    "Selection": ("klas_hf.selection.rules", "klas_hf.selection.snnet"),
+    "Selection": (
+        "klas_hf.selection.choice",
+        "klas_hf.selection.klas",
+        "klas_hf.selection.rivals",
+        "klas_hf.selection.snnet",
+    ),
     "Stitching": ("klas_hf.models", "klas_hf.stitching"),
     "Training": ("klas_hf.training", "klas_hf.errors"),
     "Evaluation": ("klas_hf.evaluation", "klas_hf.rows"),

@@ -32,7 +32,7 @@ class ScoreOptions(DataOptions):
 
 def run(options: ScoreOptions) -> int:
     from klas_hf.scores.driver import score_stitches
-    from klas_hf.selection.rules import select_stitches
+    from klas_hf.selection.klas import select_stitches
 
     if options.score not in SCORES:
         raise ValueError(f"got score={options.score!r}; expected one of {sorted(SCORES)}")

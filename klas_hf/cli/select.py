@@ -10,13 +10,9 @@ from klas_hf.cli.output import amount, say, say_json
 from klas_hf.cli.parsing import Command, flag, positional
 from klas_hf.rows import markdown_table
 from klas_hf.scores.values import SCORES, StitchScores
-from klas_hf.selection.rules import (
-    StitchSelection,
-    esta_stitches,
-    min_kl_stitches,
-    random_stitches,
-    select_stitches,
-)
+from klas_hf.selection.choice import StitchSelection
+from klas_hf.selection.klas import select_stitches
+from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stitches
 from klas_hf.selection.snnet import snnet_stitches
 
 RULES = (*SCORES, "min_kl", "esta", "snnet", "random")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klas_hf.rows import ResultRow
-from klas_hf.selection.rules import bucket_of
+from klas_hf.selection.choice import bucket_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
+from klas_hf.selection.klas import select_stitches
 from numpy.typing import NDArray
 
 from klas_hf.curves.tradeoff import TradeoffCurve, common_interval
 from klas_hf.paths import Stitch
 from klas_hf.rows import ResultRow, markdown_table
 from klas_hf.scores.values import StitchScores
-from klas_hf.selection.rules import StitchSelection, select_stitches
+from klas_hf.selection.choice import StitchSelection
 
 
 @dataclass(frozen=True)

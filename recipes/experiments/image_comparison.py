@@ -13,6 +13,8 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any, get_args
 
+from klas_hf.selection.klas import select_stitches
+from klas_hf.selection.rivals import min_kl_stitches, random_stitches
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from klas_hf import plotting
@@ -21,7 +23,7 @@ from klas_hf.costs import measure_costs, measure_stitch_costs
 from klas_hf.curves.cascades import CascadeMember, cascade_curve, to_rows
 from klas_hf.data.image_data import ImageTask
 from klas_hf.data.images import ImageSet, image_batches
-from klas_hf.evaluation import evaluate_accuracy, evaluate_supernet, predict_probabilities
+from klas_hf.evaluation import evaluate, evaluate_supernet, predict_probabilities
 from klas_hf.paths import Stitch, StitchCosts
 from klas_hf.probes import ImageProbeConfig, ImageProbeNet
 from klas_hf.probes.training import train_probes
@@ -33,7 +35,7 @@ from klas_hf.scores.images import ImageScoring
 from klas_hf.scores.values import NEEDED, SCORES, STITCHED, StitchScores
 from klas_hf.selection.anchor_distances import select_anchors
 from klas_hf.selection.anchors import AnchorRule, AnchorSelection
-from klas_hf.selection.rules import StitchSelection, merge_selections, min_kl_stitches, random_stitches, select_stitches
+from klas_hf.selection.choice import StitchSelection, merge_selections
 from klas_hf.selection.snnet import Stages, snnet_groups, snnet_stitches
 from klas_hf.stitching.supernet import StitchedSupernet
 from klas_hf.training import ImageTrainingConfig, train_stitches
@@ -163,7 +165,7 @@ class ImageComparison:
         for place, anchor in enumerate(self.anchors):
             row = self.rows.find("anchor", None, 0, anchors=(place, place))
             if row is None:
-                measured = evaluate_accuracy(anchor.model, self.batches(self.task.test), classes=self.task.classes)
+                measured = evaluate(anchor.model, self.batches(self.task.test), classes=self.task.classes)
                 cost = measure_costs(anchor.config, image_size=self.task.size)
                 row = ResultRow(
                     "anchor", None, 0, cost.macs, cost.parameters, dict(measured.metrics),

@@ -10,7 +10,7 @@ from experiments.regret import bucket_picks
 from klas_hf.curves.tradeoff import TradeoffCurve, correlation_report, plot_curves
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, format_table
-from klas_hf.selection.rules import overlap, recovery
+from klas_hf.selection.choice import overlap, recovery
 
 
 def report(comparison: ImageComparison) -> str:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from klas_hf.selection.rivals import random_stitches
 from transformers import PreTrainedModel
 
 from experiments.score_study import ScoreStudy, StudySettings
 from klas_hf.anchors.language import load_anchor
 from klas_hf.costs import measure_stitch_costs
 from klas_hf.data.text import TextBatches, text_examples
-from klas_hf.evaluation import evaluate_loss, evaluate_supernet, evaluate_token_divergence
+from klas_hf.evaluation import evaluate, evaluate_supernet, evaluate_divergence
 from klas_hf.models import StitchedModel
 from klas_hf.paths import Stitch
 from klas_hf.probes.training import train_probes
@@ -22,7 +23,6 @@ from klas_hf.rows import ResultRow, RowFile
 from klas_hf.scores.driver import score_stitches
 from klas_hf.scores.functional import FunctionalScoring
 from klas_hf.scores.values import StitchScores
-from klas_hf.selection.rules import random_stitches
 from klas_hf.stitching.supernet import StitchedSupernet
 from klas_hf.training import TrainingConfig, train_stitches
 
@@ -117,7 +117,7 @@ class LanguageScoreStudy(ScoreStudy):
         )
         model = self._start(stitch)
         train_stitches(model, text_examples(self.task.train), config, teacher=self.target)
-        return evaluate_token_divergence(model, self.target, self.scored())
+        return evaluate_divergence(model, self.target, self.scored())
 
     def row_alone(self, stitch: Stitch, length: int) -> ResultRow:
         rows, seed = self.files[length], self.settings.seeds[0]
@@ -126,7 +126,7 @@ class LanguageScoreStudy(ScoreStudy):
             return row
         model = self._start(stitch)
         train_stitches(model, text_examples(self.task.train), replace(self.training, max_steps=length, seed=seed))
-        return self.kept_alone(rows, stitch, {"loss": evaluate_loss(model, self._test)})
+        return self.kept_alone(rows, stitch, {"loss": evaluate(model, self._test).metrics["loss"]})
 
     @cached_property
     def _every(self) -> list[Stitch]:

@@ -8,7 +8,7 @@ import numpy as np
 from klas_hf.paths import Stitch
 from klas_hf.rows import ResultRow
 from klas_hf.scores.values import StitchScores
-from klas_hf.selection.rules import bucket_of
+from klas_hf.selection.choice import bucket_of
 
 
 @dataclass(frozen=True)

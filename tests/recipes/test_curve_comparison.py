@@ -16,13 +16,13 @@ from experiments.curve_comparison import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from klas_hf.selection.klas import select_stitches
 from scipy import integrate
 from test_curves import row, scores
 
 from klas_hf.curves.tradeoff import TradeoffCurve
 from klas_hf.paths import Stitch
 from klas_hf.rows import ResultRow
-from klas_hf.selection.rules import select_stitches
 
 points = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 20)), min_size=2, max_size=9)
 

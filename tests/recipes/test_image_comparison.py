@@ -32,11 +32,11 @@ from klas_hf import (
     select_stitches,
 )
 from klas_hf.data.images import ImageSet, image_batches
-from klas_hf.evaluation import evaluate_accuracy
+from klas_hf.evaluation import evaluate
 from klas_hf.probes import ImageProbeNet
 from klas_hf.rows import ResultRow
 from klas_hf.scores.images import ImageScoring
-from klas_hf.selection.rules import StitchSelection
+from klas_hf.selection.choice import StitchSelection
 from klas_hf.selection.snnet import snnet_groups, snnet_stitches
 from klas_hf.stitching.supernet import StitchedSupernet
 from klas_hf.training import recalibrate_batch_norm
@@ -284,7 +284,7 @@ def test_batch_norm_is_taken_anew_for_each_stitch_if_asked(
     if recalibrate:
         # In the comparison's own batches: their statistics are averaged.
         recalibrate_batch_norm(model, image_batches(comparison.task.train, 12, MEAN, STD, 20))
-    expected = evaluate_accuracy(model, normalised(comparison.task.test)).metrics["loss"]
+    expected = evaluate(model, normalised(comparison.task.test)).metrics["loss"]
     (row,) = [row for row in rows if row.is_of(stitch)]
     assert row.metrics["loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -354,7 +354,7 @@ def _stop() -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """How often each costly step was begun."""
     counts: Counter = Counter()
-    for name in ("train_stitches", "train_probes", "score_stitches", "evaluate_accuracy"):
+    for name in ("train_stitches", "train_probes", "score_stitches", "evaluate"):
         original = getattr(image_comparison, name)
 
         def spied(*args: Any, original: Any = original, name: str = name, **options: Any) -> Any:
@@ -389,7 +389,7 @@ def test_nothing_is_done_twice_after_an_interruption_between_rules(
         with pytest.raises(Interrupt):
             make(settings).run()
     once = {"train_stitches klas-seed-0": 1, "train_stitches snnet-seed-0": 1}
-    assert counted == once | {"train_probes": 6, "score_stitches": 2, "evaluate_accuracy": 3}
+    assert counted == once | {"train_probes": 6, "score_stitches": 2, "evaluate": 3}
     counted.clear()
     with pytest.MonkeyPatch.context() as patch:
         _refuse_steps(patch)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from klas_hf.selection.klas import select_stitches
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +22,6 @@ from klas_hf.paths import Stitch
 from klas_hf.probes import ProbeConfig, ProbeNet, fit_probes
 from klas_hf.scores.driver import score_stitches
 from klas_hf.scores.values import StitchScores
-from klas_hf.selection.rules import select_stitches
 
 BOS = 1
 Batch = dict[str, Tensor]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from klas_hf.paths import Stitch, StitchCosts
-from klas_hf.selection.rules import StitchSelection
+from klas_hf.selection.choice import StitchSelection
 from klas_hf.selection.snnet import Stages, snnet_groups, snnet_stitches
 
 ONE = 10  # MACs of a source block; target blocks cost three times as much
