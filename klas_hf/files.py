@@ -1,6 +1,7 @@
-"""Writing files so that an interrupted write leaves the old content, and reading results back."""
+"""Writing files and folders complete or absent: an interrupted write, or a power cut, leaves what was there."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step.
 
-    Missing parent folders are made. If `write` raises, `path` keeps what it held.
+    Missing parent folders are made. If `write` raises, `path` keeps what it held. The content is on the disk before it
+    is put in place, and its name is when this returns.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -19,10 +21,59 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     try:
         write(part)
         part.chmod(0o666 & ~_umask())
+        _sync(part)
         os.replace(part, path)
+        _sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def write_folder_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a hidden folder beside `path`, then put it in place; what was at `path` goes.
+
+    Missing parent folders are made. If `write` raises, or the process dies in it, `path` keeps what it held; what was
+    left half done is overwritten by the next call.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    for written in [*part.rglob("*"), part]:
+        _sync(written)
+    if path.exists():
+        remove_folder(path)
+    part.rename(path)
+    _sync(path.parent)
+    return path
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that is never seen half removed under its name."""
+    going = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(going, ignore_errors=True)
+    path.rename(going)
+    shutil.rmtree(going)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file or a folder's list of names to the disk; Windows opens no folders."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

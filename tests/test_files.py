@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from klas_hf.files import write_atomically
+from klas_hf.files import remove_folder, write_atomically, write_folder_atomically
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -49,3 +49,55 @@ def test_a_written_file_has_the_permissions_of_any_other(tmp_path: Path) -> None
     (tmp_path / "plain").write_text("")
     write_atomically(tmp_path / "ours", lambda part: part.write_text(""))
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen, synced = tmp_path / "new" / "model", [], []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+
+    def half(part: Path) -> None:
+        (part / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    def whole(part: Path) -> None:
+        seen.append(path.exists())
+        (part / "deep").mkdir()
+        (part / "deep" / "weights").write_text("1")
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder_atomically(path, half)
+    assert not path.exists() and not synced
+    for _ in range(2):
+        assert write_folder_atomically(path, whole) == path
+    assert [one.name for one in path.parent.iterdir()] == ["model"]
+    assert [one.name for one in path.rglob("*")] == ["deep", "weights"] and seen == [False, True]
+    part = str(path.with_name(".model.part"))
+    assert synced == 2 * [f"{part}/deep", f"{part}/deep/weights", part, str(path.parent)]
+
+
+def test_a_folder_half_removed_has_lost_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model"
+    (path / "deep").mkdir(parents=True)
+
+    def killed(folder: Path, **options: bool) -> None:
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(path)
+    assert not path.exists()
+    write_folder_atomically(path, lambda part: None)
+    remove_folder(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: calls.append(name) or real(*given))
+    write_atomically(tmp_path / "file.txt", lambda part: part.write_text("new"))
+    assert calls == ["fsync", "replace", "fsync"]
