@@ -31,9 +31,11 @@ SCORES_FILE = "scores.safetensors"
 PROBED = ("cross", "capacity")
 # What running the stitched networks gives.
 STITCHED = ("functional", "stitched_loss")
+# Divergences and losses: scores in nats per token or image.
+IN_NATS = ("theta_reversed", "ce", "functional", "functional_theta", "stitched_loss")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StitchScores:
     """Scores of every stitch (i, j), lower is better. Divergences are in nats per token (or per image).
 
@@ -152,29 +154,70 @@ class StitchScores:
         stitch.check(*self.cross.shape)
         return float(self.values[stitch.source_stop - 1, stitch.target_start])
 
-    def interval(self, quantity: str = "gamma", confidence: float = 0.95) -> tuple[Array, Array]:
+    def interval(self, quantity: str | None = None, confidence: float = 0.95) -> tuple[Array, Array]:
         """Lower and upper ends, in the unit and shape of the `quantity`, of its normal confidence interval.
 
         Args:
-            quantity: "cross", "capacity" or "gamma".
+            quantity: "cross", "capacity", "gamma" or "functional", of those that were measured; None takes the one
+                that stitches are ranked by.
             confidence: probability that the interval covers the true value, between 0 and 1.
 
         Raises:
-            ValueError: another quantity.
+            ValueError: another quantity, or a score that no standard error is known of.
         """
-        if quantity not in ("cross", "capacity", "gamma"):
-            raise ValueError(f"got quantity={quantity!r}; expected 'cross', 'capacity' or 'gamma'")
-        return normal_interval(getattr(self, quantity), getattr(self, f"{quantity}_error"), confidence)
+        measured = {}
+        if set(PROBED) <= self._gathered:
+            measured |= {name: (getattr(self, name), getattr(self, f"{name}_error")) for name in (*PROBED, "gamma")}
+        if "functional" in self.statistics:
+            measured["functional"] = self.statistics["functional"], self.statistics["functional_error"]
+        ranking = {"klas": "gamma", "theta": "cross"}.get(self.score, self.score)
+        if (quantity or ranking) not in measured:
+            raise ValueError(f"got quantity={quantity or ranking!r}; expected one of {list(measured)}")
+        return normal_interval(*measured[quantity or ranking], confidence)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Heatmaps of Θ and Γ with the best stitch marked; writes PNG and SVG beside each other if `path` is given.
+        """Heatmaps with the best stitch marked, of Θ and Γ where probes gave them, and of another ranking score.
 
-        Γ is blank where two blocks cannot be stitched, and for the last target block.
+        Γ and the score are blank where two blocks cannot be stitched, and for the last target block.
+
+        Args:
+            path: where PNG and SVG are written, beside each other; None writes nothing.
         """
-        gamma = np.full(self.cross.shape, np.nan)
-        gamma[:, :-1] = np.where(self.costs.possible[:, 1:], self.gamma, np.nan)
-        panels = {"Θ, nats (Eq. 1)": self.cross, "Γ = Θ / capacity (Eq. 2)": gamma}
+        panels = {}
+        if set(PROBED) <= self._gathered:
+            panels["Θ, nats (Eq. 1)"] = self.cross
+            panels["Γ = Θ / capacity (Eq. 2)"] = self.with_score("klas")._by_target_block
+        if self.score not in ("theta", "klas"):
+            panels[f"{self.score}, nats" if self.score in IN_NATS else self.score] = self._by_target_block
         return plotting.heatmaps(panels, "target block j", "source block i", path)
+
+    @property
+    def _by_target_block(self) -> Array:
+        """`(m, n)` values laid out as `cross`: column j - 1 for target block j."""
+        return np.pad(self.values[:, 1:], ((0, 0), (0, 1)), constant_values=np.nan)
+
+    def __repr__(self) -> str:
+        """A few lines: what was scored on how much, and the best stitch of each fifth of the anchors' cost range."""
+        m, n = self.cross.shape
+        names = [self.provenance.get(side, {}).get("name", side) for side in ("source", "target")]
+        data = f"{self.sequences} sequences, {self.tokens} tokens" if self.costs.tokens else f"{self.sequences} images"
+        lines = [
+            f"{self.score} of {len(self.stitches)} stitches, lower is better: "
+            f"{names[0]} ({m} blocks) → {names[1]} ({n} blocks), on {data}"
+        ]
+        low, high = self.costs.source_total, self.costs.target_total
+        fifth = np.minimum((self.costs.macs - low) * 5 // max(high - low, 1), 4)
+        for number in range(5):
+            inside = (fifth == number) & (self.costs.macs <= high) & np.isfinite(self.values)
+            values = np.where(inside, self.values, np.inf)
+            i, j = np.unravel_index(values.argmin(), values.shape)
+            if np.isfinite(values[i, j]):
+                stitch = Stitch(int(i) + 1, int(j), self.costs.source, self.costs.target)
+                share = self.costs.macs[i, j] / high
+                lines.append(f"  {share:4.0%} of the target's MACs: {stitch} {values[i, j]:.4g}")
+        if others := [name for name in self.available if name != self.score]:
+            lines.append(f"with_score also has: {', '.join(others)}")
+        return "\n".join(lines)
 
     def save(self, path: str | Path) -> Path:
         """Write the scores to `path` as one safetensors file, whole or not at all."""

@@ -85,8 +85,72 @@ def test_intervals_are_normal_ones(quantity: str, confidence: float) -> None:
 
 def test_the_usual_interval_is_gammas_at_95_percent() -> None:
     np.testing.assert_array_equal(scores().interval(), scores().interval("gamma", 0.95))
-    with pytest.raises(ValueError, match="got quantity='kl'; expected 'cross', 'capacity' or 'gamma'"):
+    with pytest.raises(ValueError, match=r"got quantity='kl'; expected one of \['cross', 'capacity', 'gamma'\]"):
         scores().interval("kl")
+
+
+def functional(m: int = 3, n: int = 5) -> StitchScores:
+    """Scores as they are without probes, the default."""
+    generator = np.random.default_rng(7)
+    nothing = np.full((m, n), np.nan)
+    statistics = {name: generator.gamma(2.0, size=(m, n)) for name in ("functional", "functional_error", "dm")}
+    return dataclasses.replace(
+        scores(m, n),
+        score="functional",
+        cross=nothing,
+        capacity=nothing[0, :-1],
+        cross_error=nothing,
+        capacity_error=nothing[0, :-1],
+        gamma_error=nothing[:, :-1],
+        statistics=statistics,
+    )
+
+
+def test_the_usual_interval_is_of_the_score_that_ranks() -> None:
+    made = functional()
+    expected = stats.norm.interval(0.5, loc=made.statistics["functional"], scale=made.statistics["functional_error"])
+    np.testing.assert_allclose(made.interval(confidence=0.5), expected, rtol=1e-12)
+    np.testing.assert_array_equal(made.interval(), made.interval("functional", 0.95))
+    theta = dataclasses.replace(scores(), score="theta")
+    np.testing.assert_array_equal(theta.interval(), theta.interval("cross"))
+    with pytest.raises(ValueError, match=r"got quantity='gamma'; expected one of \['functional'\]"):
+        made.interval("gamma")
+    with pytest.raises(ValueError, match="got quantity='dm'; expected one of"):
+        made.with_score("dm").interval()
+
+
+def test_scores_without_probes_are_drawn() -> None:
+    made = functional()
+    (axes,) = (axes for axes in made.plot().axes if axes.get_title())
+    assert axes.get_title() == "functional, nats"
+    shown = axes.images[0].get_array()
+    np.testing.assert_allclose(shown[:, :-1], made.values[:, 1:])
+    assert shown.mask[:, -1].all()
+    best = min(made.stitches, key=made.value_of)
+    assert axes.lines[0].get_xydata().tolist() == [[best.target_start, best.source_stop]]
+
+
+def test_beside_probes_the_score_that_ranks_is_drawn_too() -> None:
+    titles = [axes.get_title() for axes in staged().with_score("functional").plot().axes if axes.get_title()]
+    assert len(titles) == 3 and titles[2] == "functional, nats"
+
+
+def test_printed_scores_are_a_few_lines_with_the_best_of_each_fifth_of_the_costs() -> None:
+    made = dataclasses.replace(functional(), costs=dataclasses.replace(scores().costs, target_total=50))
+    shown = str(made).splitlines()
+    assert str(made) == repr(made) and len(shown) <= 7 and "nan" not in str(made)
+    assert "functional of 12 stitches" in shown[0] and "small (3 blocks) → target (5 blocks)" in shown[0]
+    assert "12 sequences, 345 tokens" in shown[0] and shown[-1] == "with_score also has: dm"
+    best: dict[int, Stitch] = {}
+    for stitch in sorted(made.stitches, key=made.value_of):
+        macs = made.costs.of(stitch)[0]
+        if 9 <= macs <= 50:
+            best.setdefault(min((macs - 9) * 5 // 41, 4), stitch)
+    assert len(best) > 2
+    for line, (_, stitch) in zip(shown[1:-1], sorted(best.items()), strict=True):
+        share = made.costs.of(stitch)[0] / 50
+        assert line.split() == [f"{share:.0%}", *["of", "the", "target's", "MACs:"], *str(stitch).split(),
+                                f"{made.value_of(stitch):.4g}"]  # fmt: skip
 
 
 def test_a_saved_file_gives_everything_back(tmp_path: Path) -> None:
