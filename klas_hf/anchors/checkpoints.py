@@ -43,7 +43,8 @@ class AnchorCheckpoint:
             self.dtype = anchor.dtype
             self._tensors: Mapping[str, Tensor] = anchor.state_dict()
             self._shards: dict[str, str] = {}
-            self.name, self.revision = str(anchor.config.name_or_path or "") or None, None
+            self.name = str(anchor.config.name_or_path or "") or None
+            self.revision = getattr(anchor.config, "_commit_hash", None)
         else:
             self.config = anchor_config(anchor, **hub)
             self.dtype = self.config.dtype or torch.float32

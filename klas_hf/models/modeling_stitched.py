@@ -25,8 +25,8 @@ from .configuration_stitched import StitchedConfig
 class StitchedModel(PreTrainedModel):
     """Base of all stitched models; makes them from anchors (KLAS Sec. 5, SN-Net) and loads them.
 
-    `from_anchors`, `from_path` and `from_pretrained` of this class return the class for the task: a `StitchedForCausalLM` for
-    language models, a `StitchedForImageClassification` for image classifiers.
+    `from_anchors`, `from_path` and `from_pretrained` of this class return the class for the task: a
+    `StitchedForCausalLM` for language models, a `StitchedForImageClassification` for image classifiers.
 
     Example:
         >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
@@ -222,16 +222,13 @@ class StitchedTextModel(StitchedModel):
         self.joints = nn.ModuleList(nn.Linear(*ends, bias=config.joint_bias) for ends in pairwise(widths))
         for part, norm in zip(self.slices[:-1], config.slice_norms, strict=False):
             part.set_submodule(norm, nn.Identity())
-        for part, first in zip(self.slices[1:], self._first_layers()[1:], strict=False):
+        self.layer_bounds = list(pairwise([0, *accumulate(one.num_hidden_layers for one in config.slice_configs)]))
+        for part, (first, _) in zip(self.slices[1:], self.layer_bounds[1:], strict=True):
             part.set_input_embeddings(None)
             for module in part.modules():
                 if isinstance(getattr(module, "layer_idx", None), int):
                     module.layer_idx += first
         self.post_init()
-
-    def _first_layers(self) -> list[int]:
-        """Number of the first layer of each slice, and the number of layers."""
-        return [0, *accumulate(one.num_hidden_layers for one in self.config.slice_configs)]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.slices[0].get_input_embeddings()
@@ -267,7 +264,7 @@ class StitchedTextModel(StitchedModel):
         common = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, **kwargs}
         given: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         outputs = []
-        for number, (part, layers) in enumerate(zip(self.slices, pairwise(self._first_layers()), strict=True)):
+        for number, (part, layers) in enumerate(zip(self.slices, self.layer_bounds, strict=True)):
             if number:
                 given = {"inputs_embeds": self.joints[number - 1](outputs[-1].last_hidden_state)}
             cache = _slice_cache(past_key_values, *layers, self.config)

@@ -1,72 +1,122 @@
-"""Stitching: build a stitched model from two anchors.
+"""Stitching: the model of a path through anchors.
 
-The stitching layer starts from the least-squares map between the two anchors' hidden states (KLAS Sec. 5; SN-Net's
-pseudo-inverse initialisation).
+Each stitching layer starts from the least-squares map between hidden states (KLAS Sec. 5; SN-Net's pseudo-inverse
+initialisation), fitted on what the path before it gives.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from klas_hf.anchors.language import HUB_OPTIONS
+from klas_hf.anchors.language import HUB_OPTIONS, anchor_config
 from klas_hf.anchors.vision import is_vision
 from klas_hf.models import StitchedModel
+from klas_hf.paths import Path as AnchorPath
 from klas_hf.paths import Stitch
-from klas_hf.stitching.images import check_grids, stitch_classifiers
-from klas_hf.stitching.language import stitch_decoders
+from klas_hf.stitching.images import check_pair, common_size, stitch_classifiers
+from klas_hf.stitching.language import check_direction, stitch_decoders
+from klas_hf.stitching.loading import with_revision
 
-__all__ = ["check_grids", "stitch_anchors", "stitch_classifiers", "stitch_decoders"]
+logger = logging.get_logger(__name__)
+Anchor = str | Path | PreTrainedModel
 
 
-def stitch_anchors(
-    source: str | Path | PreTrainedModel,
-    target: str | Path | PreTrainedModel,
-    stitch: Stitch | tuple[int, int],
+def assemble_path(
+    anchors: Sequence[Anchor],
+    path: AnchorPath | Stitch | str | Sequence[int],
     *,
-    calibration: Iterable[Any] | None = None,
-    ridge: float | None = None,
-    dtype: torch.dtype | str | None = None,
-    device_map: Any = None,
-    source_revision: str | None = None,
-    target_revision: str | None = None,
+    revisions: Sequence[str | None] | None = None,
     **kwargs: Any,
 ) -> StitchedModel:
-    """Join `source.blocks[:i]` to `target.blocks[j:]` by a linear stitching layer.
+    """The model of a path through anchors.
 
     Args:
-        source, target: Hub id, local folder or model in memory; the anchors are read, never changed. Both are causal
-            language models, or both image classifiers.
-        stitch: `Stitch(i, j)` or `(i, j)`.
-        calibration: batches of token ids (see `token_batches`) or images (`image_batches`) on which the stitching layer
-            is fitted by least squares; None leaves it random, with a warning.
-        ridge: penalty of that fit; None chooses (see `LeastSquares.solve`).
-        dtype: of the stitched model; None takes the target's.
-        device_map: as for `from_pretrained`; None leaves the model on the CPU.
-        source_revision, target_revision: commits on the Hub.
-        kwargs: for `from_pretrained` (attn_implementation, quantization_config, token, cache_dir, …); for images also
-            `image_size`, where the anchors' configurations are for different ones.
+        anchors: Hub ids, local folders or models in memory; they are read, never changed, and those that the path does
+            not use are not read. All are causal language models, or all image classifiers.
+        path: `Path`, its text such as "0[:8] 1[14:]", or a `Stitch`; anchors by position.
+        revisions: commits of the anchors on the Hub.
+        kwargs: `calibration`: batches of token ids (see `token_batches`) or images (`image_batches`) on which the
+            stitching layers are fitted by least squares, one after the other; None leaves them random, with a warning.
+            `ridge`: penalty of the fits; None chooses (see `LeastSquares.solve`). `dtype`: None takes that of the last
+            anchor. `device_map` and others as for `from_pretrained`; for images also `image_size`, where the anchors'
+            configurations are for different ones.
 
     Returns:
         A `StitchedForCausalLM` or a `StitchedForImageClassification` in eval mode.
 
     Raises:
-        ValueError: stitch out of range, between different grids, or reversed; family unknown; vocabularies or classes
-            differ; one anchor for text and one for images; nothing to calibrate on.
+        ValueError: path out of range, or between different grids; family unknown; vocabularies or classes of the ends
+            differ; anchors for text and for images; nothing to calibrate on.
         OSError: an anchor cannot be reached.
     """
+    return _assemble(anchors, AnchorPath.of(path), revisions, _configs(anchors, revisions, kwargs), kwargs)
+
+
+def stitch_anchors(
+    source: Anchor,
+    target: Anchor,
+    stitch: AnchorPath | Stitch | str | Sequence[int],
+    *,
+    source_revision: str | None = None,
+    target_revision: str | None = None,
+    **kwargs: Any,
+) -> StitchedModel:
+    """Join `source.blocks[:i]` to `target.blocks[j:]`: `assemble_path` for two anchors.
+
+    Args:
+        stitch: `Stitch(i, j)` or `(i, j)`, or any path through the two.
+        kwargs: as for `assemble_path`.
+
+    Raises:
+        ValueError: as `assemble_path`; a source dearer than the target that it is stitched to.
+    """
+    anchors, revisions = (source, target), (source_revision, target_revision)
+    path = AnchorPath.of(stitch)
+    configs = _configs(anchors, revisions, kwargs)
+    if path.stitch is not None:
+        if is_vision(configs[0]):
+            check_pair(configs[0], configs[1], common_size(configs[0], configs[1], kwargs.get("image_size")))
+        else:
+            check_direction([str(config.name_or_path or None) for config in configs], configs)
+    return _assemble(anchors, path, revisions, configs, kwargs)
+
+
+def _configs(
+    anchors: Sequence[Anchor], revisions: Sequence[str | None] | None, kwargs: dict[str, Any]
+) -> list[PreTrainedConfig]:
+    """The anchors' configurations.
+
+    Raises:
+        ValueError: some are for images and some for text, or there are not as many revisions.
+    """
+    if isinstance(anchors, str) or not len(anchors):
+        raise ValueError(f"got anchors={anchors!r}; expected a list of Hub ids, folders or models")
+    if revisions is not None and len(revisions) != len(anchors):
+        raise ValueError(f"got {len(revisions)} revisions for {len(anchors)} anchors; expected one, or None, for each")
     hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
-    images = [
-        is_vision(anchor, **(hub | ({"revision": revision} if revision else {})))
-        for anchor, revision in ((source, source_revision), (target, target_revision))
+    configs = [
+        anchor.config if isinstance(anchor, PreTrainedModel) else anchor_config(anchor, **with_revision(hub, revision))
+        for anchor, revision in zip(anchors, revisions or [None] * len(anchors), strict=True)
     ]
-    if images[0] != images[1]:
-        kinds = ["image classifier" if image else "language model" for image in images]
-        raise ValueError(f"got the anchors {kinds[0]} and {kinds[1]}; expected two of one kind")
-    join = stitch_classifiers if images[0] else stitch_decoders
-    return join(
-        source, target, Stitch.of(stitch), calibration=calibration, ridge=ridge, dtype=dtype, device_map=device_map,
-        source_revision=source_revision, target_revision=target_revision, **kwargs,
-    )  # fmt: skip
+    kinds = ["image classifier" if is_vision(config) else "language model" for config in configs]
+    if len(set(kinds)) > 1:
+        raise ValueError(f"got the anchors {' and '.join(kinds)}; expected all of one kind")
+    return configs
+
+
+def _assemble(
+    anchors: Sequence[Anchor],
+    path: AnchorPath,
+    revisions: Sequence[str | None] | None,
+    configs: Sequence[PreTrainedConfig],
+    kwargs: dict[str, Any],
+) -> StitchedModel:
+    if "torch_dtype" in kwargs:
+        logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")
+        kwargs["dtype"] = kwargs.pop("torch_dtype")
+    path.bounds([10**9] * len(anchors))  # an anchor that is not there
+    join = stitch_classifiers if is_vision(configs[0]) else stitch_decoders
+    return join(anchors, path, revisions=revisions, **kwargs)

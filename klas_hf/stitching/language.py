@@ -1,11 +1,11 @@
-"""Stitching two causal language models, reading only the tensors that are used."""
+"""Paths through causal language models as models, reading only the tensors that are used."""
 
 import copy
 import re
-import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import chain
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,70 +22,89 @@ from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
 from klas_hf.maths.least_squares import LeastSquares, LinearFit
 from klas_hf.models import StitchedConfig, StitchedForCausalLM
-from klas_hf.paths import Stitch
+from klas_hf.models.modeling_stitched import StitchedTextModel
+from klas_hf.paths import Path as AnchorPath
 from klas_hf.processes import progress, shared_out, sum_over_processes
-from klas_hf.stitching.loading import RANDOM_STITCH, load_parts, with_revision
+from klas_hf.stitching.loading import load_parts, warn_of_random_stitches, with_revision, write_parameter
 
 
 def stitch_decoders(
-    source: str | Path | PreTrainedModel,
-    target: str | Path | PreTrainedModel,
-    stitch: Stitch,
+    anchors: Sequence[str | Path | PreTrainedModel],
+    path: AnchorPath,
     *,
     calibration: Iterable[Any] | None = None,
     ridge: float | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
-    source_revision: str | None = None,
-    target_revision: str | None = None,
+    revisions: Sequence[str | None] | None = None,
     **kwargs: Any,
 ) -> StitchedForCausalLM:
-    """Join two causal language models; see `stitch_anchors`.
+    """Make the model of a path through causal language models; see `assemble_path`.
 
-    The two configurations are cut to the kept blocks, the tensors of those blocks are renamed (a block's number changes
-    with the cut), and transformers loads them as it would any checkpoint: no other tensor is read. The model gets the
-    target's generation config.
+    The anchors' configurations are cut to the kept blocks, the tensors of those blocks are renamed (a block's number
+    changes with the cut), and transformers loads them as it would any checkpoint: no other tensor is read. The model
+    gets the last anchor's generation config.
     """
     hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
     with ExitStack() as files:
-        first = files.enter_context(DecoderCheckpoint(source, **with_revision(hub, source_revision)))
-        last = files.enter_context(DecoderCheckpoint(target, **with_revision(hub, target_revision)))
-        _check_pair(first, last, stitch, hub)
-        config = stitched_config(first, last, stitch)
+        opened = {
+            place: files.enter_context(DecoderCheckpoint(anchors[place], **with_revision(hub, revision)))
+            for place, revision in enumerate(revisions or [None] * len(anchors))
+            if place in path.anchors
+        }
+        first, last = opened[path.slices[0].anchor], opened[path.slices[-1].anchor]
+        config = stitched_config(opened, path, len(anchors))
+        check_vocabularies(first.name, first.config, last.name, last.config, **hub)
         batches = None if calibration is None else usable_batches(calibration, config.bos_token_id)
         loading = {"dtype": last.dtype if dtype in (None, "auto") else dtype, "device_map": device_map}
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
-        state = stitched_state(first, last, stitch, config)
-        model = load_parts(StitchedForCausalLM, config, state, **loading, **options)
-        model.generation_config = target_generation_config(last)
-        if batches is None:
-            warnings.warn(RANDOM_STITCH, stacklevel=4)
-        else:
-            prefix = _target_prefix(last, stitch, **loading)
-            fit = fit_stitch(model.model.source, prefix, batches, config.bos_token_id, ridge)
-            set_stitch(model, fit)
+        model = load_parts(StitchedForCausalLM, config, stitched_state(opened, config), **loading, **options)
+        model.generation_config = generation_config_of(last)
+        if path.joints and batches is None:
+            warn_of_random_stitches()
+        elif batches is not None and path.joints:
+            fit_joints(model, opened, batches, ridge, **loading)
     return model.eval()
 
 
-def stitched_config(first: DecoderCheckpoint, last: DecoderCheckpoint, stitch: Stitch) -> StitchedConfig:
-    """The configuration of the stitched model of two anchors."""
-    source_config = cut_config(first.config, 0, stitch.source_stop)
-    target_config = cut_config(last.config, stitch.target_start, last.config.num_hidden_layers)
-    for name, value in last.family.fed_hidden.items():
-        setattr(target_config, name, value)
+def check_direction(names: Sequence[str | None], configs: Sequence[PreTrainedConfig]) -> None:
+    """Raise ValueError if the blocks of the first of two anchors have more parameters than the second's."""
+    if _size(configs[0]) > _size(configs[1]):
+        raise ValueError(
+            f"got the source {names[0]} larger than the target {names[1]}: reversed; expected the cheaper anchor "
+            "as the source. Swap source and target"
+        )
+
+
+def _size(config: PreTrainedConfig) -> int:
+    """Parameters of the blocks, without allocating them."""
+    with torch.device("meta"):
+        model = MODEL_MAPPING[type(config)](cut_config(config, 0, 1))
+    embedding = model.get_input_embeddings().weight.numel()
+    return (sum(p.numel() for p in model.parameters()) - embedding) * config.num_hidden_layers
+
+
+def stitched_config(anchors: Mapping[int, DecoderCheckpoint], path: AnchorPath, count: int) -> StitchedConfig:
+    """The configuration of the model of a path through some of `count` anchors.
+
+    Raises:
+        ValueError: the path is out of range.
+    """
+    depths = [anchors[place].config.num_hidden_layers if place in anchors else 0 for place in range(count)]
+    bounds = path.bounds(depths)
+    last = anchors[bounds[-1][0]]
+    configs = [cut_config(anchors[place].config, start, stop) for place, start, stop in bounds]
+    for config, (place, *_) in zip(configs[1:], bounds[1:], strict=True):
+        for name, value in anchors[place].family.fed_hidden.items():
+            setattr(config, name, value)
+    given: dict[str, Any] = {"slice_configs": configs, "slices": [list(one) for one in bounds]}
     return StitchedConfig(
-        source_config=source_config,
-        target_config=target_config,
-        source_stop=stitch.source_stop,
-        target_start=stitch.target_start,
-        source_blocks=first.config.num_hidden_layers,
-        target_blocks=last.config.num_hidden_layers,
-        source_norm=first.family.norm,
+        **given,
+        anchor_blocks=depths,
+        slice_norms=[anchors[place].family.norm for place, *_ in bounds],
         head_bias=last.family.head_bias,
-        source_name=first.name,
-        target_name=last.name,
-        source_revision=first.revision,
-        target_revision=last.revision,
+        anchor_names=[anchors[place].name if place in anchors else None for place in range(count)],
+        anchor_revisions=[anchors[place].revision if place in anchors else None for place in range(count)],
         bos_token_id=last.config.bos_token_id,
         eos_token_id=last.config.eos_token_id,
         pad_token_id=last.config.pad_token_id,
@@ -110,82 +129,115 @@ def usable_batches(calibration: Iterable[Any], bos_token_id: int | None) -> Iter
 
 
 @torch.no_grad()
-def fit_stitch(
-    source: PreTrainedModel,
-    target: PreTrainedModel,
+def fit_joints(
+    model: StitchedForCausalLM,
+    anchors: Mapping[int, DecoderCheckpoint],
+    calibration: Iterable[Any],
+    ridge: float | None = None,
+    **loading: Any,
+) -> None:
+    """Set the stitching layers of a model to least-squares maps, one after the other.
+
+    Each maps what the path before it really gives, to what the next slice's anchor has there: the output of its block
+    `start`. Padding and BOS are left out.
+
+    Args:
+        calibration: batches of token ids; read once for every joint, so more than one joint keeps them in memory.
+        loading: `dtype` and `device_map` of the anchors' first blocks.
+
+    Raises:
+        ValueError: activations that are not finite.
+    """
+    config = model.config
+    batches = list(calibration) if len(config.slices) > 2 else calibration
+    fits = []
+    for number, layer in enumerate(model.stitching_layers()):
+        place, start, _ = config.slices[number + 1]
+        wanted = _prefix(anchors[place], start, **loading)
+        front = partial(_front_states, model.model, number)
+        fit = fit_rows(front, partial(_last_hidden, wanted), layer, batches, config.bos_token_id, ridge)
+        set_linear(layer, fit)
+        fits.append({"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows})
+    config.joint_fits = fits
+
+
+def fit_rows(
+    source: Callable[[TokenBatch], Tensor],
+    target: Callable[[TokenBatch], Tensor],
+    layer: nn.Linear,
     calibration: Iterable[Any],
     bos_token_id: int | None,
     ridge: float | None = None,
 ) -> LinearFit:
-    """Least-squares map from the last hidden states of `source` to those of `target`, in one pass.
+    """Least-squares map between the hidden states that two functions of a batch give, in one pass.
 
     Args:
-        source, target: decoders cut at the stitch, without final norms.
+        source, target: a batch to `(batch, tokens, width)`.
+        layer: whose widths they have.
         calibration: batches of token ids; padding and BOS are left out.
 
     Raises:
         ValueError: no token left, or activations that are not finite.
     """
-    device = next(source.parameters()).device
-    equations = LeastSquares(source.config.hidden_size, target.config.hidden_size, device)
-    with evaluating(source), evaluating(target):
-        for batch in progress(shared_out(token_batches(calibration)), "calibrating the stitching layer"):
-            counted = batch.counted(bos_token_id)
-            x, y = (_last_hidden(side, batch) for side in (source, target))
-            equations.update(x[counted.to(x.device)], y[counted.to(y.device)])
+    equations: LeastSquares | None = None
+    for batch in progress(shared_out(token_batches(calibration)), "calibrating the stitching layer"):
+        counted = batch.counted(bos_token_id)
+        x, y = source(batch), target(batch)
+        equations = equations or LeastSquares(layer.in_features, layer.out_features, x.device)
+        equations.update(x[counted.to(x.device)], y[counted.to(y.device)].to(x.device))
+    if equations is None:  # another process has read all there is
+        equations = LeastSquares(layer.in_features, layer.out_features, torch.device("cpu"))
     equations.combine(sum_over_processes)
     return equations.solve(ridge)
 
 
-@torch.no_grad()
-def set_stitch(model: StitchedForCausalLM, fit: LinearFit) -> None:
-    """Put a fit into the stitching layer, and its figures into the config."""
-    layer = model.stitching_layer()
-    layer.weight.copy_(fit.weight)
-    layer.bias.copy_(fit.bias)
-    model.config.stitch_fit = {"r2": fit.r2, "ridge": fit.ridge, "tokens": fit.rows}
+def set_linear(layer: nn.Linear, fit: LinearFit) -> None:
+    """Put a fit into a stitching layer, wherever its parameters are."""
+    write_parameter(layer, "weight", fit.weight)
+    if layer.bias is not None:
+        write_parameter(layer, "bias", fit.bias)
+
+
+def _front_states(model: StitchedTextModel, joint: int, batch: TokenBatch) -> Tensor:
+    """`(batch, tokens, width)` that enters a joint of a stitched decoder."""
+    with evaluating(model):
+        hidden = _last_hidden(model.slices[0], batch)
+        for layer, part in zip(model.joints[:joint], model.slices[1 : joint + 1], strict=True):
+            hidden = part(
+                inputs_embeds=layer(hidden), attention_mask=batch.attention_mask.to(hidden.device), use_cache=False
+            ).last_hidden_state
+    return hidden
 
 
 def _last_hidden(decoder: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    batch = batch.to(decoder.get_input_embeddings().weight.device)
-    return decoder(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    embedding = decoder.get_input_embeddings().weight
+    batch = batch if embedding.is_meta else batch.to(embedding.device)  # offloaded modules fetch their inputs
+    with evaluating(decoder):
+        return decoder(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
 
 
-def _check_pair(first: DecoderCheckpoint, last: DecoderCheckpoint, stitch: Stitch, hub: dict[str, Any]) -> None:
-    stitch.check(first.config.num_hidden_layers, last.config.num_hidden_layers)
-    if _size(first.config) > _size(last.config):
-        raise ValueError(
-            f"got the source {first.name} larger than the target {last.name}: reversed; expected the cheaper anchor "
-            "as the source. Swap source and target"
-        )
-    check_vocabularies(first.name, first.config, last.name, last.config, **hub)
-
-
-def _size(config: PreTrainedConfig) -> int:
-    """Parameters of the blocks, without allocating them."""
-    with torch.device("meta"):
-        model = MODEL_MAPPING[type(config)](cut_config(config, 0, 1))
-    embedding = model.get_input_embeddings().weight.numel()
-    return (sum(p.numel() for p in model.parameters()) - embedding) * config.num_hidden_layers
-
-
-def stitched_state(
-    first: DecoderCheckpoint, last: DecoderCheckpoint, stitch: Stitch, config: StitchedConfig
-) -> dict[str, Any]:
-    """Name in the stitched model → tensor; the stitching layer's are random."""
-    state = _side(first, 0, stitch.source_stop, "model.source.", without=(f"{first.family.norm}.",))
-    state |= _side(
-        last, stitch.target_start, config.target_blocks, "model.target.", without=(f"{last.family.embeddings}.",)
-    )
+def stitched_state(anchors: Mapping[int, DecoderCheckpoint], config: StitchedConfig) -> dict[str, Any]:
+    """Name in the stitched model → tensor; the stitching layers' are random."""
+    state: dict[str, Any] = {}
+    final = len(config.slices) - 1
+    for number, (place, start, stop) in enumerate(config.slices):
+        family = anchors[place].family
+        without = [f"{family.norm}."] if number < final else []
+        without += [f"{family.embeddings}."] if number else []
+        state |= _slice_state(anchors[place], start, stop, f"model.slices.{number}.", tuple(without))
+    last = anchors[config.slices[-1][0]]
     state |= {f"lm_head.{name}": last.tensor(key) for name, key in last.head_keys().items()}
-    layer = nn.Linear(config.embedding_size, config.hidden_size, bias=config.stitch_bias)
-    return state | {f"model.stitch.{name}": tensor for name, tensor in layer.state_dict().items()}
+    widths = [one.hidden_size for one in config.slice_configs]
+    for number, ends in enumerate(pairwise(widths)):
+        layer = nn.Linear(*ends, bias=config.joint_bias)
+        state |= {f"model.joints.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
+    return state
 
 
-def _side(
+def _slice_state(
     anchor: DecoderCheckpoint, start: int, stop: int, prefix: str, without: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Name in the stitched model → tensor, for the parts of one anchor that are kept."""
+    """Name in the stitched model → tensor, for a slice of one anchor."""
     state = {}
     for name, key in anchor.decoder_keys():
         renamed = _renumber(name, anchor.family, start, stop)
@@ -203,17 +255,17 @@ def _renumber(name: str, family: DecoderFamily, start: int, stop: int) -> str | 
     return f"{family.blocks}.{number - start}.{name[block.end() :]}" if start <= number < stop else None
 
 
-def _target_prefix(anchor: DecoderCheckpoint, stitch: Stitch, **loading: Any) -> PreTrainedModel:
-    """`target.blocks[:j]` without its final norm: what the stitching layer has to imitate."""
-    config = cut_config(anchor.config, 0, stitch.target_start)
-    state = _side(anchor, 0, stitch.target_start, "")
+def _prefix(anchor: DecoderCheckpoint, stop: int, **loading: Any) -> PreTrainedModel:
+    """`anchor.blocks[:stop]` without its final norm: what a stitching layer has to imitate."""
+    config = cut_config(anchor.config, 0, stop)
+    state = _slice_state(anchor, 0, stop, "")
     model = load_parts(MODEL_MAPPING[type(config)], config, state, **loading)
     model.set_submodule(anchor.family.norm, nn.Identity())
     return model
 
 
-def target_generation_config(anchor: DecoderCheckpoint) -> GenerationConfig:
-    """The target's generation config, with its list of EOS tokens."""
+def generation_config_of(anchor: DecoderCheckpoint) -> GenerationConfig:
+    """The anchor's generation config, with its list of EOS tokens."""
     if anchor.generation_config is not None:
         return copy.deepcopy(anchor.generation_config)
     return GenerationConfig.from_model_config(anchor.config)

@@ -1,13 +1,21 @@
-"""Loading a model whose tensors come from two checkpoints."""
+"""Loading a model whose tensors come from several checkpoints, and setting its stitching layers."""
 
+import warnings
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 RANDOM_STITCH = (
     "the stitching layer is random: the model is useless until it is trained. Pass calibration=batches for the "
     "least-squares start"
 )
+
+
+def warn_of_random_stitches() -> None:
+    """Warn whoever called `from_anchors` or `from_path`."""
+    warnings.warn(RANDOM_STITCH, stacklevel=6)
 
 
 def load_parts(
@@ -36,3 +44,14 @@ def load_parts(
 def with_revision(hub: dict[str, Any], revision: str | None) -> dict[str, Any]:
     """Hub options with a revision, where there is one."""
     return hub if revision is None else hub | {"revision": revision}
+
+
+@torch.no_grad()
+def write_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Set a parameter of a module in its own dtype, also where accelerate has offloaded it to memory or disk."""
+    parameter = module.get_parameter(name)
+    if not parameter.is_meta:
+        parameter.copy_(value)
+        return
+    weights = module._hf_hook.weights_map  # type: ignore[union-attr]
+    weights.dataset.state_dict[f"{weights.prefix}{name}"] = value.to(device="cpu", dtype=parameter.dtype)
