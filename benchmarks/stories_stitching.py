@@ -23,8 +23,8 @@ from klas_hf import (
     StitchScores,
     TrainingConfig,
     correlation_report,
+    evaluate,
     evaluate_anchor,
-    evaluate_loss,
     evaluate_stitches,
     format_table,
     score_stitches,
@@ -64,7 +64,7 @@ def main() -> None:
     scoring, measuring = (TextBatches(test[part::2][: options.sequences], 16) for part in (0, 1))
 
     def measure(model) -> Measurement:
-        return Measurement({"loss": evaluate_loss(model, measuring)})
+        return evaluate(model, measuring)
 
     run = {name: value for name, value in vars(options).items() if name not in ("output_dir",)}
     rows = RowFile(output / "rows.jsonl", run)

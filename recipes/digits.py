@@ -22,7 +22,7 @@ from transformers import (
     ViTConfig,
 )
 
-from klas_hf import ImageTrainingConfig, evaluate_accuracy, train_stitches
+from klas_hf import ImageTrainingConfig, evaluate, train_stitches
 from klas_hf.data.digits import load_digits_split
 from klas_hf.data.images import image_batches
 from klas_hf.options import parse_options
@@ -136,7 +136,7 @@ def anchor(
             max_steps=args.anchor_steps, learning_rate=4e-3, batch_norm="train", mean=list(MEAN), std=list(STD)
         )
         result = train_stitches(model, task.train, steps)
-        measured = evaluate_accuracy(model, image_batches(task.test, 64, task.mean, task.std))
+        measured = evaluate(model, image_batches(task.test, 64, task.mean, task.std))
         process_state().print(
             f"{name}: {result.steps} steps in {result.seconds:.0f} s, accuracy {measured.metrics['accuracy']:.4f}"
         )

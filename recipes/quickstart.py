@@ -41,8 +41,8 @@ from klas_hf import (
     TrainingConfig,
     common_interval,
     esta_stitches,
+    evaluate,
     evaluate_anchor,
-    evaluate_loss,
     evaluate_stitches,
     format_table,
     generate_greedily,
@@ -142,7 +142,7 @@ class Quickstart:
 
     def measure(self, model: PreTrainedModel) -> Measurement:
         """Loss on the test text."""
-        return Measurement({"loss": evaluate_loss(model.to(self.state.device), self.test)})
+        return evaluate(model.to(self.state.device), self.test)
 
     def score(self) -> StitchScores:
         """Probes on training text, scores of all stitches on validation text."""

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from klas_hf.anchors.language import anchor_config
 from klas_hf.anchors.vision import is_vision
 from klas_hf.anchors.weights import fingerprint
-from klas_hf.cli.data import DataOptions, Material, load_material, load_model
+from klas_hf.cli.data import DataOptions, load_material, load_model
 from klas_hf.cli.output import say, say_json
 from klas_hf.cli.parsing import Command, flag, positional
 from klas_hf.costs import measure_costs
-from klas_hf.evaluation import evaluate_accuracy, evaluate_loss
+from klas_hf.evaluation import evaluate
 from klas_hf.models import StitchedConfig, StitchedVisionConfig
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile, format_table
@@ -47,7 +47,8 @@ def run(options: EvaluateOptions) -> int:
         known = _known([*done, *(rows or [])], row)
         if known is None:
             material = images or load_material(options, [folder], options.split)
-            known = replace(row, metrics=_metrics(model, material))
+            measured = evaluate(model, material.batches)
+            known = replace(row, metrics=measured.metrics, details={**row.details, **measured.details})
             if rows is not None:
                 rows.append(known, to_disk=process_state().is_main_process)
         done.append(known)
@@ -106,12 +107,6 @@ def _known(rows: Iterable[ResultRow], row: ResultRow) -> ResultRow | None:
             "another file"
         )
     return found
-
-
-def _metrics(model: PreTrainedModel, material: Material) -> dict[str, float]:
-    if material.image_moments is None:
-        return {"loss": evaluate_loss(model, material.batches)}
-    return dict(evaluate_accuracy(model, material.batches).metrics)
 
 
 COMMAND = Command("Measure models: loss on text (nats per token), accuracy on images, and costs.", EvaluateOptions, run)

@@ -4,24 +4,19 @@ Work is shared out over the processes of an `accelerate launch`; every process g
 process writes it.
 """
 
-from klas_hf.evaluation.images import (
-    evaluate_accuracy,
-    evaluate_divergence,
-    predict_probabilities,
-)
-from klas_hf.evaluation.language import evaluate_loss, evaluate_token_divergence, generate_greedily
+from klas_hf.evaluation.images import predict_probabilities
+from klas_hf.evaluation.language import generate_greedily
+from klas_hf.evaluation.measuring import evaluate, evaluate_divergence
 from klas_hf.evaluation.models import Measurement, evaluate_anchor, evaluate_stitches
 from klas_hf.evaluation.supernets import evaluate_supernet
 
 __all__ = [
     "Measurement",
-    "evaluate_accuracy",
+    "evaluate",
     "evaluate_anchor",
     "evaluate_divergence",
-    "evaluate_loss",
     "evaluate_stitches",
     "evaluate_supernet",
-    "evaluate_token_divergence",
     "generate_greedily",
     "predict_probabilities",
 ]

@@ -1,4 +1,4 @@
-"""Image classifiers and paths of their supernets: accuracy and loss, over all classes or among some.
+"""Image classifiers' probabilities, and the logits of their supernets' paths.
 
 The paths of a supernet share their work: on each batch every anchor runs once, and a stitch then costs only its
 stitching layer and the target's blocks behind it.
@@ -6,11 +6,9 @@ stitching layer and the target's blocks behind it.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,65 +16,12 @@ from transformers import PreTrainedModel
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.anchors.weights import evaluating
-from klas_hf.evaluation.models import Measurement
-from klas_hf.maths.divergences import kl_divergence
 from klas_hf.models.vision_features import Features
 from klas_hf.paths import Stitch
-from klas_hf.processes import progress, shared_out, sum_over_processes
+from klas_hf.processes import progress
 from klas_hf.stitching.supernet import Path
 from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
 from klas_hf.training.batch_norm import batch_norms, recalibrate_batch_norm
-
-
-@torch.no_grad()
-def evaluate_accuracy(
-    model: PreTrainedModel, batches: Iterable[object], *, classes: Sequence[int] | None = None
-) -> Measurement:
-    """Top-1 accuracy and cross-entropy of an image classifier.
-
-    Args:
-        model: any image classifier; it is put back in the mode it was in.
-        batches: images with labels.
-        classes: measure among these classes only too (`accuracy_among`): the highest logit of these counts.
-
-    Returns:
-        Metrics `accuracy` (0 to 1), `loss` (nats per image) and perhaps `accuracy_among`; the number of images.
-
-    Raises:
-        ValueError: no images.
-
-    Example:
-        >>> measured = evaluate_accuracy(large, images, classes=[0, 2])
-        >>> sorted(measured.metrics), measured.details
-        (['accuracy', 'accuracy_among', 'loss'], {'images': 20})
-    """
-    sums = _Sums(classes)
-    with evaluating(model):
-        for batch in progress(shared_out(image_batches(batches)), "measuring accuracy"):
-            pixels, labels = batch.labelled()
-            sums.add(model(pixel_values=pixels.to(model.device, model.dtype)).logits, labels)
-    return sums.measured()
-
-
-@torch.no_grad()
-def evaluate_divergence(model: PreTrainedModel, target: PreTrainedModel, batches: Iterable[object]) -> float:
-    """Mean KL(target ‖ model) of two classifiers' outputs, in nats per image.
-
-    Raises:
-        ValueError: no images.
-    """
-    sums = torch.zeros(2, dtype=torch.float64)
-    with evaluating(model), evaluating(target):
-        for batch in progress(shared_out(image_batches(batches)), "comparing outputs"):
-            log_p, log_q = (
-                one(pixel_values=batch.pixel_values.to(one.device, one.dtype)).logits.float().log_softmax(-1).cpu()
-                for one in (target, model)
-            )
-            sums += torch.tensor([float(kl_divergence(log_p, log_q).sum()), len(batch)], dtype=torch.float64)
-    total, images = sum_over_processes(sums).tolist()
-    if not images:
-        raise ValueError("got no images to compare outputs on; expected batches")
-    return total / images
 
 
 @torch.no_grad()
@@ -119,31 +64,13 @@ def _positions(labels: Tensor, classes: Sequence[int]) -> Tensor:
     return is_it.int().argmax(1)
 
 
-@torch.no_grad()
-def measure_image_paths(
+def image_path_logits(
     supernet: StitchedSupernetForImageClassification,
-    paths: Sequence[Path],
-    batches: Iterable[object],
-    classes: Sequence[int] | None,
-) -> list[Measurement]:
-    """Accuracy and loss of some paths, in one pass."""
-    sums = [_Sums(classes) for _ in paths]
-    anchors = [VisionAnchor(model) for model in supernet.anchors]
-    with evaluating(supernet):
-        for batch in progress(shared_out(image_batches(batches)), f"measuring {len(paths)} paths"):
-            _, labels = batch.labelled()
-            for one, logits in zip(sums, _all_logits(supernet, anchors, paths, batch), strict=True):
-                one.add(logits, labels)
-    return [one.measured() for one in sums]
-
-
-def _all_logits(
-    supernet: StitchedSupernetForImageClassification,
-    anchors: Sequence[VisionAnchor],
     paths: Sequence[Path],
     batch: ImageBatch,
 ) -> Iterator[Tensor]:
     """Logits of each path; each anchor's front runs once for all paths that begin with it."""
+    anchors = [VisionAnchor(model) for model in supernet.anchors]
     needed: dict[int, int] = {}
     for path in paths:
         place, stop = (path.source, path.source_stop) if isinstance(path, Stitch) else (path, anchors[path].num_blocks)
@@ -180,29 +107,3 @@ def recalibrated(
         for layer, buffers in zip(layers, before, strict=True):
             for name, buffer in layer.named_buffers():
                 buffer.copy_(buffers[name])
-
-
-@dataclass
-class _Sums:
-    """Correct answers, loss and images of one model."""
-
-    classes: Sequence[int] | None
-    values: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        logits, labels = logits.float(), labels.to(logits.device)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        correct = (logits.argmax(-1) == labels).sum()
-        among = correct
-        if self.classes is not None:
-            chosen = torch.tensor(list(self.classes), device=logits.device)
-            among = (chosen[logits[:, chosen].argmax(-1)] == labels).sum()
-        self.values += torch.stack([correct, among, loss, torch.tensor(len(labels), device=loss.device)]).double().cpu()
-
-    def measured(self) -> Measurement:
-        correct, among, loss, images = sum_over_processes(self.values).tolist()
-        if not images:
-            raise ValueError("got no images to measure on; expected batches with labels")
-        metrics = {"accuracy": correct / images, "loss": loss / images}
-        metrics |= {} if self.classes is None else {"accuracy_among": among / images}
-        return Measurement(metrics, {"images": int(images)})

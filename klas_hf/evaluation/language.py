@@ -1,122 +1,34 @@
-"""Language models and paths of their supernets: loss on text, divergence of outputs, greedy generations."""
+"""Language models' greedy generations, and the logits of their supernets' paths."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from klas_hf.anchors.batches import TokenBatch, token_batches
+from klas_hf.anchors.batches import TokenBatch
 from klas_hf.anchors.weights import evaluating
-from klas_hf.evaluation.models import Measurement
-from klas_hf.maths.divergences import kl_divergence
 from klas_hf.paths import Stitch
-from klas_hf.processes import progress, shared_out, sum_over_processes
+from klas_hf.processes import progress, shared_out
 from klas_hf.stitching.supernet import Path
 from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
-from klas_hf.training.losses import cross_entropy_sum, label_count
 
 
-@torch.no_grad()
-def evaluate_loss(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Mean next-token cross-entropy in nats per label.
-
-    Args:
-        model: any causal language model; it is put back in the mode it was in.
-        batches: `input_ids`, `attention_mask` and `labels`, each `(batch, tokens)`; -100 where no loss is taken.
-
-    Returns:
-        The mean over all labels of all batches and processes.
-
-    Raises:
-        ValueError: no labels.
-
-    Example:
-        >>> loss = evaluate_loss(target, batches)
-        >>> bool(abs(loss - np.log(64)) < 0.1)  # a random model of 64 words knows nothing
-        True
-    """
-    device = model.get_input_embeddings().weight.device
-    sums = torch.zeros(2, dtype=torch.float64)
-    with evaluating(model):
-        for batch in progress(shared_out(batches), "measuring the loss"):
-            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-            logits = model(**inputs, use_cache=False).logits
-            labels = batch["labels"].to(logits.device)
-            sums += torch.stack([cross_entropy_sum(logits, labels).double(), label_count(labels)]).cpu()
-    loss, labels = sum_over_processes(sums).tolist()
-    if not labels:
-        raise ValueError("got no labels to measure a loss on; expected batches with at least one label")
-    return loss / labels
-
-
-@torch.no_grad()
-def measure_text_paths(
-    supernet: StitchedSupernetForCausalLM, paths: Sequence[Path], batches: Iterable[Mapping[str, Tensor]]
-) -> list[Measurement]:
-    """Mean next-token cross-entropy of some paths in nats per label, in one pass; each anchor runs once per batch.
-
-    Raises:
-        ValueError: no labels.
-    """
-    sums = torch.zeros(len(paths), dtype=torch.float64)
-    labels_seen = torch.zeros(1, dtype=torch.float64)
-    device = supernet.get_input_embeddings().weight.device
-    with evaluating(supernet):
-        for batch in progress(shared_out(batches), f"measuring {len(paths)} paths"):
-            labels = batch["labels"].to(device)
-            losses = [cross_entropy_sum(logits, labels) for logits in _path_logits(supernet, paths, batch)]
-            sums += torch.stack(losses).double().cpu()
-            labels_seen += label_count(labels).cpu()
-    count = int(sum_over_processes(labels_seen))
-    if not count:
-        raise ValueError("got no labels to measure a loss on; expected batches with at least one label")
-    return [Measurement({"loss": loss / count}, {"labels": count}) for loss in sum_over_processes(sums).tolist()]
-
-
-def _path_logits(
-    supernet: StitchedSupernetForCausalLM, paths: Sequence[Path], batch: Mapping[str, Tensor]
+def text_path_logits(
+    supernet: StitchedSupernetForCausalLM, paths: Sequence[Path], batch: TokenBatch
 ) -> Iterator[Tensor]:
+    """Logits of each path; each anchor runs once for all paths that begin with it."""
     anchors = {place: supernet.anchor(place) for place in range(len(supernet.anchors))}
     needed = {path.source if isinstance(path, Stitch) else path for path in paths}
-    tokens = TokenBatch(batch["input_ids"], batch["attention_mask"])
-    states = {place: anchors[place].hidden_states(tokens) for place in needed}
-    mask = tokens.attention_mask.to(supernet.device)
+    states = {place: anchors[place].hidden_states(batch) for place in needed}
+    mask = batch.attention_mask.to(supernet.device)
     for path in paths:
         if isinstance(path, Stitch):
             hidden = states[path.source][path.source_stop - 1]
             yield supernet.rear_logits(path, hidden, attention_mask=mask, use_cache=False)
         else:
             yield anchors[path].logits(states[path][-1])
-
-
-@torch.no_grad()
-def evaluate_token_divergence(model: PreTrainedModel, target: PreTrainedModel, batches: Iterable[object]) -> float:
-    """Mean KL(target ‖ model) of two language models' next-token distributions, in nats per token.
-
-    Args:
-        batches: token ids; padding and BOS are left out.
-
-    Raises:
-        ValueError: no tokens.
-    """
-    sums = torch.zeros(2, dtype=torch.float64)
-    with evaluating(model), evaluating(target):
-        for batch in progress(shared_out(token_batches(batches)), "comparing outputs"):
-            counted = batch.counted(target.config.bos_token_id)
-            log_p, log_q = (_log_probs(one, batch)[counted] for one in (target, model))
-            sums += torch.tensor([float(kl_divergence(log_p, log_q).sum()), len(log_p)], dtype=torch.float64)
-    total, tokens = sum_over_processes(sums).tolist()
-    if not tokens:
-        raise ValueError("got no tokens to compare outputs on; expected batches of text")
-    return total / tokens
-
-
-def _log_probs(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    batch = batch.to(model.get_input_embeddings().weight.device)
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return logits.float().log_softmax(-1).cpu()
 
 
 @torch.no_grad()

@@ -56,6 +56,11 @@ class RatioSums:
             return self._moments[0] / self._moments[1]
 
     @property
+    def denominator(self) -> Array:
+        """Σb, of shape S."""
+        return self._moments[1]
+
+    @property
     def standard_error(self) -> Array:
         """Standard error of `value`, of shape S; nan with fewer than two sequences."""
         if self.sequences < 2:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from experiments.image_comparison import ComparisonSettings, ImageComparison, ImageTask
 from experiments.study import MeasuredStitch, measured_stitches
-from klas_hf.evaluation import evaluate_accuracy, evaluate_divergence
+from klas_hf.evaluation import evaluate, evaluate_divergence
 from klas_hf.files import write_atomically
 from klas_hf.models import StitchedModel
 from klas_hf.paths import Stitch
@@ -255,7 +255,7 @@ class ImageScoreStudy(ScoreStudy):
             return row
         model = self._start(stitch)
         train_stitches(model, self.task.train, replace(run.training, seed=seed, sampling="uniform"))
-        measured = evaluate_accuracy(model, run.batches(self.task.test), classes=self.task.classes)
+        measured = evaluate(model, run.batches(self.task.test), classes=self.task.classes)
         return self.kept_alone(run.rows, stitch, dict(measured.metrics))
 
     def _start(self, stitch: Stitch) -> PreTrainedModel:

@@ -27,8 +27,7 @@ from klas_hf import (
     ImageTrainingConfig,
     StitchedModel,
     TrainingConfig,
-    evaluate_accuracy,
-    evaluate_loss,
+    evaluate,
     measure_costs,
     train_stitches,
 )
@@ -258,7 +257,7 @@ def test_losses_rows_and_curve(language: Path, stitched: Path, tmp_path: Path, c
     printed = json.loads(capsys.readouterr().out)
     batches = TextBatches(_sequences(language))
     models = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
-    assert [row["metrics"]["loss"] for row in printed] == [evaluate_loss(model, batches) for model in models]
+    assert [row["metrics"]["loss"] for row in printed] == [evaluate(model, batches).metrics["loss"] for model in models]
     assert [row["macs"] for row in printed] == [measure_costs(model, tokens=12).macs for model in models]
     assert [row["parameters"] for row in printed] == [measure_costs(model).parameters for model in models]
     assert [(row["rule"], row["stitch"]) for row in printed] == [
@@ -299,7 +298,7 @@ def test_accuracies(vision: Path, classifier: Path, capsys: pytest.CaptureFixtur
         images = load_images(vision / "images", split, processing)
         for row, folder in zip(printed, (classifier, vision / "large"), strict=True):
             model = AutoModelForImageClassification.from_pretrained(folder)
-            measured = evaluate_accuracy(model, image_batches(images, 16, processing.mean, processing.std, seed=0))
+            measured = evaluate(model, image_batches(images, 16, processing.mean, processing.std, seed=0))
             assert row["metrics"] == pytest.approx(dict(measured.metrics))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from image_examples import changed
 from labelled_images import Batch, joined, labelled, split
+from scipy.stats import sem
 from tiny_supernets import stitches_of, supernet_of, three_vits, tiny_supernet
 from tiny_vision import blocks, embedding, tiny_classifier, tiny_pair
 from torch import nn
@@ -20,7 +21,7 @@ from klas_hf import (
     RowFile,
     Stitch,
     StitchedSupernet,
-    evaluate_accuracy,
+    evaluate,
     evaluate_supernet,
     measure_costs,
     recalibrate_batch_norm,
@@ -31,9 +32,14 @@ from klas_hf.evaluation import supernets as evaluation
 AMONG = [3, 0, 1]
 
 
-@torch.no_grad()
 def naive(model: PreTrainedModel, batches: list[Batch], classes: list[int] | None = None) -> dict[str, float]:
-    """One image at a time, in numpy."""
+    """Means over images, in numpy."""
+    return {name: np.mean(values) for name, values in naive_terms(model, batches, classes).items()}
+
+
+@torch.no_grad()
+def naive_terms(model: PreTrainedModel, batches: list[Batch], classes: list[int] | None) -> dict[str, list[float]]:
+    """One image at a time."""
     correct, among, losses = [], [], []
     for pixels, label in zip(*joined(batches), strict=True):
         logits = model(pixels[None].to(model.dtype)).logits[0].double().numpy()
@@ -41,8 +47,7 @@ def naive(model: PreTrainedModel, batches: list[Batch], classes: list[int] | Non
         losses.append(np.log(np.exp(logits).sum()) - logits[int(label)])
         if classes:
             among.append(max(classes, key=lambda number: logits[number]) == int(label))
-    metrics = {"accuracy": np.mean(correct), "loss": np.mean(losses)}
-    return metrics | ({"accuracy_among": np.mean(among)} if classes else {})
+    return {"accuracy": correct, "loss": losses} | ({"accuracy_among": among} if classes else {})
 
 
 def informed(model: PreTrainedModel, kind: str) -> PreTrainedModel:
@@ -68,8 +73,10 @@ def test_accuracy_and_loss_are_those_of_single_images(kind: str, classes: list[i
     expected = naive(model, data, classes)
     assert 0.2 < expected["accuracy"] < 1
     for size in (1, 5, 24):
-        got = evaluate_accuracy(model, iter(split(data, size)), classes=classes)
-        assert got.metrics == pytest.approx(expected, rel=1e-5) and got.details == {"images": 24}
+        got = evaluate(model, iter(split(data, size)), classes=classes)
+        assert got.metrics == pytest.approx(expected, rel=1e-5) and got.details["images"] == 24
+        errors = {name: sem(values) for name, values in naive_terms(model, data, classes).items()}
+        assert got.details["standard_errors"] == pytest.approx(errors, rel=1e-5)
 
 
 def test_a_model_is_measured_in_evaluation_mode_and_its_own_precision() -> None:
@@ -78,14 +85,14 @@ def test_a_model_is_measured_in_evaluation_mode_and_its_own_precision() -> None:
     model.train()
     model.vit.layers[0].eval()
     modes = [module.training for module in model.modules()]
-    assert evaluate_accuracy(model, data).metrics == pytest.approx(expected, rel=1e-3)
+    assert evaluate(model, data).metrics == pytest.approx(expected, rel=1e-3)
     assert [module.training for module in model.modules()] == modes
 
 
 def test_data_without_images_or_labels_are_refused() -> None:
     model, (supernet, _) = tiny_classifier("vit"), supernet_of("vit")
     bare = [torch.zeros(2, 3, 32, 32)]
-    for measure in (evaluate_accuracy, predict_probabilities):
+    for measure in (evaluate, predict_probabilities):
         with pytest.raises(ValueError, match="got a batch of images without 'labels'"):
             measure(model, bare)
         with pytest.raises(ValueError, match="got no images to"):
@@ -94,6 +101,21 @@ def test_data_without_images_or_labels_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             evaluate_supernet(supernet, data, rule="klas", rows=RowFile("unwritten.jsonl", {}))
     assert not Path("unwritten.jsonl").exists()
+
+
+def test_labels_that_a_model_does_not_have_are_refused() -> None:
+    model, (batch,) = tiny_classifier("vit"), labelled("vit", 1, 4)
+    for label in (-100, 5):
+        batch["labels"] = torch.tensor([0, 1, label, 2])
+        with pytest.raises(ValueError, match=f"got the label {label} for a model of 5 classes; expected 0 to 4"):
+            evaluate(model, [batch])
+    with pytest.raises(TypeError, match="got labels of torch.float32; expected whole numbers"):
+        evaluate(model, [batch | {"labels": torch.zeros(4)}])
+
+
+def test_one_image_has_no_standard_error() -> None:
+    measured = evaluate(tiny_classifier("vit"), labelled("vit", 1, 1))
+    assert measured.details == {"images": 1, "standard_errors": {"accuracy": None, "loss": None}}
 
 
 @pytest.mark.parametrize("classes", [None, AMONG])
@@ -139,7 +161,7 @@ def test_rows_are_those_of_the_extracted_models(source: str, target: str, tmp_pa
     assert supernet.training and len(rows) == len(supernet.paths)
     for path, row in zip(supernet.paths, rows, strict=True):
         alone = supernet.anchors[path] if isinstance(path, int) else supernet.extract(path)
-        expected = evaluate_accuracy(alone, data, classes=AMONG)
+        expected = evaluate(alone, data, classes=AMONG)
         assert (
             row.metrics == pytest.approx(expected.metrics, rel=1e-6) and row.metrics.keys() == expected.metrics.keys()
         )
@@ -147,10 +169,7 @@ def test_rows_are_those_of_the_extracted_models(source: str, target: str, tmp_pa
         assert (row.seed, row.rule, row.details["images"]) == (3, "klas", 24)
         if source == "vit":
             assert row.macs == measure_costs(alone).macs
-        if isinstance(path, Stitch):
-            assert (row.stitch, row.anchors) == ((path.source_stop, path.target_start), (0, 1))
-        else:
-            assert (row.stitch, row.anchors) == (None, (path, path))
+        assert row.is_of(f"{path}[:]" if isinstance(path, int) else path)
     assert len({row.metrics["loss"] for row in rows}) == len(rows)
     assert list(rows_in(tmp_path)) == rows
 
@@ -159,13 +178,12 @@ def test_rows_of_three_anchors(tmp_path: Path) -> None:
     stitches = [Stitch(1, 1), Stitch(1, 1, 0, 2), Stitch(1, 1, 1, 2), Stitch(2, 3, 0, 2)]
     supernet, data = tiny_supernet(three_vits(), stitches), labelled("vit", 2, 6)
     rows = evaluate_supernet(supernet, data, rule="all", rows=rows_in(tmp_path))
-    assert [(row.stitch, row.anchors) for row in rows] == [
-        (None, (0, 0)), (None, (1, 1)), (None, (2, 2)),
-        ((1, 1), (0, 1)), ((1, 1), (0, 2)), ((1, 1), (1, 2)), ((2, 3), (0, 2)),
+    assert [row.path for row in rows] == [
+        "0[:]", "1[:]", "2[:]", "0[:1] 1[1:]", "0[:1] 2[1:]", "1[:1] 2[1:]", "0[:2] 2[3:]",
     ]  # fmt: skip
     for stitch, row in zip(stitches, rows[3:], strict=True):
         assert row.is_of(stitch)
-        assert row.metrics == pytest.approx(evaluate_accuracy(supernet.extract(stitch), data).metrics, rel=1e-6)
+        assert row.metrics == pytest.approx(evaluate(supernet.extract(stitch), data).metrics, rel=1e-6)
 
 
 def ran(supernet: StitchedSupernet) -> list[tuple[int, int]]:
@@ -204,6 +222,22 @@ def test_what_a_file_has_is_not_measured_again(tmp_path: Path) -> None:
     assert len(rows_in(tmp_path)) == 3 * len(first)
 
 
+def test_rows_of_another_supernet_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    """After more training, or measured otherwise, every path is measured anew."""
+    supernet, _ = supernet_of("vit")
+    data = labelled("vit", 1, 6)
+    first = evaluate_supernet(supernet, data, rule="all", rows=rows_in(tmp_path))
+    with torch.no_grad():
+        supernet.stitches[0].projection.weight.mul_(3)
+    trained = {"max_steps": 3}
+    second = evaluate_supernet(supernet, data, rule="all", rows=rows_in(tmp_path), training=trained)
+    assert [row.training for row in first + second] == [None] * len(first) + [trained] * len(first)
+    assert [row.metrics for row in first] != [row.metrics for row in second]
+    among = evaluate_supernet(supernet, data, rule="all", rows=rows_in(tmp_path), training=trained, classes=AMONG)
+    assert all("accuracy_among" in row.metrics for row in among)
+    assert list(rows_in(tmp_path)) == first + second + among
+
+
 def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "GROUP", 3)
     supernet, _ = supernet_of("vit")  # 8 paths
@@ -236,9 +270,9 @@ def test_recalibrated_rows_are_those_of_recalibrated_models(kind: str, tmp_path:
     plain = evaluate_supernet(supernet, data, rule="plain", rows=rows_in(tmp_path))
     for path, row, other in zip(supernet.paths, rows, plain, strict=True):
         alone = copy.deepcopy(supernet.anchors[path]) if isinstance(path, int) else supernet.extract(path)
-        assert other.metrics == pytest.approx(evaluate_accuracy(alone, data).metrics, rel=1e-6)
+        assert other.metrics == pytest.approx(evaluate(alone, data).metrics, rel=1e-6)
         assert recalibrate_batch_norm(alone, fresh) > 0
-        assert row.metrics == pytest.approx(evaluate_accuracy(alone, data).metrics, rel=1e-6)
+        assert row.metrics == pytest.approx(evaluate(alone, data).metrics, rel=1e-6)
         assert row.metrics["loss"] != pytest.approx(other.metrics["loss"], rel=1e-3)
 
 
@@ -262,7 +296,7 @@ def test_recalibration_leaves_a_supernet_without_batch_norm_alone(tmp_path: Path
     plain = evaluate_supernet(supernet, data, rule="plain", rows=rows_in(tmp_path))
 
     def key(row: ResultRow) -> tuple[Any, ...]:
-        return row.stitch, row.metrics["accuracy"], row.metrics["loss"]
+        return row.path, row.metrics["accuracy"], row.metrics["loss"]
 
     assert [key(row) for row in rows] == [key(row) for row in plain]
 
@@ -270,8 +304,5 @@ def test_recalibration_leaves_a_supernet_without_batch_norm_alone(tmp_path: Path
 def test_images_that_a_target_does_not_take_are_refused(tmp_path: Path) -> None:
     supernet = tiny_supernet(tiny_pair("dinov2", "vit"), [(1, 1)])
     large = [{"pixel_values": torch.zeros(2, 3, 48, 48), "labels": torch.tensor([0, 1])}]
-    rows = rows_in(tmp_path)
-    for path in (0, 1):  # as if the anchors had been measured
-        rows.append(ResultRow("all", None, 0, 1, 1, {"accuracy": 0.5}, anchors=(path, path)))
     with pytest.raises(ValueError, match=r"got images of \(48, 48\) pixels for a vit"):
-        evaluate_supernet(supernet, large, rule="all", rows=rows)
+        evaluate_supernet(supernet, large, rule="all", rows=rows_in(tmp_path))

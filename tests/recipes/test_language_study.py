@@ -10,9 +10,9 @@ from experiments.language_study import LanguageScoreStudy, TextTask
 from experiments.score_study import StudySettings
 from tiny_models import tiny_model, token_ids
 
-from klas_hf import Stitch, StitchedModel, TrainingConfig, evaluate_loss, train_stitches
+from klas_hf import Stitch, StitchedModel, TrainingConfig, evaluate, train_stitches
 from klas_hf.data.text import TextBatches, text_examples
-from klas_hf.evaluation import evaluate_token_divergence
+from klas_hf.evaluation import evaluate_divergence
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine")
 
@@ -71,7 +71,7 @@ def test_untrained_stitches_have_the_loss_of_their_least_squares_start(tmp_path:
     calibration = TextBatches(one.task.train[:24], 8)
     for pair in ((1, 1), (2, 3)):
         model = StitchedModel.from_anchors(one.source, one.target, pair, calibration=calibration)
-        assert rows[pair] == pytest.approx(evaluate_loss(model, TextBatches(one.task.test, 8)), rel=1e-4)
+        assert rows[pair] == pytest.approx(evaluate(model, TextBatches(one.task.test, 8)).metrics["loss"], rel=1e-4)
 
 
 def test_stitches_alone_are_trained_by_themselves(tmp_path: Path) -> None:
@@ -85,7 +85,9 @@ def test_stitches_alone_are_trained_by_themselves(tmp_path: Path) -> None:
         trainable="full", per_device_batch_size=8, gradient_accumulation_steps=1, learning_rate=1e-2, max_steps=3
     )
     train_stitches(model, text_examples(one.task.train), config)
-    assert rows[0].metrics["loss"] == pytest.approx(evaluate_loss(model, TextBatches(one.task.test, 8)), rel=1e-5)
+    assert rows[0].metrics["loss"] == pytest.approx(
+        evaluate(model, TextBatches(one.task.test, 8)).metrics["loss"], rel=1e-5
+    )
 
 
 def test_adapting_brings_the_stitched_network_nearer_and_touches_no_anchor(tmp_path: Path) -> None:
@@ -137,9 +139,9 @@ def test_divergence_of_language_models_is_torchs(padded: bool) -> None:
         )
     expected = float(torch.distributions.kl_divergence(p, q).mean())
     batches = [{"input_ids": ids, "attention_mask": mask}]
-    assert evaluate_token_divergence(source, target, batches) == pytest.approx(expected, rel=1e-4)
+    assert evaluate_divergence(source, target, batches) == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="no tokens"):
-        evaluate_token_divergence(source, target, [])
+        evaluate_divergence(source, target, [])
 
 
 def test_what_is_kept_is_plain_json(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from klas_hf import (
     StitchedSupernet,
     StitchedSupernetForCausalLM,
     TrainingConfig,
-    evaluate_loss,
+    evaluate,
     evaluate_supernet,
     measure_costs,
     train_stitches,
@@ -251,7 +251,7 @@ def test_rows_are_the_losses_of_extracted_models(tmp_path: Path) -> None:
     assert [row.stitch for row in rows] == [None, None, *STITCHES]
     for row in rows:
         model = supernet.anchors[row.anchors[0]] if row.stitch is None else supernet.extract(row.stitch)
-        assert row.metrics["loss"] == pytest.approx(evaluate_loss(model, batches), rel=1e-5)
+        assert row.metrics["loss"] == pytest.approx(evaluate(model, batches).metrics["loss"], rel=1e-5)
         assert row.seed == 4 and row.rule == "every"
     with pytest.raises(ValueError, match="leave them out"):
         evaluate_supernet(supernet, batches, rule="x", rows=RowFile(tmp_path / "x.jsonl", {}), classes=[1])

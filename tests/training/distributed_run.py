@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from training_examples import anchors, examples, token_batch_list
 
-from klas_hf import StitchedModel, TrainingConfig, evaluate_loss, generate_greedily, score_stitches, train_stitches
+from klas_hf import StitchedModel, TrainingConfig, evaluate, generate_greedily, score_stitches, train_stitches
 from klas_hf.data.text import TextBatches
 from klas_hf.probes import ProbeConfig
 from klas_hf.probes.training import train_probes
@@ -35,7 +35,7 @@ def main() -> None:
     found = {
         "processes": state.num_processes,
         "losses": result.losses,
-        "loss": evaluate_loss(model, measured),
+        "loss": evaluate(model, measured).metrics["loss"],
         "answers": generate_greedily(model, [[1, 5, 9], [1, 7], [1, 8, 8, 8, 3]], max_new_tokens=5, batch_size=1),
         "r2": model.config.stitch_fit["r2"],
         "cross": scores.cross.tolist(),
