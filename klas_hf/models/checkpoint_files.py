@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-# Of the files' layout and the configuration's meaning; raised when an older klas_hf would misread them.
-FORMAT_VERSION = 1
+# Of the files' layout and the configuration's meaning; raised when an older klas_hf would misread them. Format 1 had two
+# anchors and one joint.
+FORMAT_VERSION = 2
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -30,7 +31,12 @@ def check_format(config: dict[str, Any]) -> None:
     if version > FORMAT_VERSION:
         raise ValueError(
             f"got a stitched checkpoint of format {version}, written by a newer klas_hf; expected format "
-            f"{FORMAT_VERSION} or older. Upgrade: pip install -U klas_hf"
+            f"{FORMAT_VERSION}. Upgrade: pip install -U klas_hf"
+        )
+    if version < FORMAT_VERSION:
+        raise ValueError(
+            f"got a stitched checkpoint of format {version}, written before models were paths of any number of slices; "
+            f"expected format {FORMAT_VERSION}. Stitch its anchors again (StitchedModel.from_anchors) and save that"
         )
 
 

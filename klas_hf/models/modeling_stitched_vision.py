@@ -1,12 +1,13 @@
-"""Stitched vision models: two native classifiers, taken apart, joined by a linear stitching layer.
+"""Stitched vision models: slices of native classifiers, taken apart, with a linear stitching layer at each joint.
 
-    pixels ─► source.embed ─► source.blocks[:i] ─► stitch ─► target.blocks[j:] ─► target's norm and head
+    pixels ─► embed ─► first slice's blocks ─► joint ─► next slice's blocks ─► … ─► last slice's norm and head
 
-Each side stays the classifier of its own family, under its own names, without the parts that are not used. A
+Each slice stays the classifier of its own family, under its own names, without the parts that are not used. A
 stitching layer between tokens is linear, between maps a 1×1 convolution; from a map to tokens, or back, the grid is
 flattened or folded, so both must have the same.
 """
 
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def dropped_prefix(source: VisionKind, target: VisionKind) -> int:
 
 
 class _StitchedVision(StitchedModel):
-    """What the classifier and the backbone share: both sides, the stitching layer, and the path through them."""
+    """What the classifier and the backbone share: slices, the joints between them, and the path through them."""
 
     config_class = StitchedVisionConfig
     base_model_prefix = ""
@@ -83,54 +84,57 @@ class _StitchedVision(StitchedModel):
     _skip_keys_device_placement: list[str] = []
     _can_compile_fullgraph = False
     # A checkpoint of an anchor, or of the classifier for the backbone, has more than is used here.
-    _keys_to_ignore_on_load_unexpected = [r"^source\.", r"^target\."]
+    _keys_to_ignore_on_load_unexpected = [r"^slices\."]
 
     def __init__(self, config: StitchedVisionConfig, *, head: bool):
         super().__init__(config)
-        self.source = classifier(config.source_config)
-        self.stitch = StitchingLayer(
-            vision_kind(config.source_config),
-            vision_kind(config.target_config),
-            config.source_channels,
-            config.target_channels,
-            config.stitch_bias,
+        configs = [config.slice_config(number) for number in range(len(config.slices))]
+        self.slices = nn.ModuleList(classifier(one) for one in configs)
+        kinds = [vision_kind(one) for one in configs]
+        self.joints = nn.ModuleList(
+            StitchingLayer(*ends, *channels, config.joint_bias)
+            for ends, channels in zip(pairwise(kinds), config.joint_channels or (), strict=True)
         )
-        self.target = classifier(config.target_config)
-        keep_blocks(self.source, 0, config.source_stop, embed=True, head=False)
-        depth = len(vision_kind(config.target_config).blocks(config.target_config))
-        keep_blocks(self.target, config.target_start, depth, embed=False, head=head)
+        for number, (part, (_, start, stop)) in enumerate(zip(self.slices, config.slices, strict=True)):
+            last = number == len(config.slices) - 1
+            keep_blocks(part, start, stop, embed=number == 0, head=head and last)
 
-    def stitching_layer(self) -> nn.Module:
-        """The linear layer or 1×1 convolution."""
-        return self.stitch.projection
+    def stitching_layers(self) -> list[nn.Module]:
+        """The linear layer or 1×1 convolution of every joint."""
+        return [joint.projection for joint in self.joints]
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.source.get_input_embeddings()
+        return self.slices[0].get_input_embeddings()
 
-    def _path(
-        self, pixel_values: Tensor, drop_path: float | None = None
+    def run_slices(
+        self, pixel_values: Tensor, count: int | None = None, drop_path: float | None = None
     ) -> tuple[list[Features], dict[tuple[int, int], Features]]:
-        """Features after the embedding, every block and the stitch, in order, and by (side, block)."""
+        """Run the first `count` slices (None: all), with the joints between them.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            drop_path: as for the classifier's `forward`.
+
+        Returns:
+            Features after the embedding, every block and every joint, in order; and those of blocks and joints by
+            (number of the slice, number of the block), where a joint stands for the block before its slice.
+        """
         config = self.config
-        sides = [(self.source, vision_kind(config.source_config)), (self.target, vision_kind(config.target_config))]
-        sides[0][1].check_pixels(pixel_values, config.source_config)
-        sides[1][1].check_size(pixel_values, config.target_config)
-        first, last = sides[0][1].blocks(config.source_config), sides[1][1].blocks(config.target_config)
-        steps = [(0, n, first[n]) for n in range(config.source_stop)]
-        steps += [(1, n, last[n]) for n in range(config.target_start, len(last))]
+        sides = [(part, vision_kind(part.config)) for part in self.slices]
+        sides[0][1].check_pixels(pixel_values, sides[0][0].config)
+        for part, kind in sides[1:]:
+            kind.check_size(pixel_values, part.config)
         rate = config.drop_path_rate if drop_path is None else drop_path
-        rates = stochastic_depth(rate if self.training else 0.0, len(steps), *sides)
-        features = sides[0][1].run_embed(self.source, pixel_values)
-        path, by_block = [features], {}
-        for step, (side, number, block) in enumerate(steps):
-            if step == config.source_stop:
-                features = self.stitch(features)
-                path.append(features)
-                by_block[1, number - 1] = features
-            model, kind = sides[side]
-            features = drop_block(features, kind.run_block(model, block, features), rates[step])
-            path.append(features)
-            by_block[side, number] = features
+        depth = sum(stop - start for _, start, stop in config.slices)
+        rates = iter(stochastic_depth(rate if self.training else 0.0, depth, *sides))
+        path, by_block = [sides[0][1].run_embed(sides[0][0], pixel_values)], {}
+        for number, ((part, kind), (_, start, stop)) in enumerate(list(zip(sides, config.slices, strict=True))[:count]):
+            if number:
+                path.append(self.joints[number - 1](path[-1]))
+                by_block[number, start - 1] = path[-1]
+            for n, block in enumerate(kind.blocks(part.config)[start:stop], start):
+                path.append(drop_block(path[-1], kind.run_block(part, block, path[-1]), next(rates)))
+                by_block[number, n] = path[-1]
         return path, by_block
 
 
@@ -165,7 +169,8 @@ class StitchedForImageClassification(_StitchedVision):
     carried_classes = {"AutoBackbone": "modeling_stitched_vision.StitchedBackbone"}
 
     def __init__(self, config: StitchedVisionConfig):
-        config.target_config.id2label, config.target_config.label2id = config.id2label, config.label2id
+        last = config.slice_config(-1)
+        last.id2label, last.label2id = config.id2label, config.label2id
         super().__init__(config, head=True)
         self.num_labels = config.num_labels
         self.post_init()
@@ -183,16 +188,17 @@ class StitchedForImageClassification(_StitchedVision):
         """Class logits, and their cross-entropy where labels are given.
 
         Args:
-            pixel_values: `(batch, channels, height, width)`, normalised as the source wants them.
+            pixel_values: `(batch, channels, height, width)`, normalised as the first slice's anchor wants them.
             labels: `(batch,)` class numbers.
             drop_path: stochastic depth of the last block in training; None takes the configuration's.
 
         Returns:
-            logits `(batch, labels)`, loss in nats. `hidden_states` holds the output of the source's embedding, of
-            every block and of the stitching layer, in the layouts of their sides.
+            logits `(batch, labels)`, loss in nats. `hidden_states` holds the output of the embedding, of every
+            block and of every stitching layer, in the layouts of their slices.
         """
-        path, _ = self._path(pixel_values, drop_path)
-        logits = vision_kind(self.config.target_config).run_head(self.target, path[-1])
+        path, _ = self.run_slices(pixel_values, drop_path=drop_path)
+        last = self.slices[-1]
+        logits = vision_kind(last.config).run_head(last, path[-1])
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = tuple(features.hidden for features in path) if wants_states else None
@@ -223,16 +229,17 @@ class StitchedBackbone(BackboneMixin, _StitchedVision):
 
     def __init__(self, config: StitchedVisionConfig):
         super().__init__(config, head=False)
+        configs = [config.slice_config(number) for number in range(len(config.slices))]
+        shapes = [trace(one, image_size(config)) for one in configs]
         ends = config.stage_ends()
-        size = image_size(config)
-        shapes = trace(config.source_config, size), trace(config.target_config, size)
-        self.num_features = [shapes[0][0].channels, *(shapes[side][number + 1].channels for side, number in ends)]
-        kinds = vision_kind(config.source_config), vision_kind(config.target_config)
+        self.num_features = [shapes[0][0].channels, *(shapes[number][block + 1].channels for number, block in ends)]
         self.norms = nn.ModuleDict(
             {
                 name: nn.LayerNorm(channels)
-                for name, channels, (side, _) in zip(self.stage_names[1:], self.num_features[1:], ends, strict=True)
-                if name in self.out_features and kinds[side].normed_features
+                for name, channels, (number, _) in zip(
+                    self.stage_names[1:], self.num_features[1:], ends, strict=True
+                )
+                if name in self.out_features and vision_kind(configs[number]).normed_features
             }
         )
         self.post_init()
@@ -247,13 +254,12 @@ class StitchedBackbone(BackboneMixin, _StitchedVision):
         **kwargs: Any,
     ) -> BackboneOutput | tuple:
         """Feature maps of the stages in `out_features`."""
-        path, by_block = self._path(pixel_values)
-        kinds = vision_kind(self.config.source_config), vision_kind(self.config.target_config)
+        path, by_block = self.run_slices(pixel_values)
         found = [(0, path[0]), *((end[0], by_block[end]) for end in self.config.stage_ends())]
         maps = []
-        for name, (side, features) in zip(self.stage_names, found, strict=True):
+        for name, (number, features) in zip(self.stage_names, found, strict=True):
             if name in self.out_features:
-                one = as_map(kinds[side], features)
+                one = as_map(vision_kind(self.slices[number].config), features)
                 if name in self.norms:
                     one = self.norms[name](one.movedim(1, -1)).movedim(-1, 1).contiguous()
                 maps.append(one)
@@ -272,13 +278,12 @@ def as_map(kind: VisionKind, features: Features) -> Tensor:
 
 
 def _describe(model: _StitchedVision) -> None:
-    """What sharding and checkpointing need to know of both sides: blocks are run, stages as a whole are not."""
-    blocks = [
-        [side.get_submodule(name) for name in block.modules]
-        for side in (model.source, model.target)
-        for block in vision_kind(side.config).blocks(side.config)
+    """What sharding and checkpointing need to know of the slices: blocks are run, stages as a whole are not."""
+    used = [
+        [part.get_submodule(name) for name in block.modules]
+        for part, (_, start, stop) in zip(model.slices, model.config.slices, strict=True)
+        for block in vision_kind(part.config).blocks(part.config)[start:stop]
     ]
-    used = [modules for modules in blocks if not isinstance(modules[-1], nn.Identity)]
     model._no_split_modules = sorted({type(module).__name__ for modules in used for module in modules})
     # Families whose stages checkpoint as a whole, such as Swin V2, would not do so here, and not say it.
     model.supports_gradient_checkpointing = all(isinstance(modules[-1], GradientCheckpointingLayer) for modules in used)
