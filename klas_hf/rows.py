@@ -1,16 +1,19 @@
 """Result rows and the JSONL file that holds them: what a run measured, written as it goes, resumable."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path as File
 from statistics import fmean, stdev
 from typing import Any
 
 from klas_hf.files import write_atomically
-from klas_hf.paths import Stitch
+from klas_hf.paths import Path, Stitch
+
+AnyPath = Path | Stitch | str | tuple[int, ...]
 
 _REPORTED = ("klas_hf", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers")
 
@@ -19,35 +22,68 @@ _REPORTED = ("klas_hf", "torch", "transformers", "accelerate", "peft", "datasets
 class ResultRow:
     """One measured model.
 
+    A row says all that its figures depend on beside what its whole file has in common (`RowFile.run`, and the
+    versions of the libraries): another path, seed, training, setting or other weights make another row.
+
     Attributes:
         rule: how the model was chosen: a selection rule, or "source" / "target" for an anchor itself.
-        stitch: `(i, j)`, or None for a model that is no stitch, such as an anchor.
+        path: the path through the anchors, such as "0[:8] 1[14:]", or "1[:]" for an anchor; given as a `Path`, a
+            `Stitch` or a pair `(i, j)`, it is written as text. None: what no path names.
         seed: the seed that the row's random choices came from.
         macs: MACs of one sequence (or image) of the run's stated length.
         parameters: number of parameters.
         metrics: name → value.
         details: anything else worth keeping, as JSON values (training losses, R² of the stitching layer, …).
-        anchors: positions of source and target in a list of more than two anchors; `(k, k)` for anchor k itself.
+        training: how the model was fine-tuned (settings, data, teacher), as JSON values; None: it was not.
+        made_from: what identifies the weights that it was made of: fingerprints, or Hub ids with commits.
+        setting: what else the figures depend on, as JSON values: the length that costs are for, classes, ….
+
+    Raises:
+        TypeError, ValueError: a path that is none.
 
     Example:
         >>> row = ResultRow("klas", (8, 14), seed=0, macs=2_500_000, parameters=30_000, metrics={"loss": 3.1})
-        >>> row.key, row.is_of(Stitch(8, 14))
-        (('klas', (8, 14), 0, (0, 1)), True)
+        >>> row.path, row.stitch == Stitch(8, 14), row.is_of(Stitch(8, 14)), row.joints
+        ('0[:8] 1[14:]', True, True, 1)
     """
 
     rule: str
-    stitch: tuple[int, int] | None
+    path: AnyPath | None
     seed: int
     macs: int
     parameters: int
     metrics: Mapping[str, float]
     details: Mapping[str, Any] = field(default_factory=dict)
-    anchors: tuple[int, int] = (0, 1)
+    training: Mapping[str, Any] | None = None
+    made_from: Sequence[str] = ()
+    setting: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", None if self.path is None else str(Path.of(self.path)))
+        object.__setattr__(self, "made_from", tuple(self.made_from))
+        for name in ("training", "setting"):  # as a file gives them back
+            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 
     @property
-    def key(self) -> tuple[str, tuple[int, int] | None, int, tuple[int, int]]:
-        """What makes a row one of its kind in a run."""
-        return self.rule, self.stitch, self.seed, self.anchors
+    def measurement(self) -> str:
+        """All that the figures depend on, whatever rule chose the model: rows that agree in it are one measurement."""
+        return _line([self.path, self.seed, self.training, self.made_from, self.setting], sort_keys=True)
+
+    @property
+    def model(self) -> tuple[str, int, str]:
+        """The model whose repetitions under other seeds are averaged: path (or rule), cost and training."""
+        training = self.training and {name: value for name, value in self.training.items() if name != "seed"}
+        return str(self.path or self.rule), self.macs, _line([training, self.setting], sort_keys=True)
+
+    @property
+    def joints(self) -> int:
+        """Number of stitching layers: 0 for an anchor, and for what no path names."""
+        return 0 if self.path is None else Path.of(self.path).joints
+
+    @property
+    def stitch(self) -> Stitch | None:
+        """The stitch that the path is, if it is one."""
+        return None if self.path is None else Path.of(self.path).stitch
 
     def value(self, metric: str) -> float:
         """One of the metrics.
@@ -62,10 +98,17 @@ class ResultRow:
             )
         return self.metrics[metric]
 
-    def is_of(self, stitch: Stitch) -> bool:
-        """Whether the row measured this `stitch`, of these anchors."""
-        pair = stitch.source_stop, stitch.target_start
-        return self.stitch == pair and self.anchors == (stitch.source, stitch.target)
+    def is_of(self, path: AnyPath) -> bool:
+        """Whether the row measured this path through these anchors."""
+        return self.path == str(Path.of(path))
+
+
+def by_model(rows: Iterable[ResultRow]) -> list[list[ResultRow]]:
+    """Rows in groups of one model each, in the order they come: its seeds, a row that several rules share once."""
+    groups: dict[tuple[str, int, str], dict[str, ResultRow]] = {}
+    for row in rows:
+        groups.setdefault(row.model, {})[row.measurement] = row
+    return [list(group.values()) for group in groups.values()]
 
 
 def library_versions() -> dict[str, str]:
@@ -82,12 +125,13 @@ def library_versions() -> dict[str, str]:
 class RowFile:
     """A JSONL file of rows of one run; opening it again resumes it.
 
-    The first line holds the run's settings (with anchors, revisions and library versions); each further line a
-    row. A line that an interruption cut short is dropped.
+    The first line holds the run's settings and the library versions; each further line a row. Opening and reading
+    never change the file: a line that an interruption cut short is left out, and cut off by the process that next
+    writes a row. To read the rows of any run, use `read_rows`.
 
     Args:
         path: the file; parents are made with the first row.
-        run: the settings that all rows share, as JSON values. A later run must have the same.
+        run: the settings that all rows share, as JSON values. A later run must have the same, and the same versions.
 
     Raises:
         ValueError: the file holds another run's rows, or is no row file.
@@ -97,16 +141,18 @@ class RowFile:
         >>> for row in rows:
         ...     file.append(row)
         >>> again = RowFile(folder / "results.jsonl", {"data": "my_text", "tokens": 128})
-        >>> again.rows == rows, again.find("target", None, seed=0).metrics
+        >>> again.rows == rows, again.find(rows[-1]).metrics
         (True, {'loss': 3.0})
     """
 
-    def __init__(self, path: str | Path, run: Mapping[str, Any]):
-        self.path = Path(path)
+    def __init__(self, path: str | File, run: Mapping[str, Any]):
+        self.path = File(path)
         self.run = json.loads(json.dumps(dict(run)))
         self.rows: list[ResultRow] = []
+        self._whole = False  # whether this process has seen to it that the file ends with a whole line
         if self.path.exists():
-            self._read()
+            header, self.rows = _read(self.path)
+            self._check(header)
 
     def __iter__(self) -> Iterator[ResultRow]:
         return iter(self.rows)
@@ -114,27 +160,16 @@ class RowFile:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def find(
-        self, rule: str, stitch: Stitch | None, seed: int, anchors: tuple[int, int] | None = None
-    ) -> ResultRow | None:
-        """The row of this key, or None when it is still to be measured.
+    def find(self, like: ResultRow, *, any_rule: bool = False) -> ResultRow | None:
+        """The row of a measurement, or None when it is still to be made.
 
         Args:
-            rule, stitch, seed: as in the row.
-            anchors: where there is no stitch, the row's anchors; None: (0, 1). A stitch names its own.
-
-        Raises:
-            ValueError: anchors beside a stitch.
+            like: a row that says what the figures are to depend on; its own figures, costs and details do not count.
+            any_rule: take a row of another rule where there is none of this one.
         """
-        if stitch is None:
-            pair, place = None, anchors or (0, 1)
-        elif anchors is None:
-            pair, place = (stitch.source_stop, stitch.target_start), (stitch.source, stitch.target)
-        else:
-            raise ValueError(
-                f"got anchors={anchors} and the stitch {stitch}; expected no anchors: a stitch has its own"
-            )
-        return next((row for row in self.rows if row.key == (rule, pair, seed, place)), None)
+        found = [row for row in self.rows if row.measurement == like.measurement]
+        of_rule = [row for row in found if row.rule == like.rule]
+        return next(iter(of_rule or (found if any_rule else [])), None)
 
     def append(self, row: ResultRow, *, to_disk: bool = True) -> None:
         """Write a `row`; it is on disk when this returns, unless another process writes it (`to_disk=False`)."""
@@ -145,59 +180,74 @@ class RowFile:
         if not self.path.exists() or not self.path.stat().st_size:
             header = _line({"run": self.run, "versions": library_versions()})
             write_atomically(self.path, lambda part: part.write_text(header, encoding="utf-8"))
+        elif not self._whole:
+            with self.path.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        self._whole = True
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
 
-    def _read(self) -> None:
-        whole, cut = _whole_lines(self.path)
-        if not whole and not cut:
+    def _check(self, header: Mapping[str, Any]) -> None:
+        if not header:
             return
-        # The header is written whole, so a file that begins with anything else is someone else's: it is left alone.
-        if not whole or not isinstance(whole[0], dict) or not isinstance(header := whole[0].get("run"), dict):
-            raise ValueError(
-                f"got {self.path}, whose first line has no run settings; expected a file of this program. "
-                "Name another output folder"
-            )
-        if header != self.run:
-            changed = sorted(k for k in header.keys() | self.run.keys() if header.get(k) != self.run.get(k))
-            there, now = ({k: run.get(k) for k in changed} for run in (header, self.run))
+        there, now = header["run"] | header["versions"], self.run | library_versions()
+        if changed := sorted(name for name in there.keys() | now.keys() if there.get(name, ...) != now.get(name, ...)):
+            old, new = ({name: one.get(name) for name in changed} for one in (there, now))
             raise ValueError(
                 f"{self.path} holds the rows of another run, which differs in {', '.join(changed)} "
-                f"(there: {there}; now: {now}). "
-                "Name another output folder, or repeat the settings of that run to resume it"
+                f"(there: {old}; now: {new}). "
+                "Name another output folder, or repeat the settings and versions of that run to resume it"
             )
-        self.rows = [_row(line) for line in whole[1:]]
-        if cut:
-            with self.path.open("r+b") as file:
-                file.truncate(file.seek(0, os.SEEK_END) - cut)
 
 
-def _row(line: dict[str, Any]) -> ResultRow:
-    stitch = line.pop("stitch")
-    first, second = line.pop("anchors", (0, 1))  # files of older versions know of two anchors only
-    return ResultRow(stitch=None if stitch is None else (stitch[0], stitch[1]), anchors=(first, second), **line)
+def read_rows(path: str | File) -> list[ResultRow]:
+    """The rows of a file, whatever run wrote it; the file is only read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no file of rows, or one without any.
+    """
+    _, rows = _read(File(path))
+    if not rows:
+        raise ValueError(f"got {path} without a row; expected at least one measured model")
+    return rows
 
 
-def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON lines of a file, and the length in bytes of an unfinished last line."""
+def _read(path: File) -> tuple[dict[str, Any], list[ResultRow]]:
+    """Header and rows of a file, without a last line that was cut short; an empty file has neither."""
     content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
+    if not content:
+        return {}, []
     try:
-        return [json.loads(line) for line in content[:end].splitlines()], len(content) - end
+        lines = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"got {path}, which is not JSONL: {error}. Name another output folder") from error
+        raise ValueError(f"got {path}, which is not JSONL: {error}. Name another file of rows") from error
+    # The header is written whole, so a file that begins with anything else is someone else's.
+    header = lines[0] if lines and isinstance(lines[0], dict) else {}
+    if not isinstance(header.get("run"), dict) or not isinstance(header.get("versions"), dict):
+        raise ValueError(
+            f"got {path}, whose first line has no run settings; expected rows.jsonl of this program. "
+            "Name another file of rows"
+        )
+    try:
+        return header, [ResultRow(**line) for line in lines[1:]]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"got {path}, with a line that is no row: {error}; expected a file of this version of klas_hf. Measure "
+            "again into another file"
+        ) from error
+
+
+def _line(value: Any, *, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=sort_keys) + "\n"
 
 
 def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: int | None = None) -> str:
     """Rows as a Markdown table, cheapest first; the mean and its standard error where seeds repeat a row.
 
-    The anchors of each row are shown where there are more than the two.
+    Where some models were fine-tuned, those that were not are marked: the two are not to be compared.
 
     Args:
         rows: measured models.
@@ -213,27 +263,34 @@ def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: 
     Example:
         >>> seeds = [ResultRow("klas", (8, 14), seed, 2_500_000, 30_000, {"loss": 3.0 + seed}) for seed in (0, 1)]
         >>> print(format_table(seeds, ["loss"], total_macs=5_000_000))
-        | rule | stitch  | M parameters | M MACs | of target | loss            |
-        |------|---------|--------------|--------|-----------|-----------------|
-        | klas | (8, 14) | 0.03         | 2.5    | 50%       | 3.5000 ± 0.5000 |
+        | rule | path         | M parameters | M MACs | of target | loss            |
+        |------|--------------|--------------|--------|-----------|-----------------|
+        | klas | 0[:8] 1[14:] | 0.03         | 2.5    | 50%       | 3.5000 ± 0.5000 |
     """
-    groups: dict[tuple[int, str, Any, tuple[int, int]], list[ResultRow]] = {}
+    rows = list(rows)
+    groups: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
-        groups.setdefault((row.macs, row.rule, row.stitch, row.anchors), []).append(row)
-    several = any(anchors != (0, 1) for *_, anchors in groups)
+        groups.setdefault((row.macs, row.rule, row.model), []).append(row)
     share = ["of target"] if total_macs else []
-    lines = [["rule", *(["anchors"] if several else []), "stitch", "M parameters", "M MACs", *share, *metrics]]
-    for (macs, rule, stitch, anchors), group in sorted(groups.items(), key=lambda item: item[0][:2]):
+    lines = [["rule", "path", "M parameters", "M MACs", *share, *metrics]]
+    unfair = bool(untuned_beside_tuned(rows))
+    for (macs, rule, _), group in sorted(groups.items(), key=lambda item: item[0][:2]):
         cells = [
-            rule,
-            *([_anchors(anchors)] if several else []),
-            "–" if stitch is None else str(tuple(stitch)),
+            f"{rule} (not tuned)" if unfair and group[0].training is None else rule,
+            str(group[0].path or "–"),
             f"{group[0].parameters / 1e6:.2f}",
             f"{macs / 1e6:,.1f}",
         ]
         cells += [f"{macs / total_macs:.0%}"] if total_macs else []
-        lines.append(cells + [_mean_and_error([row.value(name) for row in group]) for name in metrics])
+        lines.append(cells + [format_mean([row.value(name) for row in group]) for name in metrics])
     return markdown_table(lines)
+
+
+def untuned_beside_tuned(rows: Iterable[ResultRow]) -> list[ResultRow]:
+    """The rows of anchors that were not fine-tuned, where other models were: a comparison that is not fair."""
+    rows = list(rows)
+    tuned = any(row.training is not None for row in rows)
+    return [row for row in rows if tuned and row.training is None and not row.joints]
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
@@ -246,12 +303,12 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([padded[0], rule_line, *padded[1:]])
 
 
-def _anchors(anchors: tuple[int, int]) -> str:
-    first, second = anchors
-    return str(first) if first == second else f"{first}→{second}"
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error; nan is the error of one value."""
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
-def _mean_and_error(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{fmean(values):.4f} ± {stdev(values) / len(values) ** 0.5:.4f}"
+def format_mean(values: Sequence[float]) -> str:
+    """The mean, with its standard error where there is one: 3.5000 ± 0.5000."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.4f}" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"

@@ -5,17 +5,34 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
+import klas_hf.rows
+from klas_hf.paths import Path as ModelPath
 from klas_hf.paths import Stitch
-from klas_hf.rows import ResultRow, RowFile, format_table, library_versions
+from klas_hf.rows import (
+    ResultRow,
+    RowFile,
+    by_model,
+    format_mean,
+    format_table,
+    library_versions,
+    mean_and_error,
+    read_rows,
+    untuned_beside_tuned,
+)
 
 RUN = {"source": "small", "target": "large", "seed": 3, "taus": (0.05, 0.1)}
 
 
-def row(seed: int = 0, stitch: tuple[int, int] | None = (2, 3), rule: str = "klas") -> ResultRow:
+def row(seed: int = 0, path: tuple[int, int] | str | None = (2, 3), rule: str = "klas") -> ResultRow:
     details = {"losses": [1.0, 0.5], "text": "Γ\u2028"}
-    return ResultRow(rule, stitch, seed, 10 + seed, 20, {"rouge1": 0.25 + seed}, details)
+    training = {"max_steps": 3, "betas": (0.9, 0.95)} if seed else None
+    return ResultRow(
+        rule, path, seed, 10, 20, {"rouge1": 0.25 + seed}, details, training, ["small@1", "large@2"], {"tokens": 8}
+    )
 
 
 def written(path: Path, count: int = 3) -> RowFile:
@@ -27,9 +44,9 @@ def written(path: Path, count: int = 3) -> RowFile:
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "made" / "rows.jsonl"
-    written(path).append(row(stitch=None, rule="source"))
+    written(path).append(row(path=None, rule="source"))
     again = RowFile(path, RUN)
-    assert list(again) == [row(0), row(1), row(2), row(stitch=None, rule="source")]
+    assert list(again) == [row(0), row(1), row(2), row(path=None, rule="source")]
     assert len(again) == 4
 
 
@@ -42,15 +59,42 @@ def test_a_resumed_run_appends_after_the_rows_it_found(tmp_path: Path) -> None:
     assert ["run" in line for line in lines] == [True] + [False] * 4
 
 
-def test_rows_are_found_by_rule_stitch_and_seed(tmp_path: Path) -> None:
+def test_rows_are_found_by_all_that_they_depend_on(tmp_path: Path) -> None:
+    """Another rule makes the same measurement; another path, seed, training, weights or setting does not."""
     file = written(tmp_path / "rows.jsonl")
-    file.append(row(stitch=None, rule="target"))
+    file.append(row(path=None, rule="target"))
+    like = dataclasses.replace(row(1), macs=0, parameters=0, metrics={}, details={})
     for found in (file, RowFile(file.path, RUN)):
-        assert found.find("klas", Stitch(2, 3), 1) == row(1)
-        assert found.find("target", None, 0) == row(stitch=None, rule="target")
-        pair = Stitch(2, 3)
-        for absent in (("klas", pair, 3), ("klas", Stitch(3, 2), 1), ("klas", None, 1), ("esta", pair, 1)):
-            assert found.find(*absent) is None
+        assert found.find(like) == row(1)
+        assert found.find(row(path=None, rule="target")) == row(path=None, rule="target")
+        other_rule = dataclasses.replace(like, rule="esta")
+        assert found.find(other_rule) is None and found.find(other_rule, any_rule=True) == row(1)
+        for name, value in {
+            "path": (3, 2), "seed": 3, "training": {"max_steps": 4}, "made_from": ["small@1", "large@3"],
+            "setting": {"tokens": 9},
+        }.items():  # fmt: skip
+            assert found.find(dataclasses.replace(like, **{name: value}), any_rule=True) is None
+    again = dataclasses.replace(row(1), rule="esta")
+    file.append(again)
+    assert file.find(again, any_rule=True) == again
+
+
+def test_a_row_names_any_path() -> None:
+    for given, text in (
+        (Stitch(2, 3), "0[:2] 1[3:]"),
+        ((2, 3), "0[:2] 1[3:]"),
+        (Stitch(2, 3, 1, 2), "1[:2] 2[3:]"),
+        (ModelPath.parse("1[:5] 1[7:9] 0[2:]"), "1[:5] 1[7:9] 0[2:]"),
+        ("1[:]", "1[:]"),
+        (None, None),
+    ):
+        assert dataclasses.replace(row(), path=given).path == text
+    assert row().stitch == Stitch(2, 3) and row().joints == 1 and row().is_of((2, 3))
+    three, anchor, unnamed = (row(path=path) for path in ("0[:1] 1[1:2] 0[2:]", "1[:]", None))
+    assert (three.stitch, three.joints) == (None, 2) and three.is_of("0[:1] 1[1:2] 0[2:]")
+    assert (anchor.stitch, anchor.joints, unnamed.stitch, unnamed.joints) == (None, 0, None, 0)
+    with pytest.raises(ValueError, match="expected slices of anchors"):
+        row(path="2 to 3")
 
 
 def test_nothing_is_written_before_the_first_row(tmp_path: Path) -> None:
@@ -68,7 +112,7 @@ def test_a_row_is_on_disk_when_append_returns(tmp_path: Path) -> None:
 def test_another_process_writes_what_this_one_only_keeps(tmp_path: Path) -> None:
     file = RowFile(tmp_path / "rows.jsonl", RUN)
     file.append(row(1), to_disk=False)
-    assert file.find("klas", Stitch(2, 3), 1) == row(1) and not file.path.exists()
+    assert file.find(row(1)) == row(1) and not file.path.exists()
 
 
 def test_the_first_line_says_with_what_it_was_made(tmp_path: Path) -> None:
@@ -106,10 +150,52 @@ def test_a_last_line_cut_short_is_dropped_and_the_file_usable(tmp_path: Path, ke
     path = written(tmp_path / "rows.jsonl").path
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]) + lines[-1][: max(1, int(kept * len(lines[-1])))])
+    before = path.read_bytes()
     file = RowFile(path, RUN)
-    assert list(file) == [row(0), row(1)]
+    assert list(file) == [row(0), row(1)] == read_rows(path)
+    assert path.read_bytes() == before  # reading changes nothing
     file.append(row(9))
-    assert [r.seed for r in RowFile(path, RUN)] == [0, 1, 9]
+    file.append(row(8))
+    assert [r.seed for r in RowFile(path, RUN)] == [0, 1, 9, 8]
+
+
+def test_only_the_process_that_writes_cuts_a_line_and_never_a_whole_one(tmp_path: Path) -> None:
+    """Two processes open a file whose last line was cut short; one writes rows, before and after the other opens it."""
+    path = written(tmp_path / "rows.jsonl").path
+    path.write_bytes(path.read_bytes()[:-5])
+    writing, early = RowFile(path, RUN), RowFile(path, RUN)
+    writing.append(row(5))
+    for other in (early, RowFile(path, RUN)):
+        other.append(row(6), to_disk=False)
+    writing.append(row(6))
+    assert [r.seed for r in read_rows(path)] == [0, 1, 5, 6]
+    early.append(row(7))  # whatever was written since it was opened stays
+    assert [r.seed for r in read_rows(path)] == [0, 1, 5, 6, 7]
+
+
+def test_any_runs_rows_can_be_read_from_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl").path
+    path.chmod(0o444)
+    tmp_path.chmod(0o555)
+    try:
+        assert read_rows(str(path)) == [row(0), row(1), row(2)]
+    finally:
+        tmp_path.chmod(0o755)
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "nothing.jsonl")
+    RowFile(tmp_path / "new.jsonl", RUN)
+    (tmp_path / "empty.jsonl").write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(ValueError, match="without a row; expected at least one"):
+        read_rows(tmp_path / "empty.jsonl")
+
+
+def test_rows_of_other_library_versions_are_not_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "rows.jsonl").path
+    now = library_versions() | {"torch": "0.1"}
+    monkeypatch.setattr(klas_hf.rows, "library_versions", lambda: now)
+    with pytest.raises(ValueError, match=r"differs in torch .*now: \{'torch': '0.1'\}"):
+        RowFile(path, RUN)
+    assert len(read_rows(path)) == 3
 
 
 def test_a_header_without_rows_is_resumed(tmp_path: Path) -> None:
@@ -161,9 +247,9 @@ def test_rows_are_shown_as_a_table_cheapest_first_with_seeds_together() -> None:
     ]
     table = format_table(rows, ["rouge1"], total_macs=4_000_000).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    assert cells[0] == ["rule", "stitch", "M parameters", "M MACs", "of target", "rouge1"]
+    assert cells[0] == ["rule", "path", "M parameters", "M MACs", "of target", "rouge1"]
     assert set("".join(cells[1])) == {"-"}
-    assert cells[2] == ["klas", "(2, 3)", "2.50", "1.0", "25%", "0.2500 ± 0.1500"]  # error: 0.2121 / √2
+    assert cells[2] == ["klas", "0[:2] 1[3:]", "2.50", "1.0", "25%", "0.2500 ± 0.1500"]  # error: 0.2121 / √2
     assert cells[3] == ["target", "–", "8.00", "4.0", "100%", "0.5000"]
     assert len({len(line) for line in table}) == 1
     assert "of target" not in format_table(rows, ["rouge1"])
@@ -171,49 +257,51 @@ def test_rows_are_shown_as_a_table_cheapest_first_with_seeds_together() -> None:
 
 def test_rows_of_several_anchors_are_kept_apart(tmp_path: Path) -> None:
     file = RowFile(tmp_path / "rows.jsonl", RUN)
-    pairs = [dataclasses.replace(row(stitch=(2, 3)), macs=pair[1], anchors=pair) for pair in ((0, 1), (1, 2), (0, 2))]
-    alone = [dataclasses.replace(row(stitch=None, rule="anchor"), anchors=(k, k)) for k in range(3)]
-    for one in pairs + alone:
+    stitches = [dataclasses.replace(row(), path=Stitch(2, 3, *pair)) for pair in ((0, 1), (1, 2), (0, 2))]
+    alone = [row(path=f"{k}[:]", rule="anchor") for k in range(3)]
+    for one in stitches + alone:
         file.append(one)
     for found in (file, RowFile(file.path, RUN)):
-        assert list(found) == pairs + alone and len({one.key for one in found}) == 6
-        assert found.find("klas", Stitch(2, 3), 0) == pairs[0]
-        assert found.find("klas", Stitch(2, 3, 1, 2), 0) == pairs[1]
-        assert found.find("klas", Stitch(2, 3, 2, 3), 0) is None
-        assert found.find("anchor", None, 0, anchors=(2, 2)) == alone[2]
-        assert found.find("anchor", None, 0) is None
-    assert pairs[1].is_of(Stitch(2, 3, 1, 2))
-    assert not any(pairs[1].is_of(other) for other in (Stitch(2, 3), Stitch(2, 3, 1, 3), Stitch(3, 2, 1, 2)))
-    assert not alone[0].is_of(Stitch(2, 3))
+        assert list(found) == stitches + alone and [found.find(one) for one in found] == list(found)
+        assert found.find(dataclasses.replace(row(), path=Stitch(2, 3, 2, 3))) is None
+    assert stitches[1].is_of(Stitch(2, 3, 1, 2))
+    assert not any(stitches[1].is_of(other) for other in (Stitch(2, 3), Stitch(2, 3, 1, 3), Stitch(3, 2, 1, 2)))
 
 
-def test_a_stitch_names_its_own_anchors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"got anchors=\(0, 2\) and the stitch 1→2 \(2, 3\)"):
-        RowFile(tmp_path / "rows.jsonl", RUN).find("klas", Stitch(2, 3, 1, 2), 0, anchors=(0, 2))
+def test_files_of_other_lines_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl").path
+    path.write_text(path.read_text().replace('"path"', '"stitch"'))
+    with pytest.raises(ValueError, match="with a line that is no row: .*Measure again into another file"):
+        RowFile(path, RUN)
 
 
-def test_files_written_before_there_were_several_anchors_are_read(tmp_path: Path) -> None:
-    path = written(tmp_path / "rows.jsonl", 2).path
-    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-    for line in lines[1:]:
-        assert line.pop("anchors") == [0, 1]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert list(RowFile(path, RUN)) == [row(0), row(1)]
+def test_untuned_anchors_beside_tuned_models_are_marked() -> None:
+    ends = [ResultRow(f"anchor {k}", f"{k}[:]", 0, 1 + 8 * k, 1, {"loss": 1.0}) for k in (0, 1)]
+    start = ResultRow("start", (2, 3), 0, 5, 1, {"loss": 2.0})
+    tuned = dataclasses.replace(start, rule="klas", training={"max_steps": 10})
+    assert untuned_beside_tuned([*ends, start]) == [] == untuned_beside_tuned([tuned])
+    assert untuned_beside_tuned([*ends, start, tuned]) == ends
+    first_cells = [line.split("|")[1].strip() for line in format_table([*ends, start, tuned], ["loss"]).splitlines()]
+    assert first_cells[2:] == [
+        "anchor 0 (not tuned)", "klas", "start (not tuned)", "anchor 1 (not tuned)"
+    ]  # fmt: skip
+    alike = [dataclasses.replace(one, training={"max_steps": 10}) for one in ends]
+    assert "not tuned" not in format_table([*alike, tuned], ["loss"]) + format_table([*ends, start], ["loss"])
 
 
-def test_the_table_shows_anchors_where_there_are_more_than_two() -> None:
-    measured = ResultRow("klas", (2, 3), 0, 1_000_000, 2_500_000, {"rouge1": 0.1})
-    other = dataclasses.replace(measured, anchors=(1, 2))
-    alone = ResultRow("anchor", None, 0, 5_000_000, 2_500_000, {"rouge1": 0.3}, anchors=(2, 2))
-    table = format_table([measured, other, alone], ["rouge1"]).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    assert cells[0] == ["rule", "anchors", "stitch", "M parameters", "M MACs", "rouge1"]
-    assert [line[:3] for line in cells[2:]] == [
-        ["klas", "0→1", "(2, 3)"],
-        ["klas", "1→2", "(2, 3)"],
-        ["anchor", "2", "–"],
-    ]
-    assert "anchors" not in format_table([measured], ["rouge1"])
+def test_rows_of_one_model_are_those_of_its_seeds() -> None:
+    seeds = [ResultRow("klas", (2, 3), seed, 5, 1, {"q": seed}, training={"steps": 4, "seed": seed}) for seed in (0, 1)]
+    shared = dataclasses.replace(seeds[0], rule="esta")
+    longer = dataclasses.replace(seeds[0], training={"steps": 8, "seed": 0})
+    other = dataclasses.replace(seeds[0], path="1[:1] 1[2:]")
+    assert by_model([seeds[0], other, shared, longer, seeds[1]]) == [[shared, seeds[1]], [other], [longer]]
+
+
+def test_means_have_the_standard_error_of_scipy() -> None:
+    values = [0.5, 0.25, 1.5, 0.125]
+    assert mean_and_error(values) == pytest.approx((np.mean(values), stats.sem(values)))
+    assert format_mean(values[:2]) == "0.3750 ± 0.1250"
+    assert format_mean([0.5]) == "0.5000" and np.isnan(mean_and_error([0.5])[1])
 
 
 def test_an_unknown_metric_is_named_beside_the_known() -> None:
