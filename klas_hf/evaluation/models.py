@@ -1,15 +1,15 @@
 """Rows of whatever is measured, of stitched models one by one, and of anchors."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
+from klas_hf.anchors.weights import fingerprint
 from klas_hf.costs import measure_costs
-from klas_hf.paths import Stitch
 from klas_hf.processes import process_state
-from klas_hf.rows import ResultRow, RowFile
+from klas_hf.rows import AnyPath, ResultRow, RowFile
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Measurement:
         details: anything else worth keeping with the row, as JSON values.
 
     Example:
-        >>> Measurement({"loss": evaluate_loss(target, batches)}, {"data": "my_text"}).details
+        >>> Measurement({"loss": 3.1}, {"data": "my_text"}).details
         {'data': 'my_text'}
     """
 
@@ -29,55 +29,64 @@ class Measurement:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+P = TypeVar("P", bound=AnyPath)
+
+
 def evaluate_stitches(
-    stitches: Iterable[Stitch],
-    make: Callable[[Stitch], PreTrainedModel],
+    stitches: Iterable[P],
+    make: Callable[[P], PreTrainedModel],
     measure: Callable[[PreTrainedModel], Measurement],
     *,
     rule: str,
     rows: RowFile,
+    anchors: Sequence[str],
+    training: Mapping[str, Any] | None,
     seed: int = 0,
     tokens: int = 128,
 ) -> list[ResultRow]:
-    """Make and measure each stitch, one row each, leaving out what the file already has.
+    """Make and measure each stitch or other path, one row each, leaving out what the file already has.
 
-    A stitch that another rule chose with the same seed is not made again: the row is repeated under this rule.
+    A row is taken up again only where its path, anchors, training, seed and tokens are the same. One that another rule
+    chose is not made again then: the row is repeated under this rule.
 
     Args:
-        stitches: the selection of one rule.
-        make: builds (and trains) the model of a stitch; must depend on nothing but the stitch and the seed.
+        stitches: the selection of one rule: stitches, or any paths; an anchor alone (`"1[:]"`) is one.
+        make: builds (and trains) the model of a path; must depend on nothing but the path and what is named here.
         measure: figures of a model.
         rule: name of the selection rule.
         rows: where rows go.
+        anchors: what identifies the weights of the anchors: fingerprints, or Hub ids with commits.
+        training: how `make` trains, as JSON values (`asdict(TrainingConfig(…))`, data, teacher); None: it does not.
         seed: recorded with the rows.
         tokens: sequence length that costs are for.
 
     Returns:
-        A row per stitch, in order, whether it was measured now or before.
+        A row per path, in order, whether it was measured now or before.
 
     Raises:
-        ValueError: a stitch that the anchors do not have; whatever `make` and `measure` raise.
+        ValueError: a path that the anchors do not have; whatever `make` and `measure` raise.
 
     Example:
         >>> def make(stitch):
         ...     return StitchedModel.from_anchors(source, target, stitch, calibration=batches)
         >>> def measure(model):
-        ...     return Measurement({"loss": evaluate_loss(model, batches)})
+        ...     return Measurement({"loss": 1.0})
         >>> file = RowFile(folder / "results.jsonl", {"data": "random"})
-        >>> rows = evaluate_stitches(select_stitches(scores, buckets=2), make, measure, rule="klas", rows=file)
+        >>> rows = evaluate_stitches(
+        ...     select_stitches(scores, buckets=2), make, measure, rule="klas", rows=file, training=None,
+        ...     anchors=[fingerprint(source), fingerprint(target)],
+        ... )
         >>> len(rows) == len(file) == len(select_stitches(scores, buckets=2))
         True
     """
     done = []
-    for stitch in stitches:
-        row = rows.find(rule, stitch, seed)
-        if row is None:
-            row = next((r for r in rows if r.is_of(stitch) and r.seed == seed), None)
+    for path in stitches:
+        like = _wanted(rule, path, seed, tokens, anchors, training)
+        row = rows.find(like, any_rule=True)
+        if row is None or row.rule != rule:
             if row is None:
-                model = make(stitch)
-                pair = (stitch.source_stop, stitch.target_start)
-                row = _row(rule, pair, seed, model, measure(model), tokens)
-                row = replace(row, anchors=(stitch.source, stitch.target))
+                model = make(path)
+                row = _measured(like, model, measure(model))
             row = replace(row, rule=rule)
             rows.append(row, to_disk=process_state().is_main_process)
         done.append(row)
@@ -90,6 +99,8 @@ def evaluate_anchor(
     *,
     rule: str,
     rows: RowFile,
+    position: int | None = None,
+    training: Mapping[str, Any] | None = None,
     seed: int = 0,
     tokens: int = 128,
 ) -> ResultRow:
@@ -99,9 +110,11 @@ def evaluate_anchor(
         model: the anchor.
         measure, rows, seed, tokens: as for `evaluate_stitches`.
         rule: the name under which the row is kept, such as "source" or "target".
+        position: of the anchor among those that paths are made of; None: no path names it.
+        training: how it was fine-tuned, as JSON values; None: it was not.
 
     Returns:
-        Its row, measured now or before.
+        Its row, measured now or before; one of other weights does not count.
 
     Raises:
         ValueError: a family whose costs cannot be counted; whatever `measure` raises.
@@ -109,24 +122,32 @@ def evaluate_anchor(
     Example:
         >>> file = RowFile(folder / "results.jsonl", {"data": "random"})
         >>> def measure(model):
-        ...     return Measurement({"loss": evaluate_loss(model, batches)})
-        >>> row = evaluate_anchor(target, measure, rule="target", rows=file)
-        >>> row.stitch, row.parameters == target.num_parameters(), len(file)
-        (None, True, 1)
+        ...     return Measurement({"loss": 1.0})
+        >>> row = evaluate_anchor(target, measure, rule="target", rows=file, position=1)
+        >>> row.path, row.parameters == target.num_parameters(), len(file)
+        ('1[:]', True, 1)
     """
-    row = rows.find(rule, None, seed)
+    path = None if position is None else f"{position}[:]"
+    like = _wanted(rule, path, seed, tokens, [fingerprint(model)], training)
+    row = rows.find(like)
     if row is None:
-        row = _row(rule, None, seed, model, measure(model), tokens)
+        row = _measured(like, model, measure(model))
         rows.append(row, to_disk=process_state().is_main_process)
     return row
 
 
-def _row(
-    rule: str, stitch: tuple[int, int] | None, seed: int, model: PreTrainedModel, measured: Measurement, tokens: int
+def _wanted(
+    rule: str, path: AnyPath | None, seed: int, tokens: int, anchors: Sequence[str], training: Mapping[str, Any] | None
 ) -> ResultRow:
-    cost = measure_costs(model, tokens=tokens)
-    fit = model.config.to_dict().get("stitch_fit")
-    details = {"kv_bytes_per_token": cost.kv_bytes_per_token} | ({"stitch_fit": fit} if fit else {})
-    return ResultRow(
-        rule, stitch, seed, cost.macs, cost.parameters, dict(measured.metrics), details | dict(measured.details)
-    )
+    """The row, without its figures."""
+    return ResultRow(rule, path, seed, 0, 0, {}, training=training, made_from=anchors, setting={"tokens": tokens})
+
+
+def _measured(row: ResultRow, model: PreTrainedModel, measured: Measurement) -> ResultRow:
+    cost = measure_costs(model, tokens=row.setting["tokens"])
+    fits = model.config.to_dict().get("joint_fits")
+    details = {"kv_bytes_per_token": cost.kv_bytes_per_token} | ({"joint_fits": fits} if fits else {})
+    return replace(
+        row, macs=cost.macs, parameters=cost.parameters, metrics=dict(measured.metrics),
+        details=details | dict(measured.details),
+    )  # fmt: skip
