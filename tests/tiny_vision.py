@@ -324,7 +324,8 @@ def tiny_stitched(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the stitching layer is random")
         model = StitchedModel.from_anchors(source, target, stitch, **{"image_size": max(sides)} | options)
-    randomise_stitch(model.stitching_layer())
+    for number, layer in enumerate(model.stitching_layers()):
+        randomise_stitch(layer, number)
     return model
 
 

@@ -103,7 +103,7 @@ def _counted(configs: Configs, tokens: int, stitch: Stitch | None) -> tuple[list
     """Blocks, costs and direction; and the stitch, if one was asked about."""
     vision = is_vision(configs[0])
     try:
-        size = common_size(*configs) if vision else None
+        size = common_size(configs) if vision else None
         costs = measure_stitch_costs(*configs, tokens=tokens, image_size=size)
     except ValueError as error:
         return [problem("costs", str(error))], None
@@ -137,7 +137,7 @@ def _direction(costs: StitchCosts) -> str:
 
 def _stitch(configs: Configs, costs: StitchCosts, stitch: Stitch) -> str:
     if is_vision(configs[0]):
-        check_grids(*configs, stitch, (costs.image_height, costs.image_width))
+        check_grids(configs, stitch.path, (costs.image_height, costs.image_width))
     macs, parameters = costs.of(stitch)
     return (
         f"{stitch}: {human_count(parameters)} parameters, {human_count(macs)} MACs ({macs / costs.target_total:.0%} of "
@@ -197,7 +197,7 @@ def _readings(
 ) -> tuple[tuple[Reading, ...], int]:
     """What the stitched model reads of each anchor, and the bytes that the least-squares start needs besides."""
     if is_vision(configs[0]):
-        kept = kept_classifier_keys(tensors, configs, stitch, common_size(*configs))
+        kept = kept_classifier_keys(tensors, configs, stitch, common_size(configs))
         besides = sum(tensor.bytes for side in tensors for tensor in side.values())  # both anchors run whole
     else:
         kept = kept_decoder_keys(tensors, configs, stitch)

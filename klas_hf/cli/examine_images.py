@@ -28,7 +28,7 @@ def examine_classifiers(names: tuple[str, str], configs: Configs) -> list[Findin
     """All findings that need neither costs nor weights."""
     return [
         attempted("labels", lambda: _labels(configs)),
-        attempted("image size", lambda: "{} × {} pixels".format(*common_size(*configs))),
+        attempted("image size", lambda: "{} × {} pixels".format(*common_size(configs))),
         _processing(names),
     ]
 
@@ -55,7 +55,7 @@ def kept_classifier_keys(
 
     It is transformers that renames the tensors of some families, so it is left to say.
     """
-    config = stitched_vision_config(*configs, stitch, size)
+    config = stitched_vision_config(configs, stitch.path, size)
     taken: tuple[set[str], set[str]] = (set(), set())
     state = {
         f"{side}.{key}": _Asked(key, stored, kept)

@@ -236,9 +236,7 @@ class StitchedBackbone(BackboneMixin, _StitchedVision):
         self.norms = nn.ModuleDict(
             {
                 name: nn.LayerNorm(channels)
-                for name, channels, (number, _) in zip(
-                    self.stage_names[1:], self.num_features[1:], ends, strict=True
-                )
+                for name, channels, (number, _) in zip(self.stage_names[1:], self.num_features[1:], ends, strict=True)
                 if name in self.out_features and vision_kind(configs[number]).normed_features
             }
         )

@@ -78,7 +78,7 @@ def stitch_anchors(
     configs = _configs(anchors, revisions, kwargs)
     if path.stitch is not None:
         if is_vision(configs[0]):
-            check_pair(configs[0], configs[1], common_size(configs[0], configs[1], kwargs.get("image_size")))
+            check_pair(configs[0], configs[1], common_size(configs, kwargs.get("image_size")))
         else:
             check_direction([str(config.name_or_path or None) for config in configs], configs)
     return _assemble(anchors, path, revisions, configs, kwargs)

@@ -1,15 +1,14 @@
-"""Stitching two image classifiers.
+"""Paths through image classifiers as models.
 
-Both models are made whole on the meta device, what is not used is taken out, and transformers fills what is left from
-the two checkpoints: the tensors of unused blocks are never read. The tensors keep the names that they have in their
-anchors' checkpoints, so whatever transformers renames on loading it renames here too.
+The models of all slices are made whole on the meta device, what is not used is taken out, and transformers fills what
+is left from the checkpoints: the tensors of unused blocks are never read. The tensors keep the names that they have in
+their anchors' checkpoints, so whatever transformers renames on loading it renames here too.
 """
 
 import copy
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,84 +17,87 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.checkpoints import ClassifierCheckpoint, UnreadTensor
 from klas_hf.anchors.images import ImageBatch, image_batches
-from klas_hf.anchors.language import HUB_OPTIONS
-from klas_hf.anchors.vision import VisionAnchor, check_labels, load_vision_anchor
-from klas_hf.anchors.vision_stitches import rows, set_vision_stitch
+from klas_hf.anchors.language import HUB_OPTIONS, anchor_config
+from klas_hf.anchors.vision import check_labels
+from klas_hf.anchors.vision_stitches import rows
+from klas_hf.anchors.weights import evaluating
 from klas_hf.costs import measure_costs
 from klas_hf.maths.least_squares import LeastSquares, LinearFit
-from klas_hf.models import StitchedForImageClassification, StitchedVisionConfig
+from klas_hf.models import StitchedBackbone, StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import StitchingLayer, dropped_prefix
 from klas_hf.models.vision_features import image_size
 from klas_hf.models.vision_kinds import vision_kind
-from klas_hf.models.vision_shapes import trace
-from klas_hf.paths import Stitch
+from klas_hf.models.vision_shapes import FeatureShape, trace
+from klas_hf.paths import Path as AnchorPath
 from klas_hf.processes import progress, shared_out, sum_over_processes
-from klas_hf.stitching.loading import RANDOM_STITCH, load_parts, with_revision
+from klas_hf.stitching.loading import load_parts, warn_of_random_stitches, with_revision, write_parameter
 
 
 def stitch_classifiers(
-    source: str | Path | PreTrainedModel,
-    target: str | Path | PreTrainedModel,
-    stitch: Stitch,
+    anchors: Sequence[str | Path | PreTrainedModel],
+    path: AnchorPath,
     *,
     calibration: Iterable[Any] | None = None,
     ridge: float | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
-    source_revision: str | None = None,
-    target_revision: str | None = None,
+    revisions: Sequence[str | None] | None = None,
     image_size: int | tuple[int, int] | None = None,
     **kwargs: Any,
 ) -> StitchedForImageClassification:
-    """Join two image classifiers; see `stitch_anchors`."""
+    """Make the model of a path through image classifiers; see `assemble_path`."""
     hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+    revisions = revisions or [None] * len(anchors)
     with ExitStack() as files:
-        first = files.enter_context(ClassifierCheckpoint(source, **with_revision(hub, source_revision)))
-        last = files.enter_context(ClassifierCheckpoint(target, **with_revision(hub, target_revision)))
-        size = common_size(first.config, last.config, image_size)
-        check_pair(first.config, last.config, size)
-        config = stitched_vision_config(first.config, last.config, stitch, size)
-        config.source_name, config.source_revision = first.name, first.revision
-        config.target_name, config.target_revision = last.name, last.revision
-        batches = None if calibration is None else usable_images(calibration, first.config, last.config)
-        loading = {"dtype": last.dtype if dtype in (None, "auto") else dtype, "device_map": device_map}
-        options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
-        state = _state(first, last, config)
-        model = load_parts(StitchedForImageClassification, config, state, **loading, **options)
-    if batches is None:
-        warnings.warn(RANDOM_STITCH, stacklevel=4)
-    else:
-        anchors = [
-            load_vision_anchor(anchor, dtype=loading["dtype"], **with_revision(hub, revision))
-            for anchor, revision in ((source, source_revision), (target, target_revision))
+        opened = {
+            place: files.enter_context(ClassifierCheckpoint(anchors[place], **with_revision(hub, revisions[place])))
+            for place in path.anchors
+        }
+        configs = [
+            opened[place].config if place in opened else _config(anchor, with_revision(hub, revision))
+            for place, (anchor, revision) in enumerate(zip(anchors, revisions, strict=True))
         ]
-        device = next(model.parameters()).device
-        fit = fit_vision_stitch(_on(anchors[0], device), _on(anchors[1], device), stitch, batches, size, ridge)
-        set_vision_stitch(model.stitch, fit)
-        model.config.stitch_fit = {"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows}
-    return model.eval()
+        used = [configs[place] for place in path.anchors]
+        size = common_size(used, image_size)
+        first, last = opened[path.slices[0].anchor], opened[path.slices[-1].anchor]
+        check_labels(first.config, last.config)
+        config = stitched_vision_config(configs, path, size)
+        config.anchor_names = [opened[place].name if place in opened else None for place in range(len(anchors))]
+        config.anchor_revisions = [opened[place].revision if place in opened else None for place in range(len(anchors))]
+        batches = None if calibration is None else usable_images(calibration, *used)
+        dtype = last.dtype if dtype in (None, "auto") else dtype
+        options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
+        state = _state(opened, config)
+        model = load_parts(
+            StitchedForImageClassification, config, state, dtype=dtype, device_map=device_map, **options
+        ).eval()
+        if path.joints and batches is None:
+            warn_of_random_stitches()
+        elif batches is not None:
+            fit_joints(model, opened, batches, ridge, dtype=dtype, device_map=device_map)
+    return model
 
 
 def stitched_vision_config(
-    first: PreTrainedConfig, last: PreTrainedConfig, stitch: Stitch, size: tuple[int, int]
+    configs: Sequence[PreTrainedConfig], path: AnchorPath, size: tuple[int, int]
 ) -> StitchedVisionConfig:
-    """The configuration of the stitched model of two classifiers' configurations.
+    """The configuration of the model of a path through classifiers of these configurations.
 
     Raises:
-        ValueError: stitch out of range, between different grids, or to class tokens that the source lacks.
+        ValueError: path out of range, a joint between different grids, or to class tokens that nothing stands for.
     """
-    check_grids(first, last, stitch, size)
-    sides = [copy.deepcopy(first), copy.deepcopy(last)]
-    for side in sides:
-        for name, value in vision_kind(side).training.items():
-            setattr(side, name, value)
+    check_grids(configs, path, size)
+    anchors = [copy.deepcopy(config) for config in configs]
+    for anchor in anchors:
+        for name, value in vision_kind(anchor).training.items():
+            setattr(anchor, name, value)
+    last = configs[path.slices[-1].anchor]
+    depths = [len(vision_kind(config).blocks(config)) for config in configs]
     return StitchedVisionConfig(
-        source_config=sides[0],
-        target_config=sides[1],
-        source_stop=stitch.source_stop,
-        target_start=stitch.target_start,
-        source_channels=trace(first, size)[stitch.source_stop].channels,
-        target_channels=trace(last, size)[stitch.target_start].channels,
+        anchor_configs=anchors,
+        slices=[list(one) for one in path.bounds(depths)],
+        anchor_blocks=depths,
+        joint_channels=[[left.channels, right.channels] for left, right in _joined(configs, path, size)],
         image_size=list(size),
         id2label=dict(last.id2label),
         label2id=dict(last.label2id),
@@ -103,19 +105,18 @@ def stitched_vision_config(
     )
 
 
-def common_size(
-    first: PreTrainedConfig, last: PreTrainedConfig, size: int | tuple[int, int] | None = None
-) -> tuple[int, int]:
-    """(height, width) of the images that both anchors take: the one asked for, or that of the more particular anchor.
+def common_size(configs: Sequence[PreTrainedConfig], size: int | tuple[int, int] | None = None) -> tuple[int, int]:
+    """(height, width) of the images that all anchors take: the one asked for, or that of the most particular anchor.
 
     Raises:
         ValueError: an anchor that takes images of one size only is for another.
     """
+    fixed = [config for config in configs if vision_kind(config).fixed_size]
     if size is None:
-        size = image_size(last if vision_kind(last).fixed_size else first if vision_kind(first).fixed_size else last)
+        size = image_size((fixed or list(configs))[-1])
     size = (size, size) if isinstance(size, int) else (size[0], size[1])
-    for config in (first, last):
-        if vision_kind(config).fixed_size and image_size(config) != size:
+    for config in fixed:
+        if image_size(config) != size:
             raise ValueError(
                 f"got images of {size} pixels for a {config.model_type} that takes {image_size(config)} only; expected "
                 "anchors for one image size. Choose anchors of the same resolution"
@@ -134,20 +135,21 @@ def check_pair(first: PreTrainedConfig, last: PreTrainedConfig, size: tuple[int,
         )
 
 
-def check_grids(first: PreTrainedConfig, last: PreTrainedConfig, stitch: Stitch, size: tuple[int, int]) -> None:
-    """Raise ValueError unless the stitch is within both anchors and between equal grids."""
-    dropped_prefix(vision_kind(first), vision_kind(last))
-    shapes = trace(first, size), trace(last, size)
-    stitch.check(len(shapes[0]) - 1, len(shapes[1]) - 1)
-    source, target = shapes[0][stitch.source_stop], shapes[1][stitch.target_start]
-    if source.grid != target.grid:
-        matching = [j for j, shape in enumerate(shapes[1][:-1]) if shape.grid == source.grid]
-        possible = f"expected j in {matching}" if matching else "the target has no block on the source's grid"
+def check_grids(configs: Sequence[PreTrainedConfig], path: AnchorPath, size: tuple[int, int]) -> None:
+    """Raise ValueError unless the path is within its anchors and every joint between equal grids."""
+    for one, other in pairwise(path.slices):
+        dropped_prefix(vision_kind(configs[one.anchor]), vision_kind(configs[other.anchor]))
+    for (left, right), (one, other) in zip(_joined(configs, path, size), pairwise(path.slices), strict=True):
+        if left.grid == right.grid:
+            continue
+        shapes = [trace(configs[place], size) for place in (one.anchor, other.anchor)]
+        matching = [j for j, shape in enumerate(shapes[1]) if shape.grid == left.grid]
+        possible = f"expected a start in {matching}" if matching else "its anchor has no block on that grid"
         grids = " → ".join(f"{i}: {shape.height}×{shape.width}" for i, shape in enumerate(shapes[0]) if i)
         raise ValueError(
-            f"got stitch {stitch} from a grid of {source.height}×{source.width} to one of {target.height}×"
-            f"{target.width}; stitches are possible between equal grids only. For i = {stitch.source_stop} {possible}. "
-            f"The source's blocks lie on {grids}"
+            f"got path {path}, whose joint {one} → {other} is from a grid of {left.height}×{left.width} to one of "
+            f"{right.height}×{right.width}; joints are possible between equal grids only. For {other} after {one} "
+            f"{possible}. The blocks of anchor {one.anchor} lie on {grids}"
         )
 
 
@@ -167,48 +169,107 @@ def usable_images(calibration: Iterable[Any], *configs: PreTrainedConfig) -> Ite
 
 
 @torch.no_grad()
-def fit_vision_stitch(
-    first: VisionAnchor,
-    last: VisionAnchor,
-    stitch: Stitch,
-    batches: Iterable[Any],
-    size: tuple[int, int],
+def fit_joints(
+    model: StitchedForImageClassification,
+    anchors: Mapping[int, ClassifierCheckpoint],
+    calibration: Iterable[Any],
     ridge: float | None = None,
-) -> LinearFit:
-    """Least-squares map from the output of source block i to that of target block j, over all positions of all images.
+    **loading: Any,
+) -> None:
+    """Set the stitching layers of a model to least-squares maps, one after the other, over all positions of all images.
+
+    Each maps what the path before it really gives, to what the next slice's anchor has there: the output of its block
+    `start`, or of its embedding for 0.
+
+    Args:
+        calibration: batches of images; read once for every joint, so more than one joint keeps them in memory.
+        loading: `dtype` and `device_map` of the anchors' first blocks.
 
     Raises:
         ValueError: no image, or activations that are not finite.
     """
-    widths = [
-        trace(first.config, size)[stitch.source_stop].channels,
-        trace(last.config, size)[stitch.target_start].channels,
-    ]
-    equations = LeastSquares(widths[0], widths[1], first.device)
-    dropped = dropped_prefix(first.kind, last.kind)
-    for batch in progress(shared_out(image_batches(batches)), "calibrating the stitching layer"):
+    config = model.config
+    batches = list(calibration) if len(model.joints) > 1 else calibration
+    fits = []
+    for number, layer in enumerate(model.stitching_layers()):
+        place, start, _ = config.slices[number + 1]
+        wanted = _prefix(anchors[place], start, config, **loading)
+        fit = _fit_joint(model, number, wanted, batches, ridge)
+        write_parameter(layer, "weight", fit.weight.reshape(layer.weight.shape))
+        if layer.bias is not None:
+            write_parameter(layer, "bias", fit.bias)
+        fits.append({"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows})
+    config.joint_fits = fits
+
+
+def _fit_joint(
+    model: StitchedForImageClassification,
+    number: int,
+    wanted: StitchedBackbone,
+    calibration: Iterable[Any],
+    ridge: float | None,
+) -> LinearFit:
+    """Least-squares map from what enters a joint to what a backbone gives, in one pass."""
+    kinds = [vision_kind(model.config.slice_config(place)) for place in (number, number + 1)]
+    dropped = dropped_prefix(*kinds)
+    equations: LeastSquares | None = None
+    for batch in progress(shared_out(image_batches(calibration)), "calibrating the stitching layer"):
         if not len(batch):
             continue
-        x = first.features(batch.pixel_values, stitch.source_stop)[-1]
-        y = last.features(batch.pixel_values, stitch.target_start)[-1]
-        equations.update(rows(x, first.kind, dropped), rows(y, last.kind).to(first.device))
+        x, y = (_last_features(one, batch, count) for one, count in ((model, number + 1), (wanted, None)))
+        equations = equations or LeastSquares(*model.config.joint_channels[number], x.hidden.device)
+        equations.update(rows(x, kinds[0], dropped), rows(y, kinds[1]).to(x.hidden.device))
+    if equations is None:  # other processes have read all there is
+        equations = LeastSquares(*model.config.joint_channels[number], torch.device("cpu"))
     equations.combine(sum_over_processes)
     return equations.solve(ridge)
 
 
-def _state(first: ClassifierCheckpoint, last: ClassifierCheckpoint, config: StitchedVisionConfig) -> dict[str, Any]:
-    layer = StitchingLayer(
-        vision_kind(first.config), vision_kind(last.config), config.source_channels, config.target_channels,
-        config.stitch_bias,
-    )  # fmt: skip
-    sides = {"source": first, "target": last}
+def _last_features(model: Any, batch: ImageBatch, count: int | None) -> Any:
+    pixels = batch.pixel_values.to(model.dtype)
+    if model.device.type != "meta":  # offloaded modules fetch their inputs
+        pixels = pixels.to(model.device)
+    with evaluating(model):
+        return model.run_slices(pixels, count)[0][-1]
+
+
+def _prefix(anchor: ClassifierCheckpoint, stop: int, config: StitchedVisionConfig, **loading: Any) -> StitchedBackbone:
+    """`anchor.blocks[:stop]`, of which nothing else is read: what a stitching layer has to imitate."""
+    alone = StitchedVisionConfig(
+        anchor_configs=[copy.deepcopy(anchor.config)], slices=[[0, 0, stop]], image_size=config.image_size
+    )
+    return load_parts(StitchedBackbone, alone, _slice_state(anchor, 0), **loading)
+
+
+def _state(anchors: Mapping[int, ClassifierCheckpoint], config: StitchedVisionConfig) -> dict[str, Any]:
+    """Name in the stitched model → tensor; the stitching layers' are random."""
+    state: dict[str, Any] = {}
+    for number, (place, _, _) in enumerate(config.slices):
+        state |= _slice_state(anchors[place], number)
+    kinds = [vision_kind(anchors[place].config) for place, _, _ in config.slices]
+    for number, (ends, channels) in enumerate(zip(pairwise(kinds), config.joint_channels or (), strict=True)):
+        layer = StitchingLayer(*ends, *channels, config.joint_bias)
+        state |= {f"joints.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
+    return state
+
+
+def _slice_state(anchor: ClassifierCheckpoint, number: int) -> dict[str, Any]:
     # What is used is for transformers to say, which renames the tensors of some families.
-    state: dict[str, Any] = {
-        f"{side}.{key}": UnreadTensor(anchor, key) for side, anchor in sides.items() for key in sorted(anchor.keys)
-    }
-    return state | {f"stitch.{name}": tensor for name, tensor in layer.state_dict().items()}
+    return {f"slices.{number}.{key}": UnreadTensor(anchor, key) for key in sorted(anchor.keys)}
 
 
-def _on(anchor: VisionAnchor, device: torch.device) -> VisionAnchor:
-    """The anchor where the stitched model is; a model of the user's stays where it is."""
-    return anchor if anchor.device == device else VisionAnchor(copy.deepcopy(anchor.model).to(device))
+def _joined(
+    configs: Sequence[PreTrainedConfig], path: AnchorPath, size: tuple[int, int]
+) -> list[tuple[FeatureShape, FeatureShape]]:
+    """The shapes before and behind every joint.
+
+    Raises:
+        ValueError: the path is out of range.
+    """
+    bounds = path.bounds([len(vision_kind(config).blocks(config)) for config in configs])
+    shapes = {place: trace(configs[place], size) for place in path.anchors}
+    return [(shapes[one][stop], shapes[other][start]) for (one, _, stop), (other, start, _) in pairwise(bounds)]
+
+
+def _config(anchor: str | Path | PreTrainedModel, hub: dict[str, Any]) -> PreTrainedConfig:
+    return anchor.config if isinstance(anchor, PreTrainedModel) else anchor_config(anchor, **hub)

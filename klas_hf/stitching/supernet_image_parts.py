@@ -44,13 +44,13 @@ class ImageParts(SupernetParts):
         sizes = set()
         for pair in sorted({(stitch.source, stitch.target) for stitch in stitches}):
             first, last = (self.models[place].config for place in pair)
-            sizes.add(common_size(first, last, self.asked_size))
+            sizes.add(common_size([first, last], self.asked_size))
             check_pair(first, last, next(iter(sizes)))
         if len(sizes) > 1:
             raise ValueError(f"got anchors for images of {sorted(sizes)} pixels; expected one size. Pass image_size")
         (self.size,) = sizes
         for stitch in stitches:
-            check_grids(self.models[stitch.source].config, self.models[stitch.target].config, stitch, self.size)
+            check_grids([model.config for model in self.models], stitch.path, self.size)
 
     def settings(self) -> dict[str, Any]:
         sides = []
@@ -100,14 +100,13 @@ def extract_classifier(
 ) -> StitchedForImageClassification:
     """The stitched model of one of a supernet's stitches, with a copy of its weights."""
     given = supernet.config
-    pair = (given.anchor_configs[stitch.source], given.anchor_configs[stitch.target])
-    config = stitched_vision_config(*pair, stitch, (given.image_size[0], given.image_size[1]))
+    config = stitched_vision_config(given.anchor_configs, stitch.path, (given.image_size[0], given.image_size[1]))
     config.drop_path_rate = given.drop_path_rate
     note_origin(config, supernet, stitch)
     parts = {
-        "source": supernet.anchors[stitch.source],
-        "target": supernet.anchors[stitch.target],
-        "stitch": supernet.layer_of(stitch),
+        "slices.0": supernet.anchors[stitch.source],
+        "slices.1": supernet.anchors[stitch.target],
+        "joints.0": supernet.layer_of(stitch),
     }
     state = {
         f"{part}.{name}": tensor.detach().clone()

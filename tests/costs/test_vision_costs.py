@@ -178,7 +178,7 @@ def test_costs_of_stitches_are_those_of_the_models_they_make(kind: str) -> None:
     costs = measure_stitch_costs(source, target, image_size=SIDE[kind])
     every = possible(source, target, images(kind))
     for stitch in every[:: len(every) // 2]:  # every one is counted by hand above
-        config = stitched_vision_config(source.config, target.config, Stitch(*stitch), side)
+        config = stitched_vision_config([source.config, target.config], Stitch(*stitch).path, side)
         cost = measure_costs(config)
         assert (cost.macs, cost.parameters) == costs.of(Stitch(*stitch))
         assert (cost.image_height, cost.image_width) == side

@@ -141,7 +141,7 @@ def test_every_block_of_a_vit_is_a_stage() -> None:
 def identity_backbone(kind: str, depth: int, names: list[str]) -> tuple[PreTrainedModel, StitchedBackbone]:
     anchor = tiny_classifier(kind, large=True)
     model = tiny_stitched(anchor, anchor, (depth, depth))
-    layer = model.stitching_layer()
+    layer = model.stitching_layers()[0]
     with torch.no_grad():
         layer.weight.copy_(torch.eye(len(layer.weight)).reshape(layer.weight.shape))
         layer.bias.zero_()
@@ -270,11 +270,11 @@ def test_unused_blocks_and_the_head_are_not_kept() -> None:
     backbone = backbone_of(tiny_stitched(source, target, (2, 3)), out_indices=[1, 2])
     classifier = tiny_stitched(source, target, (2, 3))
     kept = {name for name in backbone.state_dict() if not name.startswith("norms.")}
-    head = {f"target.{part}.{kind}" for part in ("swin.layernorm", "classifier") for kind in ("weight", "bias")}
+    head = {f"slices.1.{part}.{kind}" for part in ("swin.layernorm", "classifier") for kind in ("weight", "bias")}
     assert kept == set(classifier.state_dict()) - head
     ran = called(backbone, lambda: maps(backbone, images("swin")))
-    assert not [name for name in ran if name.startswith("source.swin.encoder.layers.1.blocks.1")]
-    assert not [name for name in ran if name.startswith("target.swin.encoder.layers.0")]
+    assert not [name for name in ran if name.startswith("slices.0.swin.encoder.layers.1.blocks.1")]
+    assert not [name for name in ran if name.startswith("slices.1.swin.encoder.layers.0")]
 
 
 @pytest.mark.parametrize("pair", [("swin", "swin"), ("resnet", "swin")])
@@ -298,7 +298,7 @@ def test_mask2former_takes_it_as_its_backbone(pair: tuple[str, str], tmp_path: P
     model.train()
     labels = {"mask_labels": [torch.ones(1, 64, 96)] * 2, "class_labels": [torch.tensor([1])] * 2}
     model(pixels, **labels).loss.backward()
-    assert backbone.stitching_layer().weight.grad.abs().sum() > 0
+    assert backbone.stitching_layers()[0].weight.grad.abs().sum() > 0
     model.eval()
     with torch.no_grad():
         output = model(pixels)

@@ -59,7 +59,7 @@ def check_against_the_anchors(
     source: PreTrainedModel, target: PreTrainedModel, stitch: tuple[int, int], pixels: Tensor, **options: Any
 ) -> None:
     model = tiny_stitched(source, target, stitch, **options)
-    layer = model.stitching_layer()
+    layer = model.stitching_layers()[0]
     expected = reference_logits(source, target, stitch, layer.weight.detach(), layer.bias.detach(), pixels)
     torch.testing.assert_close(logits(model, pixels), expected, rtol=1e-9, atol=1e-9)
     assert expected.std() > 1e-3
@@ -104,7 +104,7 @@ def test_self_stitch_with_an_identity_is_the_anchor_at_every_depth(kind: str) ->
     expected = logits(anchor, pixels)
     for depth in range(1, len(blocks(anchor)), 3 if kind == "mobilenet_v1" else 1):
         model = tiny_stitched(anchor, anchor, (depth, depth))
-        layer = model.stitching_layer()
+        layer = model.stitching_layers()[0]
         with torch.no_grad():
             layer.weight.copy_(torch.eye(len(layer.weight)).reshape(layer.weight.shape))
             layer.bias.zero_()
@@ -148,9 +148,9 @@ def test_a_configuration_without_a_bias_makes_a_stitch_without_one() -> None:
     for kind in ("vit", "resnet"):
         source, target = tiny_pair(kind)
         config = tiny_stitched(source, target, (1, 1)).config
-        config.stitch_bias = False
+        config.joint_bias = False
         model = StitchedForImageClassification(config).float()
-        assert model.stitching_layer().bias is None
+        assert model.stitching_layers()[0].bias is None
         assert logits(model, images(kind, dtype=torch.float32)).isfinite().all()
 
 
@@ -162,13 +162,13 @@ def test_unused_blocks_are_neither_kept_nor_saved(kind: str, tmp_path: Path) -> 
     source, target, (stop, start) = middle(kind)
     model = tiny_stitched(source, target, (stop, start))
     used = {
-        "source": used_tensors(source, 0, stop, embed=True, head=False),
-        "target": used_tensors(target, start, len(blocks(target)), embed=False, head=True),
+        "slices.0": used_tensors(source, 0, stop, embed=True, head=False),
+        "slices.1": used_tensors(target, start, len(blocks(target)), embed=False, head=True),
     }
     names = {f"{side}.{name}" for side, of_side in used.items() for name in of_side}
-    names |= {"stitch.projection.weight", "stitch.projection.bias"}
+    names |= {"joints.0.projection.weight", "joints.0.projection.bias"}
     assert set(model.state_dict()) == names
-    for side, anchor in (("source", source), ("target", target)):
+    for side, anchor in (("slices.0", source), ("slices.1", target)):
         for name in used[side]:
             assert torch.equal(model.state_dict()[f"{side}.{name}"], anchor.state_dict()[name])
 
@@ -185,8 +185,8 @@ def test_only_used_blocks_run(kind: str) -> None:
     ran = called(model, lambda: logits(model, images(kind)))
     expected = set()
     for side, anchor, used in (
-        ("source", source, [[embedding(source)], *blocks(source)[:stop]]),
-        ("target", target, blocks(target)[start:]),
+        ("slices.0", source, [[embedding(source)], *blocks(source)[:stop]]),
+        ("slices.1", target, blocks(target)[start:]),
     ):
         parts = {module for block in used for module in block}
         expected |= {f"{side}.{name}" for name, module in anchor.named_modules() if module in parts}
@@ -240,7 +240,7 @@ def test_the_attention_kernel_can_be_chosen(kind: str) -> None:
     source, target, stitch = middle(kind)
     models = {name: tiny_stitched(source, target, stitch, attn_implementation=name) for name in ("eager", "sdpa")}
     for name, model in models.items():
-        sides = (model.config, model.source.config, model.target.config)
+        sides = (model.config, *(part.config for part in model.slices))
         assert {config._attn_implementation for config in sides} == {name}
     # The eager kernel takes its softmax in float32.
     torch.testing.assert_close(*(logits(model, images(kind)) for model in models.values()), rtol=1e-5, atol=1e-6)
@@ -267,11 +267,11 @@ def test_images_that_the_target_does_not_take_are_refused() -> None:
 def test_an_unknown_kind_in_a_configuration_is_told_the_known_ones() -> None:
     config = AutoConfig.for_model("beit")
     with pytest.raises(ValueError, match="unknown type 'beit'.*'swin'"):
-        StitchedVisionConfig(source_config=config, target_config=config)
+        StitchedVisionConfig(anchor_configs=[config])
 
 
 def test_the_default_image_size_is_the_sources() -> None:
     config = tiny_classifier("swin").config
-    assert StitchedVisionConfig(source_config=config, target_config=config).image_size == [SIDE["swin"]] * 2
-    given = StitchedVisionConfig(source_config=config, target_config=config, image_size=[8, 9])
+    assert StitchedVisionConfig(anchor_configs=[config]).image_size == [SIDE["swin"]] * 2
+    given = StitchedVisionConfig(anchor_configs=[config], image_size=[8, 9])
     assert given.image_size == [8, 9]

@@ -66,7 +66,7 @@ def test_a_model_in_bfloat16_is_saved_and_loaded_in_it(kind: str, tmp_path: Path
     assert loaded.dtype == torch.bfloat16
     assert torch.equal(logits(loaded, pixels), logits(model, pixels))
     weight, bias = (
-        tensor.detach().double() for tensor in (model.stitching_layer().weight, model.stitching_layer().bias)
+        tensor.detach().double() for tensor in (model.stitching_layers()[0].weight, model.stitching_layers()[0].bias)
     )
     expected = reference_logits(source, target, stitch, weight, bias, images(kind))
     torch.testing.assert_close(logits(model, pixels).double(), expected, rtol=0.1, atol=0.1 * float(expected.std()))

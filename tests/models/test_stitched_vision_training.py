@@ -100,7 +100,7 @@ def test_gradients_with_checkpointing_are_those_without(kind: str) -> None:
             model.gradient_checkpointing_enable()
             assert model.is_gradient_checkpointing
         count: list[int] = []
-        inner = next(module for module in blocks(model.source)[0][0].modules() if isinstance(module, nn.LayerNorm))
+        inner = next(module for module in blocks(model.slices[0])[0][0].modules() if isinstance(module, nn.LayerNorm))
         inner.register_forward_hook(lambda *_, count=count: count.append(1))
         model(images(kind), labels=torch.tensor([0, 3])).loss.backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})

@@ -44,7 +44,7 @@ def test_anchors_from_folders_are_stitched_as_those_in_memory(kind: str, tmp_pat
         assert type(model) is StitchedForImageClassification
         assert not model.training
         assert model.dtype == torch.float64
-        weight, bias = randomise_stitch(model.stitching_layer())
+        weight, bias = randomise_stitch(model.stitching_layers()[0])
         expected = reference_logits(source, target, stitch, weight, bias, images(kind))
         torch.testing.assert_close(logits(model, images(kind)), expected, rtol=1e-9, atol=1e-9)
         model.save_pretrained(tmp_path / "stitched")
@@ -76,12 +76,14 @@ def test_config_records_where_the_anchors_came_from(tmp_path: Path) -> None:
     source.save_pretrained(tmp_path / "source")
     target.save_pretrained(tmp_path / "target")
     config = StitchedModel.from_anchors(tmp_path / "source", tmp_path / "target", Stitch(2, 3)).config
-    assert (config.source_name, config.target_name) == (str(tmp_path / "source"), str(tmp_path / "target"))
-    assert (config.source_stop, config.target_start) == (2, 3)
-    assert (config.source_channels, config.target_channels) == (16, 24)
+    assert config.anchor_names == [str(tmp_path / "source"), str(tmp_path / "target")]
+    assert config.path == "0[:2] 1[3:]"
+    assert config.slices == [[0, 0, 2], [1, 3, 4]]
+    assert config.anchor_blocks == [3, 4]
+    assert config.joint_channels == [[16, 24]]
     assert config.image_size == [32, 32]
     assert config.name_or_path == ""
-    assert StitchedModel.from_anchors(source, target, (2, 3)).config.source_name is None
+    assert StitchedModel.from_anchors(source, target, (2, 3)).config.anchor_names == [None, None]
 
 
 def test_the_anchors_and_their_configurations_are_left_as_they_were() -> None:
@@ -155,7 +157,7 @@ def test_shards_that_hold_only_unused_tensors_are_not_needed(kind: str, tmp_path
                 missing += 1
     assert missing > 15
     model = StitchedModel.from_anchors(tmp_path / "source", tmp_path / "target", stitch, **sized(kind))
-    weight, bias = randomise_stitch(model.stitching_layer())
+    weight, bias = randomise_stitch(model.stitching_layers()[0])
     expected = reference_logits(source, target, stitch, weight, bias, images(kind))
     torch.testing.assert_close(logits(model, images(kind)), expected, rtol=1e-9, atol=1e-9)
 
@@ -169,7 +171,7 @@ def test_anchors_of_any_size_are_stitched_for_the_size_asked_for() -> None:
         model = StitchedModel.from_anchors(source, target, (2, 2), image_size=size)
         assert model.config.image_size == expected
         pixels = torch.randn(2, 3, *expected, dtype=torch.float64)
-        weight, bias = randomise_stitch(model.stitching_layer())
+        weight, bias = randomise_stitch(model.stitching_layers()[0])
         reference = reference_logits(source, target, (2, 2), weight, bias, pixels)
         torch.testing.assert_close(logits(model, pixels), reference, rtol=1e-9, atol=1e-9)
 

@@ -63,10 +63,10 @@ def test_calibration_is_least_squares_between_the_hidden_states_of_the_whole_anc
 
     data = iter([batches[0], {"pixel_values": batches[1], "labels": torch.zeros(9, dtype=torch.long)}, batches[2]])
     model = StitchedModel.from_anchors(source, target, Stitch(*stitch), calibration=data, **sized(target_kind))
-    layer = model.stitching_layer()
+    layer = model.stitching_layers()[0]
     np.testing.assert_allclose(layer.weight.detach().flatten(1), solution[:-1].T, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(layer.bias.detach(), solution[-1], rtol=1e-6, atol=1e-6)
-    assert model.config.stitch_fit == {"r2": pytest.approx(r2, abs=1e-8), "ridge": 0.0, "rows": len(x)}
+    assert model.config.joint_fits[0] == {"r2": pytest.approx(r2, abs=1e-8), "ridge": 0.0, "rows": len(x)}
     assert 0 < r2 < 1
 
 
@@ -79,11 +79,11 @@ def test_calibrated_self_stitch_is_the_anchor(kind: str) -> None:
         model = StitchedModel.from_anchors(
             anchor, anchor, (depth, depth), calibration=[images(kind, 24)], **sized(kind)
         )
-        weight = model.stitching_layer().weight.detach().flatten(1)
+        weight = model.stitching_layers()[0].weight.detach().flatten(1)
         if kind != "resnet":  # whose units may be 0 everywhere, behind their ReLU
             torch.testing.assert_close(weight, torch.eye(len(weight)).double(), rtol=0, atol=1e-6)
         torch.testing.assert_close(logits(model, images(kind)), logits(anchor, images(kind)), rtol=1e-6, atol=1e-6)
-        assert model.config.stitch_fit["r2"] == pytest.approx(1.0)
+        assert model.config.joint_fits[0]["r2"] == pytest.approx(1.0)
 
 
 def test_calibration_from_folders_equals_calibration_from_models(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_anchors_in_train_mode_are_calibrated_in_eval_mode_and_left_as_they_were
     model = StitchedModel.from_anchors(source, target, (2, 3), calibration=[images("swin", 16)])
     assert [module.training for anchor in (source, target) for module in anchor.modules()] == before
     assert not any(module.training for module in model.modules())
-    torch.testing.assert_close(model.stitching_layer().weight, expected.stitching_layer().weight)
+    torch.testing.assert_close(model.stitching_layers()[0].weight, expected.stitching_layers()[0].weight)
 
 
 def test_batch_statistics_of_anchors_in_train_mode_stay() -> None:
@@ -125,9 +125,9 @@ def test_a_ridge_asked_for_is_used_and_recorded() -> None:
         StitchedModel.from_anchors(source, target, (1, 1), calibration=[images("vit", 16)], ridge=ridge)
         for ridge in (None, 0.5)
     )
-    assert ridged.config.stitch_fit["ridge"] == 0.5
-    assert ridged.config.stitch_fit["r2"] < plain.config.stitch_fit["r2"]
-    assert ridged.stitching_layer().weight.norm() < plain.stitching_layer().weight.norm()
+    assert ridged.config.joint_fits[0]["ridge"] == 0.5
+    assert ridged.config.joint_fits[0]["r2"] < plain.config.joint_fits[0]["r2"]
+    assert ridged.stitching_layers()[0].weight.norm() < plain.stitching_layers()[0].weight.norm()
 
 
 def test_without_calibration_the_layer_is_random_and_says_so() -> None:
@@ -135,9 +135,9 @@ def test_without_calibration_the_layer_is_random_and_says_so() -> None:
     with pytest.warns(UserWarning, match="random.*calibration=") as caught:
         models = [StitchedModel.from_anchors(source, target, (1, 1)) for _ in range(2)]
     assert caught[0].filename == __file__
-    weights = [model.stitching_layer().weight for model in models]
+    weights = [model.stitching_layers()[0].weight for model in models]
     assert not torch.equal(*weights)
-    assert models[0].config.stitch_fit is None
+    assert models[0].config.joint_fits is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         StitchedModel.from_anchors(source, target, (1, 1), calibration=[images("vit", 16)])
@@ -175,7 +175,7 @@ def test_calibration_without_usable_images(
 def test_calibration_skips_nothing_but_empty_batches() -> None:
     batches = [torch.zeros(0, 3, 32, 32), images("vit", 7), torch.zeros(0, 3, 32, 32), images("vit", 9)]
     model = StitchedModel.from_anchors(*tiny_pair("vit"), (1, 1), calibration=batches)
-    assert model.config.stitch_fit["rows"] == 16 * 17
+    assert model.config.joint_fits[0]["rows"] == 16 * 17
 
 
 @pytest.mark.parametrize("what", ["source", "target", "images"])

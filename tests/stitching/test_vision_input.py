@@ -36,17 +36,21 @@ def tiny_llama() -> LlamaForCausalLM:
 @pytest.mark.parametrize(
     ("stitch", "error", "message"),
     [
-        ((4, 0), ValueError, r"stitch \(4, 0\), out of range for a source of 3 and a target of 4 blocks"),
-        ((3, 4), ValueError, "expected 1 <= i <= 3 and 0 <= j <= 3"),
+        (
+            (4, 0),
+            ValueError,
+            r"path 0\[:4\] 1\[:\], out of range: 0\[:4\] of an anchor of 3 blocks; expected .* up to 3",
+        ),
+        ((3, 5), ValueError, r"out of range: 1\[5:\] of an anchor of 4 blocks"),
         ((0, 1), ValueError, "source_stop >= 1"),
         ((1, -1), ValueError, "target_start >= 0"),
         ((1, 2, 3), TypeError, r"expected Stitch\(i, j\) or a pair"),
         (
             (1, 3),
             ValueError,
-            r"stitch \(1, 3\) from a grid of 8×8 to one of 4×4; .*For i = 1 expected j in \[0, 1, 2\]",
+            r"joint 0\[:1\] → 1\[3:\] is from a grid of 8×8 to one of 4×4; .* expected a start in \[0, 1, 2\]",
         ),
-        ((2, 1), ValueError, r"4×4 to one of 8×8; .*i = 2 expected j in \[3\]. .*1: 8×8 → 2: 4×4 → 3: 4×4"),
+        ((2, 1), ValueError, r"4×4 to one of 8×8; .*expected a start in \[3, 4\]. .*1: 8×8 → 2: 4×4 → 3: 4×4"),
     ],
 )
 def test_stitches_that_are_not_possible(stitch: Any, error: type[Exception], message: str) -> None:
@@ -57,7 +61,7 @@ def test_stitches_that_are_not_possible(stitch: Any, error: type[Exception], mes
 @pytest.mark.usefixtures("no_vision_loading")
 def test_anchors_without_a_common_grid() -> None:
     source = tiny_classifier("dinov2", patch_size=16)
-    with pytest.raises(ValueError, match="from a grid of 2×2.*the target has no block on the source's grid"):
+    with pytest.raises(ValueError, match="from a grid of 2×2.*its anchor has no block on that grid"):
         StitchedModel.from_anchors(source, tiny_classifier("swin", large=True), (1, 1))
 
 
@@ -101,9 +105,9 @@ def test_classes_without_names_are_taken_to_be_the_same() -> None:
 
 @pytest.mark.usefixtures("no_vision_loading")
 def test_an_image_classifier_and_a_language_model() -> None:
-    with pytest.raises(ValueError, match="image classifier and language model; expected two of one kind"):
+    with pytest.raises(ValueError, match="image classifier and language model; expected all of one kind"):
         StitchedModel.from_anchors(tiny_classifier("vit"), tiny_llama(), (1, 1))
-    with pytest.raises(ValueError, match="language model and image classifier; expected two of one kind"):
+    with pytest.raises(ValueError, match="language model and image classifier; expected all of one kind"):
         StitchedModel.from_anchors(tiny_llama(), tiny_classifier("vit"), (1, 1))
 
 
@@ -121,9 +125,7 @@ def test_unknown_kinds_are_told_the_known_ones(side: str, tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("no_vision_loading")
 def test_a_stitched_model_is_no_anchor() -> None:
-    config = StitchedForImageClassification.config_class(
-        source_config=tiny_config("vit"), target_config=tiny_config("vit", large=True)
-    )
+    config = StitchedForImageClassification.config_class(anchor_configs=[tiny_config("vit")])
     with pytest.raises(ValueError, match="unknown type 'stitched_vision'; expected one of .*'vit'"):
         StitchedModel.from_anchors(StitchedForImageClassification(config), tiny_classifier("vit", large=True), (1, 1))
 
@@ -175,7 +177,8 @@ def test_a_checkpoint_that_lacks_tensors_names_them(side: str, tmp_path: Path) -
     assert len(state) == len(anchors[side].state_dict()) - 1
     anchors[side].save_pretrained(tmp_path, state_dict=state)
     anchors[side] = tmp_path
-    with pytest.raises(ValueError, match=rf"missing_keys.*{side}\.{lacking}.*expected complete checkpoints"):
+    number = list(anchors).index(side)
+    with pytest.raises(ValueError, match=rf"missing_keys.*slices.{number}\.{lacking}.*expected complete checkpoints"):
         StitchedModel.from_anchors(anchors["source"], anchors["target"], (1, 1))
 
 
@@ -185,12 +188,12 @@ def test_a_body_without_its_head_is_no_target(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["architectures"] = ["ViTForImageClassification"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="missing_keys.*target.classifier.weight.*expected complete checkpoints"):
+    with pytest.raises(ValueError, match="missing_keys.*slices.1.classifier.weight.*expected complete checkpoints"):
         StitchedModel.from_anchors(source, tmp_path, (1, 1))
 
 
 def test_the_stitching_layer_is_the_projection() -> None:
     for kind, expected in (("vit", nn.Linear), ("resnet", nn.Conv2d)):
         model = StitchedModel.from_anchors(*tiny_pair(kind), (1, 1), **sized(kind))
-        assert type(model.stitching_layer()) is expected
-        assert model.stitching_layer() is model.stitch.projection
+        assert type(model.stitching_layers()[0]) is expected
+        assert model.stitching_layers()[0] is model.joints[0].projection
