@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         Measurement,
         evaluate,
         evaluate_anchor,
-        evaluate,
         evaluate_stitches,
         evaluate_supernet,
         generate_greedily,
@@ -36,13 +35,13 @@ if TYPE_CHECKING:
     from klas_hf.hub import model_card, publish
     from klas_hf.hub.delta import merge_delta, save_delta
     from klas_hf.models.configuration_supernet import StitchedSupernetConfig
-    from klas_hf.paths import Stitch, StitchCosts
+    from klas_hf.paths import Path, Slice, Stitch, StitchCosts
     from klas_hf.probes import ImageProbeConfig, ImageProbeNet, ProbeConfig, ProbeNet
     from klas_hf.probes.training import train_probes
     from klas_hf.rows import ResultRow, RowFile, format_table
     from klas_hf.scores.driver import score_stitches
     from klas_hf.scores.functional import FunctionalScoring
-    from klas_hf.scores.images import ImageScoring
+    from klas_hf.scores.compared import ImageScoring
     from klas_hf.scores.values import StitchScores
     from klas_hf.selection.anchor_distances import select_anchors
     from klas_hf.selection.anchors import AnchorSelection
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
     from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
     from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
     from klas_hf.training import (
-        ImageTrainingConfig,
+        Augmentation,
         TrainingConfig,
         TrainingResult,
         recalibrate_batch_norm,
@@ -71,7 +70,6 @@ _PLACES = {
         "Measurement",
         "evaluate",
         "evaluate_anchor",
-        "evaluate",
         "evaluate_stitches",
         "evaluate_supernet",
         "generate_greedily",
@@ -79,13 +77,13 @@ _PLACES = {
     "klas_hf.hub": ("model_card", "publish"),
     "klas_hf.hub.delta": ("merge_delta", "save_delta"),
     "klas_hf.models.configuration_supernet": ("StitchedSupernetConfig",),
-    "klas_hf.paths": ("Stitch", "StitchCosts"),
+    "klas_hf.paths": ("Path", "Slice", "Stitch", "StitchCosts"),
     "klas_hf.probes": ("ImageProbeConfig", "ImageProbeNet", "ProbeConfig", "ProbeNet"),
     "klas_hf.probes.training": ("train_probes",),
     "klas_hf.rows": ("ResultRow", "RowFile", "format_table"),
     "klas_hf.scores.driver": ("score_stitches",),
     "klas_hf.scores.functional": ("FunctionalScoring",),
-    "klas_hf.scores.images": ("ImageScoring",),
+    "klas_hf.scores.compared": ("ImageScoring",),
     "klas_hf.scores.values": ("StitchScores",),
     "klas_hf.selection.anchor_distances": ("select_anchors",),
     "klas_hf.selection.anchors": ("AnchorSelection",),
@@ -97,7 +95,7 @@ _PLACES = {
     "klas_hf.stitching.supernet_images": ("StitchedSupernetForImageClassification",),
     "klas_hf.stitching.supernet_language": ("StitchedSupernetForCausalLM",),
     "klas_hf.training": (
-        "ImageTrainingConfig",
+        "Augmentation",
         "TrainingConfig",
         "TrainingResult",
         "recalibrate_batch_norm",

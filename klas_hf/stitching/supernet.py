@@ -181,9 +181,7 @@ class StitchedSupernet(PreTrainedModel):
 def note_origin(config: Any, supernet: StitchedSupernet, stitch: Stitch) -> None:
     """Write into a stitched model's configuration where its anchors and its stitching layer come from."""
     given = supernet.config
-    names, revisions = given.anchor_names or {}, given.anchor_revisions or {}
-    if names:
-        config.source_name, config.target_name = names[stitch.source], names[stitch.target]
-        config.source_revision, config.target_revision = revisions[stitch.source], revisions[stitch.target]
+    if given.anchor_names:
+        config.anchor_names, config.anchor_revisions = list(given.anchor_names), list(given.anchor_revisions)
     if given.layer_fits:
-        config.stitch_fit = given.layer_fits[given.layer_of[supernet.check_path(stitch)]]
+        config.joint_fits = [given.layer_fits[given.layer_of[supernet.check_path(stitch)]]]

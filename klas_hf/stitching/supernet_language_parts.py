@@ -17,7 +17,7 @@ from klas_hf.maths.least_squares import LinearFit
 from klas_hf.models import StitchedForCausalLM
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
 from klas_hf.paths import Stitch
-from klas_hf.stitching.language import stitched_config, stitched_state, target_generation_config, usable_batches
+from klas_hf.stitching.language import generation_config_of, stitched_config, stitched_state, usable_batches
 from klas_hf.stitching.loading import load_parts
 from klas_hf.stitching.supernet import note_origin
 from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
@@ -103,12 +103,12 @@ class LanguageParts(SupernetParts):
 
 def extract_decoder(supernet: StitchedSupernetForCausalLM, stitch: Stitch) -> StitchedForCausalLM:
     """The stitched model of one of a supernet's stitches, with a copy of its weights."""
-    first, last = (DecoderCheckpoint(supernet.anchors[place]) for place in (stitch.source, stitch.target))
-    config = stitched_config(first, last, stitch)
+    anchors = {place: DecoderCheckpoint(supernet.anchors[place]) for place in stitch.path.anchors}
+    config = stitched_config(anchors, stitch.path, len(supernet.anchors))
     note_origin(config, supernet, stitch)
+    state = stitched_state(anchors, config)
     layer = supernet.layer_of(stitch).state_dict()
-    state = stitched_state(first, last, stitch, config)
-    state |= {f"model.stitch.{name}": tensor.detach().clone() for name, tensor in layer.items()}
+    state |= {f"model.joints.0.{name}": tensor.detach().clone() for name, tensor in layer.items()}
     model = load_parts(StitchedForCausalLM, config, state, dtype=supernet.dtype)
-    model.generation_config = target_generation_config(last)
+    model.generation_config = generation_config_of(anchors[stitch.target])
     return model.to(supernet.device).eval()
