@@ -45,7 +45,7 @@ from klas_hf import (
 from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.paths import Stitch
 from klas_hf.probes import ImageProbeConfig, ImageProbeNet
-from klas_hf.scores.images import ImageScoring
+from klas_hf.scores.compared import ImageScoring
 
 CLASSES = 1000
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 RANK_TOLERANCE = 1e-10  # least share of a feature's variance that the features before it may leave unexplained
 CONSTANT = 1e-24  # variance, relative to the squared mean, at which float64 can no longer tell a unit from a constant
+# Rows per feature below which a fit is warned of: at 4, what is left of unseen rows is a third more than need be.
+ENOUGH_ROWS = 4
 RIDGE = 1e-6  # used where the Gram matrix is singular, relative to a standardised feature's variance
 
 
@@ -114,6 +116,16 @@ class NormalEquations:
             stacklevel=4,
         )
         return RIDGE
+
+
+def warn_of_few_rows(rows: int, width: int) -> None:
+    """Warn where a linear map of `width` features is fitted to fewer than `ENOUGH_ROWS` times as many rows."""
+    if rows < ENOUGH_ROWS * width:
+        warnings.warn(
+            f"got {rows} calibration rows for linear maps of {width} features, {rows / width:.1f} per feature; expected "
+            f"at least {ENOUGH_ROWS}, better ten. Calibrate on more data: tokens, or positions of images",
+            stacklevel=3,
+        )
 
 
 def moved_gram(gram: Tensor, sums: Tensor, rows: int, by: Tensor) -> Tensor:

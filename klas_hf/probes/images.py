@@ -106,6 +106,11 @@ class ImageProbeNet(PreTrainedModel):
 
         return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What scores say about the probes that they were measured with, as plain JSON values."""
+        return {"accuracy": self.config.accuracy, "epochs": self.config.best_epoch}
+
     def check(self, anchor: VisionAnchor) -> None:
         """Raise ValueError unless these are the probes of this `anchor`, of its very weights."""
         if self.config.anchor_fingerprint != anchor.fingerprint:

@@ -146,6 +146,11 @@ class ProbeNet(PreTrainedModel):
 
         return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What scores say about the probes that they were measured with, as plain JSON values."""
+        return {"kind": self.config.kind, "ridge": self.config.ridge}
+
     def check(self, anchor: LanguageAnchor) -> None:
         """Raise ValueError unless these are the probes of this anchor's very weights."""
         config = self.config

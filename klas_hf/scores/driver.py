@@ -1,14 +1,23 @@
 """Scores of all stitches between two anchors (KLAS Alg. 2)."""
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from klas_hf.anchors.vision import is_vision
-from klas_hf.scores.functional import FunctionalScoring, score_functionally
-from klas_hf.scores.images import ImageScoring, score_classifiers
-from klas_hf.scores.language import WORKSPACE_BYTES, score_decoders
-from klas_hf.scores.values import NEEDED, SCORES, STITCHED, StitchScores
+from klas_hf.paths import StitchCosts
+from klas_hf.probes import ProbeNet, fit_probes
+from klas_hf.rows import library_versions
+from klas_hf.scores.compared import ComparedSums, ImageScoring
+from klas_hf.scores.functional import FunctionalResult, FunctionalScoring, score_functionally
+from klas_hf.scores.probed import ProbedSums
+from klas_hf.scores.sides import AnchorPair, ClassifierPair, check_different, load_pair
+from klas_hf.scores.streaming import stream
+from klas_hf.scores.values import NEEDED, PROBED, SCORES, STITCHED, StitchScores, check_score
+
+WORKSPACE_BYTES = 1 << 29
 
 
 def score_stitches(
@@ -29,13 +38,16 @@ def score_stitches(
     Args:
         source, target: Hub id, folder or model; the source is the cheaper one.
         data: batches of token ids, whole sequences, of which padding and BOS are left out of all averages; or batches
-            of images, whose labels only class-conditional CKA needs.
+            of images, whose labels only class-conditional CKA needs. At least 4 calibration tokens (or positions of
+            images) per feature: fewer are warned of.
         probes: of source and target, trained on other data (`train_probes`). For language models None fits ridge
             probes to the first half of the batches and scores on the second.
         score: which statistic ranks the stitches: "functional" (no probes, labels or training), "klas" (Γ, Eq. 2),
             "theta" (Θ, Eq. 1), "functional_theta" (the geometric mean of the first and Θ), and for images all of
             `SCORES`; LOG.md compares them. All that the data allow are computed, the functional ones only where they
-            are asked for; `StitchScores.with_score` changes the ranking later.
+            are asked for, and only of stitches that cost no less than the source and no more than the target (all
+            others are nan; `FunctionalScoring.candidates` names some); `StitchScores.with_score` changes the ranking
+            later.
         tokens: sequence length that a language model's costs are counted for.
         workspace_bytes: memory for a language model's distributions; more is faster up to a point.
         images: what else is measured on images.
@@ -46,8 +58,9 @@ def score_stitches(
         Θ, capacity and Γ with standard errors over sequences or images, and the costs of all stitches.
 
     Raises:
-        ValueError: unknown score, or one that lacks its data; vocabularies or classes that differ; probes of another
-            model or none for images; source dearer than target; no data; activations that are not finite.
+        ValueError: one anchor twice; unknown score, or one that lacks its data; vocabularies or classes that differ;
+            probes of another model or none for images; source dearer than target; no data; activations that are not
+            finite.
 
     Example:
         >>> scores = score_stitches(source, target, batches, score="functional")  # anchors of 3 and 4 blocks
@@ -59,41 +72,82 @@ def score_stitches(
     """
     if score not in SCORES:
         raise ValueError(f"got score={score!r}; expected one of {sorted(SCORES)}")
-    vision = is_vision(source)
-    needed = set(NEEDED[score])
-    runs, probed = needed & set(STITCHED), needed - set(STITCHED)
-    if vision and probes is None and probed:
+    check_different(source, target)
+    needs_probes = not set(NEEDED[score]) <= set(STITCHED)
+    if needs_probes and probes is None and is_vision(source):
         raise ValueError(
             "got no probes for two image classifiers; expected probes=(of source, of target), made by train_probes on "
             "labelled images other than those that are scored on"
         )
-    if functional is None and not runs:
-        return _probed(vision, source, target, data, probes, score, tokens, workspace_bytes, images, positions)
-    batches = list(data) if iter(data) is data else data  # an iterator can be read once
-    found = score_functionally(
-        source, target, batches, settings=functional or FunctionalScoring(), tokens=tokens, positions=positions
+    if functional is None and set(NEEDED[score]) & set(STITCHED):
+        functional = FunctionalScoring()
+    anchors = load_pair(source, target, workspace_bytes)
+    data = list(data) if functional and iter(data) is data else data  # an iterator can be read once
+    batches = anchors.read(data)
+    first = next(batches, None)
+    costs = anchors.costs(first, tokens, positions)
+    costs.check_direction()
+    if probes is not None:
+        for probe, anchor in zip(probes, (anchors.first, anchors.last), strict=True):
+            probe.check(anchor)
+    probing = probes is not None or needs_probes
+    compared = None
+    if probing and isinstance(anchors, ClassifierPair):
+        compared = ComparedSums(anchors, probes, images or ImageScoring(), costs, first.labels is not None)
+    check_score(
+        score,
+        {*(PROBED if probing else ()), *(compared.will_have if compared else ()), *(STITCHED if functional else ())},
     )
-    if probes is None and not probed:
-        return found.with_score(score)
-    first = "klas" if runs else score
-    scores = _probed(vision, source, target, batches, probes, first, tokens, workspace_bytes, images, positions)
-    return replace(scores, score=score, statistics=found.statistics | scores.statistics)
+    stitched = score_functionally(anchors, data, costs, functional) if functional else None
+    if not probing:
+        return _scores(score, anchors, costs, None, None, stitched)
+    every: Iterable[Any] = batches if first is None else chain([first], batches)
+    if probes is None:
+        probes, every = _own_probes(anchors, every)
+    probed = ProbedSums(anchors, probes)
+    stream(anchors, every, [probed, compared] if compared else [probed], "scoring stitches")
+    return _scores(score, anchors, costs, probed, compared, stitched)
 
 
-def _probed(
-    vision: bool,
-    source: Any,
-    target: Any,
-    data: Iterable[Any],
-    probes: Any,
-    score: str,
-    tokens: int,
-    workspace_bytes: int,
-    images: ImageScoring | None,
-    positions: tuple[int, int],
-) -> StitchScores:
-    if not vision:
-        return score_decoders(
-            source, target, data, probes=probes, score=score, tokens=tokens, workspace_bytes=workspace_bytes
+def _own_probes(anchors: AnchorPair, batches: Iterable[Any]) -> tuple[list[ProbeNet], Sequence[Any]]:
+    """Ridge probes of two language models, fitted to the first half of the batches, and the second half."""
+    every = list(batches)
+    half = len(every) // 2
+    if not half:
+        raise ValueError(
+            f"got {len(every)} batches; expected at least two, one to fit probes and one to score on. Pass smaller "
+            "batches, or probes=(…, …) trained on other data"
         )
-    return score_classifiers(source, target, data, probes=probes, score=score, settings=images, positions=positions)
+    return [fit_probes(anchor, every[:half]) for anchor in (anchors.first, anchors.last)], every[half:]
+
+
+def _scores(
+    score: str,
+    anchors: AnchorPair,
+    costs: StitchCosts,
+    probed: ProbedSums | None,
+    compared: ComparedSums | None,
+    stitched: FunctionalResult | None,
+) -> StitchScores:
+    """All that the passes found, as one value."""
+    nothing = np.full(costs.macs.shape, np.nan)
+    provenance: dict[str, Any] = {"versions": library_versions()}
+    for place, (side, anchor) in enumerate((("source", anchors.first), ("target", anchors.last))):
+        provenance[side] = {"name": anchor.name, "revision": anchor.revision, "fingerprint": anchor.fingerprint}
+        if probed:
+            provenance[side]["probes"] = probed.probes[place].summary
+    if stitched:
+        provenance["functional"] = {"temperature": stitched.temperature, "passes": stitched.passes}
+    return StitchScores(
+        score=score,
+        cross=probed.cross.value if probed else nothing,
+        capacity=probed.capacity.value if probed else nothing[0, :-1],
+        cross_error=probed.cross.standard_error if probed else nothing,
+        capacity_error=probed.capacity.standard_error if probed else nothing[0, :-1],
+        gamma_error=probed.gamma.standard_error if probed else nothing[:, :-1],
+        sequences=probed.cross.sequences if probed else stitched.items if stitched else 0,
+        tokens=probed.units if probed else stitched.units if stitched else 0,
+        costs=costs,
+        provenance=provenance,
+        statistics=(stitched.statistics() if stitched else {}) | (compared.statistics() if compared else {}),
+    )

@@ -17,20 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klas_hf.anchors.images import image_batches
-from klas_hf.anchors.language import load_anchor
-from klas_hf.anchors.vision import check_labels, is_vision, load_vision_anchor
-from klas_hf.anchors.vocabularies import check_vocabularies
-from klas_hf.costs import measure_stitch_costs
 from klas_hf.maths.divergences import kl_divergence
 from klas_hf.maths.estimates import RatioSums
-from klas_hf.maths.least_squares import RIDGE, LinearFit
+from klas_hf.maths.least_squares import RIDGE, LinearFit, warn_of_few_rows
 from klas_hf.maths.similarities import PairMoments
 from klas_hf.paths import Stitch, StitchCosts
-from klas_hf.processes import progress, shared_out, sum_array_over_processes, sum_over_processes
-from klas_hf.rows import library_versions
-from klas_hf.scores.sides import AnchorPair, ClassifierPair, DecoderPair
-from klas_hf.scores.values import StitchScores
+from klas_hf.processes import sum_array_over_processes, sum_over_processes
+from klas_hf.scores.sides import AnchorPair
+from klas_hf.scores.streaming import Gathered, stream
 
 Array = NDArray[np.float64]
 Pair = tuple[int, int]
@@ -43,7 +37,8 @@ class FunctionalScoring:
     Attributes:
         calibration: batches that the least-squares maps are fitted to; None takes as many from the front of the data as
             are scored behind them, at most the first half.
-        candidates: the stitches to score; None scores all that are possible with target_start >= 1.
+        candidates: the stitches to score; None scores all that are possible with target_start >= 1 and cost no less
+            than the source and no more than the target.
         temperature: softens both distributions; 4 foretold best of 0.5, 1, 2 and 4 (LOG.md).
         ridge: penalty of the fits, relative to the variance of a standardised feature.
         moment_bytes: memory that the sums of one group of pairs may take.
@@ -80,12 +75,13 @@ class FunctionalResult:
     """What functional scoring found; matrices are `(m, n)` as `StitchScores.cross`, nan where nothing was measured.
 
     Attributes:
-        divergence, divergence_error: functional KL in nats per image or token, and its standard error.
+        divergence, divergence_error: functional KL in nats per image or token, at least 0, and its standard error.
         loss: cross-entropy of the stitched networks with the labels, or the next tokens, in nats; None without labels.
         unexplained: 1 − R² of each least-squares map.
         items: images or sequences that the means are over.
         units: images or tokens of these.
         passes: passes over the calibration data, one per group of pairs.
+        temperature: that softened both distributions.
     """
 
     divergence: Array
@@ -95,6 +91,7 @@ class FunctionalResult:
     items: int
     units: int
     passes: int
+    temperature: float
 
     def statistics(self) -> dict[str, Array]:
         """As entries of `StitchScores.statistics`."""
@@ -103,56 +100,12 @@ class FunctionalResult:
 
 
 def score_functionally(
-    source: Any,
-    target: Any,
-    data: Iterable[Any],
-    *,
-    settings: FunctionalScoring,
-    tokens: int = 128,
-    positions: tuple[int, int] = (0, 1),
-) -> StitchScores:
-    """Functional KL as `StitchScores` without probes: Θ and the capacity are nan; see `score_stitches`."""
-    anchors, costs, provenance = _pair(source, target, data, tokens, positions)
-    costs.check_direction()
+    anchors: AnchorPair, data: Iterable[Any], costs: StitchCosts, settings: FunctionalScoring
+) -> FunctionalResult:
+    """Functional KL of the candidates that the settings name, or of all; data and errors as for `score_stitches`."""
     pairs = _candidates(costs, settings)
     calibration, scored = _parts(anchors, data, settings)
-    found = functional_statistics(anchors, pairs, calibration, scored, settings)
-    nothing = np.full(costs.macs.shape, np.nan)
-    return StitchScores(
-        score="functional",
-        cross=nothing,
-        capacity=nothing[0, :-1],
-        cross_error=nothing,
-        capacity_error=nothing[0, :-1],
-        gamma_error=nothing[:, :-1],
-        sequences=found.items,
-        tokens=found.units,
-        costs=costs,
-        provenance=provenance | {"functional": {"temperature": settings.temperature, "passes": found.passes}},
-        statistics=found.statistics(),
-    )
-
-
-def _pair(
-    source: Any, target: Any, data: Iterable[Any], tokens: int, positions: tuple[int, int]
-) -> tuple[AnchorPair, StitchCosts, dict[str, Any]]:
-    """Both anchors ready to be stitched on trial, what all stitches cost, and where the scores come from."""
-    anchors: AnchorPair
-    if is_vision(source):
-        classifiers = load_vision_anchor(source), load_vision_anchor(target)
-        check_labels(*classifiers)
-        anchors, configs = ClassifierPair(*classifiers), [one.config for one in classifiers]
-        batch = next(image_batches(data), None)
-        size = None if batch is None else batch.pixel_values.shape[-2:]
-        costs = measure_stitch_costs(configs[0], configs[1], image_size=size, positions=positions)
-        names = [{"name": one.name, "revision": one.revision, "fingerprint": one.fingerprint} for one in classifiers]
-    else:
-        decoders = load_anchor(source), load_anchor(target)
-        check_vocabularies(decoders[0].path, decoders[0].config, decoders[1].path, decoders[1].config)
-        anchors, configs = DecoderPair(*decoders), [one.config for one in decoders]
-        costs = measure_stitch_costs(configs[0], configs[1], tokens=tokens)
-        names = [{"name": one.name, "revision": one.revision, "fingerprint": one.fingerprint} for one in decoders]
-    return anchors, costs, {"source": names[0], "target": names[1], "versions": library_versions()}
+    return functional_statistics(anchors, pairs, calibration, scored, settings)
 
 
 def _parts(
@@ -198,9 +151,16 @@ class _Batches:
 
 
 def _candidates(costs: StitchCosts, settings: FunctionalScoring) -> list[Pair]:
-    """(i, j) of the stitches to score, all possible with j >= 1 unless some are named."""
+    """(i, j) of the stitches to score: unless some are named, all with j >= 1 between the anchors' costs."""
     if settings.candidates is None:
-        return [(i + 1, j) for i, j in np.argwhere(costs.possible).tolist() if j > 0]
+        inside = (costs.macs >= costs.source_total) & (costs.macs <= costs.target_total)
+        pairs = [(i + 1, j) for i, j in np.argwhere(costs.possible & inside).tolist() if j > 0]
+        if not pairs:
+            raise ValueError(
+                f"got no stitch between the anchors' costs, {costs.source_total:,} and {costs.target_total:,} MACs; "
+                "expected anchors of different sizes. Name others with FunctionalScoring(candidates=…)"
+            )
+        return pairs
     chosen = [
         stitch for stitch in settings.candidates if (stitch.source, stitch.target) == (costs.source, costs.target)
     ]
@@ -215,7 +175,6 @@ def _candidates(costs: StitchCosts, settings: FunctionalScoring) -> list[Pair]:
     return [(stitch.source_stop, stitch.target_start) for stitch in chosen]
 
 
-@torch.no_grad()
 def functional_statistics(
     anchors: AnchorPair,
     pairs: Sequence[Pair],
@@ -223,7 +182,7 @@ def functional_statistics(
     data: Iterable[Any],
     settings: FunctionalScoring,
 ) -> FunctionalResult:
-    """Functional KL of every pair of blocks asked for.
+    """Functional KL of every pair of blocks asked for; warns where the maps have few calibration rows per feature.
 
     Args:
         anchors: the two anchors.
@@ -237,42 +196,48 @@ def functional_statistics(
     shape = len(anchors.widths[0]) - 1, len(anchors.widths[1]) - 1
     divergence, loss, unexplained = RatioSums(shape), RatioSums(shape), np.full(shape, np.nan)
     groups = pair_groups(pairs, anchors.widths, settings.moment_bytes)
-    units = 0
+    fewest: list[tuple[int, int]] = []
+    items = units = 0
     for number, group in enumerate(groups):
         of = f" {number + 1} of {len(groups)}" if len(groups) > 1 else ""
         fits = fit_pairs(anchors, group, calibration, settings.ridge, f"calibrating stitches{of}")
+        fewest.append(min(((fit.rows, fit.weight.shape[1]) for fit in fits.values()), key=_rows_per_feature))
         for (i, j), fit in fits.items():
             unexplained[i - 1, j - 1] = max(0.0, 1 - fit.r2)
-        for batch in progress(shared_out(data), f"running stitched networks{of}"):
-            units += _add_batch(anchors, fits, batch, settings, divergence, loss)
-    for sums in (divergence, loss):
-        sums.set_moments(sum_array_over_processes(sums.moments()))
-    if not divergence.sequences:
-        raise ValueError("got no data to score on; expected batches. Check that an iterator was not used up before")
-    has_loss = bool(np.isfinite(loss.value).any())
-    items = divergence.sequences // len(groups)
-    units = int(sum_over_processes(torch.tensor(float(units), dtype=torch.float64))) // len(groups)
-    divergence.sequences = loss.sequences = items
+        answers = _StitchedAnswers(anchors, fits, settings)
+        items = stream(anchors, data, [answers], f"running stitched networks{of}")
+        if not items:
+            raise ValueError("got no data to score on; expected batches. Check that an iterator was not used up before")
+        for sums, of_group in ((divergence, answers.divergence), (loss, answers.loss)):
+            sums.set_moments(sums.moments() + of_group.moments())  # groups have no pair in common
+            sums.sequences = items
+        units = answers.units
+    warn_of_few_rows(*min(fewest, key=_rows_per_feature))
     return FunctionalResult(
-        divergence.value, divergence.standard_error, loss.value if has_loss else None, unexplained, items, units,
-        len(groups),
-    )  # fmt: skip
+        divergence=np.maximum(divergence.value, 0.0),  # rounding; keeps nans
+        divergence_error=divergence.standard_error,
+        loss=loss.value if np.isfinite(loss.value).any() else None,
+        unexplained=unexplained,
+        items=items,
+        units=units,
+        passes=len(groups),
+        temperature=settings.temperature,
+    )
+
+
+def _rows_per_feature(fit: tuple[int, int]) -> float:
+    return fit[0] / fit[1]
 
 
 def fit_pairs(
     anchors: AnchorPair, pairs: Sequence[Pair], calibration: Iterable[Any], ridge: float, description: str
 ) -> dict[Pair, LinearFit]:
-    """The least-squares map of every pair, in the source's dtype, from one pass over the calibration data."""
-    moments = PairMoments(pairs, anchors.widths[0], anchors.widths[1])
-    seen = 0
-    for batch in progress(shared_out(calibration), description):
-        source, target = anchors.rows(anchors.states(batch), batch)
-        moments.update(source, target)
-        seen += anchors.items(batch)
-    moments.combine(sum_over_processes)
-    if not int(sum_over_processes(torch.tensor(float(seen)))):
+    """The least-squares map of every pair, in the target's dtype, from one pass over the calibration data."""
+    rows = _Rows(anchors, pairs)
+    if not stream(anchors, calibration, [rows], description):
         raise ValueError("got no data to calibrate on; expected batches. Check that an iterator was not used up before")
-    return {pair: _narrowed(moments.least_squares(*pair, ridge=ridge), anchors.dtype) for pair in pairs}
+    dtype = anchors.last.model.dtype
+    return {pair: _narrowed(rows.moments.least_squares(*pair, ridge=ridge), dtype) for pair in pairs}
 
 
 def _narrowed(fit: LinearFit, dtype: torch.dtype) -> LinearFit:
@@ -280,35 +245,55 @@ def _narrowed(fit: LinearFit, dtype: torch.dtype) -> LinearFit:
     return replace(fit, weight=fit.weight.to(dtype), bias=fit.bias.to(dtype))
 
 
-def _add_batch(
-    anchors: AnchorPair,
-    fits: dict[Pair, LinearFit],
-    batch: Any,
-    settings: FunctionalScoring,
-    divergence: RatioSums,
-    loss: RatioSums,
-) -> int:
-    """Add one batch: the anchors run once, stitches into one target block together. The number of its units."""
-    source, target = anchors.states(batch)
-    log_p = _log_probs(anchors.answer(target[-1], batch), settings.temperature)
-    labels, items, count = anchors.labels(batch), anchors.unit_items(batch), anchors.items(batch)
-    at_once = max(1, settings.rear_items // count)
-    for start in sorted({j for _, j in fits}):
-        stops = sorted(i for i, j in fits if j == start)
-        for first in range(0, len(stops), at_once):
-            part = stops[first : first + at_once]
-            answers = anchors.stitched_answers([source[i] for i in part], [fits[i, start] for i in part], start, batch)
-            for stop, logits in zip(part, answers, strict=True):
-                place = stop - 1, start - 1
-                terms = kl_divergence(log_p, _log_probs(logits, settings.temperature))
-                _add(divergence, place, terms, torch.ones_like(terms), items, count)
-                if labels is not None:
-                    known = (labels >= 0).to(logits.device)
-                    picked = _log_probs(logits, 1.0).gather(-1, labels.clamp_min(0).to(logits.device)[:, None])[:, 0]
-                    _add(loss, place, -picked * known, known.to(picked), items, count)
-    divergence.sequences += count
-    loss.sequences += count
-    return len(log_p)
+class _Rows(Gathered):
+    """Second moments of pairs of blocks, for least squares."""
+
+    def __init__(self, anchors: AnchorPair, pairs: Sequence[Pair]):
+        self.anchors, self.moments = anchors, PairMoments(pairs, *anchors.widths)
+
+    def update(self, states: tuple[list[Any], list[Any]], batch: Any) -> None:
+        self.moments.update(*self.anchors.rows(states, batch))
+
+    def combine(self) -> None:
+        self.moments.combine(sum_over_processes)
+
+
+class _StitchedAnswers(Gathered):
+    """Divergence and loss of the networks stitched by these fits."""
+
+    def __init__(self, anchors: AnchorPair, fits: dict[Pair, LinearFit], settings: FunctionalScoring):
+        self.anchors, self.fits, self.settings, self.units = anchors, fits, settings, 0
+        shape = len(anchors.widths[0]) - 1, len(anchors.widths[1]) - 1
+        self.divergence, self.loss = RatioSums(shape), RatioSums(shape)
+
+    def update(self, states: tuple[list[Any], list[Any]], batch: Any) -> None:
+        """Add one batch: stitches into one target block run together."""
+        source, target = states
+        log_p = _log_probs(self.anchors.answer(target[-1], batch), self.settings.temperature)
+        labels, items, count = self.anchors.labels(batch), self.anchors.unit_items(batch), self.anchors.items(batch)
+        at_once = max(1, self.settings.rear_items // count)
+        for start in sorted({j for _, j in self.fits}):
+            stops = sorted(i for i, j in self.fits if j == start)
+            for first in range(0, len(stops), at_once):
+                part = stops[first : first + at_once]
+                fits = [self.fits[i, start] for i in part]
+                answers = self.anchors.stitched_answers([source[i] for i in part], fits, start, batch)
+                for stop, logits in zip(part, answers, strict=True):
+                    place = stop - 1, start - 1
+                    terms = kl_divergence(log_p, _log_probs(logits, self.settings.temperature))
+                    _add(self.divergence, place, terms, torch.ones_like(terms), items, count)
+                    if labels is not None:
+                        known, classes = (labels >= 0).to(logits.device), labels.clamp_min(0).to(logits.device)
+                        picked = _log_probs(logits, 1.0).gather(-1, classes[:, None])[:, 0]
+                        _add(self.loss, place, -picked * known, known.to(picked), items, count)
+        self.divergence.sequences += count
+        self.loss.sequences += count
+        self.units += len(log_p)
+
+    def combine(self) -> None:
+        for sums in (self.divergence, self.loss):
+            sums.set_moments(sum_array_over_processes(sums.moments()))
+        self.units = int(sum_array_over_processes(np.array([float(self.units)]))[0])
 
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:

@@ -13,8 +13,6 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any, get_args
 
-from klas_hf.selection.klas import select_stitches
-from klas_hf.selection.rivals import min_kl_stitches, random_stitches
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from klas_hf import plotting
@@ -31,14 +29,16 @@ from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile
 from klas_hf.scores.driver import score_stitches
 from klas_hf.scores.functional import FunctionalScoring
-from klas_hf.scores.images import ImageScoring
+from klas_hf.scores.compared import ImageScoring
 from klas_hf.scores.values import NEEDED, SCORES, STITCHED, StitchScores
 from klas_hf.selection.anchor_distances import select_anchors
 from klas_hf.selection.anchors import AnchorRule, AnchorSelection
 from klas_hf.selection.choice import StitchSelection, merge_selections
+from klas_hf.selection.klas import select_stitches
+from klas_hf.selection.rivals import min_kl_stitches, random_stitches
 from klas_hf.selection.snnet import Stages, snnet_groups, snnet_stitches
 from klas_hf.stitching.supernet import StitchedSupernet
-from klas_hf.training import ImageTrainingConfig, train_stitches
+from klas_hf.training import TrainingConfig, train_stitches
 
 RULES = (*SCORES, "snnet", "min_kl", "random", "every")
 
@@ -115,7 +115,7 @@ class ImageComparison:
         names: Sequence[str],
         task: ImageTask,
         settings: ComparisonSettings,
-        training: ImageTrainingConfig,
+        training: TrainingConfig,
         output: str | Path,
         about: dict[str, Any] | None = None,
     ):

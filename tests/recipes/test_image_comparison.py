@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from klas_hf import (
-    ImageTrainingConfig,
+    TrainingConfig,
     Stitch,
     measure_costs,
     measure_stitch_costs,
@@ -35,7 +35,7 @@ from klas_hf.data.images import ImageSet, image_batches
 from klas_hf.evaluation import evaluate
 from klas_hf.probes import ImageProbeNet
 from klas_hf.rows import ResultRow
-from klas_hf.scores.images import ImageScoring
+from klas_hf.scores.compared import ImageScoring
 from klas_hf.selection.choice import StitchSelection
 from klas_hf.selection.snnet import snnet_groups, snnet_stitches
 from klas_hf.stitching.supernet import StitchedSupernet
@@ -43,7 +43,7 @@ from klas_hf.training import recalibrate_batch_norm
 
 CLASSES, SIDE = 4, 8
 MEAN, STD = (0.4,), (0.3,)
-TRAINING = ImageTrainingConfig(max_steps=2, per_device_batch_size=8, learning_rate=1e-2, save_steps=1)
+TRAINING = TrainingConfig(trainable="full", gradient_accumulation_steps=1, max_steps=2, per_device_batch_size=8, learning_rate=1e-2, save_steps=1)
 SETTINGS = ComparisonSettings(
     rules=["klas", "snnet"], pairs="all", buckets=3, threshold=0.1, batch_size=12, calibration_images=20, probe_epochs=2
 )
@@ -96,7 +96,7 @@ def make(vits: list[PreTrainedModel], tmp_path: Path) -> Callable[..., ImageComp
         anchors: list[Any] | None = None,
         names: list[str] | None = None,
         data: ImageTask | None = None,
-        training: ImageTrainingConfig = TRAINING,
+        training: TrainingConfig = TRAINING,
         about: dict[str, Any] | None = None,
     ) -> ImageComparison:
         anchors = vits if anchors is None else anchors
@@ -296,10 +296,10 @@ def test_supernets_start_from_the_anchors_and_learn_under_the_seed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = [copy.deepcopy(anchor.state_dict()) for anchor in vits]
-    configs: list[ImageTrainingConfig] = []
+    configs: list[TrainingConfig] = []
     trained = image_comparison.train_stitches
 
-    def spied(model: Any, data: Any, config: ImageTrainingConfig, **options: Any) -> Any:
+    def spied(model: Any, data: Any, config: TrainingConfig, **options: Any) -> Any:
         configs.append(config)
         return trained(model, data, config, **options)
 
