@@ -146,19 +146,16 @@ def best_per_bucket(points: Sequence[CascadePoint], *, buckets: int = 20) -> lis
     return [best[bucket] for bucket in sorted(best)]
 
 
-def to_rows(
-    points: Sequence[CascadePoint], *, metric: str = "accuracy", seed: int = 0, anchors: tuple[int, int] = (0, 1)
-) -> list[ResultRow]:
+def to_rows(points: Sequence[CascadePoint], *, metric: str = "accuracy", seed: int = 0) -> list[ResultRow]:
     """Points as rows, for curves and tables; MACs are rounded.
 
     Args:
         points: of one cascade.
         metric: name that the accuracy gets, that of the rows it is compared with.
         seed: of those rows.
-        anchors: positions of the two models.
 
     Returns:
-        A row of rule "cascade" per point, with threshold and share sent on among its details.
+        A row of rule "cascade" per point, with its threshold as setting and the share sent on among its details.
 
     Example:
         >>> (row,) = to_rows([CascadePoint(threshold=0.8, macs=60.0, accuracy=0.7, sent=0.5, parameters=0)])
@@ -168,13 +165,13 @@ def to_rows(
     return [
         ResultRow(
             rule="cascade",
-            stitch=None,
+            path=None,
             seed=seed,
             macs=round(point.macs),
             parameters=point.parameters,
             metrics={metric: point.accuracy},
-            details={"threshold": point.threshold, "sent": point.sent},
-            anchors=anchors,
+            setting={"threshold": point.threshold},
+            details={"sent": point.sent},
         )
         for point in points
     ]

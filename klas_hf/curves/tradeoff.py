@@ -7,25 +7,70 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from klas_hf import plotting
-from klas_hf.paths import Stitch
-from klas_hf.rows import ResultRow
+from klas_hf.maths.correlations import pearson, spearman
+from klas_hf.rows import ResultRow, by_model, untuned_beside_tuned
 from klas_hf.scores.values import StitchScores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@dataclass(frozen=True)
+class MeasuredModel:
+    """One model with its mean over seeds.
+
+    Attributes:
+        value: mean of the metric.
+        rows: one per seed, of one path, cost and training.
+    """
+
+    value: float
+    rows: tuple[ResultRow, ...]
+
+    @property
+    def macs(self) -> int:
+        """MACs, the same for all seeds."""
+        return self.rows[0].macs
+
+
+def measured_models(rows: Iterable[ResultRow], metric: str) -> list[MeasuredModel]:
+    """Every model among rows, with its mean over seeds; a row that several rules share counts once.
+
+    Raises:
+        ValueError: a row that lacks the metric.
+
+    Example:
+        >>> seeds = [ResultRow("klas", (8, 14), seed, 10, 1, {"loss": 2.0 + seed}) for seed in (0, 1)]
+        >>> [(model.macs, model.value) for model in measured_models(seeds, "loss")]
+        [(10, 2.5)]
+    """
+    return [MeasuredModel(fmean(row.value(metric) for row in group), tuple(group)) for group in by_model(rows)]
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of a metric is better: of losses and perplexities it is not.
+
+    Example:
+        >>> higher_is_better("accuracy"), higher_is_better("loss")
+        (True, False)
+    """
+    return not any(word in metric for word in ("loss", "perplexity"))
+
+
 class TradeoffCurve:
     """Quality of several models against their MACs (the curves of KLAS and SN-Net, and their AUC).
 
     Args:
-        rows: measured models; several rows of one cost (several seeds, say) count with their mean.
+        rows: measured models; a model counts with its mean over seeds, and of several models of one cost the best.
         metric: key of `ResultRow.metrics`.
         higher_is_better: False for losses.
         label: name in plots.
+
+    Attributes:
+        macs, values: cost and quality of the points, by cost.
+        rows: all rows, by cost.
 
     Raises:
         ValueError: no rows, or a row that lacks the metric.
@@ -43,13 +88,14 @@ class TradeoffCurve:
         self.metric, self.higher_is_better, self.label = metric, higher_is_better, label
         if not self.rows:
             raise ValueError("got no rows; expected at least one measured model")
-        for row in self.rows:
-            row.value(metric)
-        self.macs = np.unique([row.macs for row in self.rows])
-        self.values = np.array([self._mean_at(macs) for macs in self.macs])
-
-    def _mean_at(self, macs: float) -> float:
-        return float(np.mean([row.metrics[self.metric] for row in self.rows if row.macs == macs]))
+        best: dict[int, MeasuredModel] = {}
+        for model in measured_models(self.rows, metric):
+            there = best.setdefault(model.macs, model)
+            if (model.value > there.value) == higher_is_better and model.value != there.value:
+                best[model.macs] = model
+        self._best = list(best.values())
+        self.macs = np.array([model.macs for model in self._best])
+        self.values = np.array([model.value for model in self._best])
 
     def auc(self, interval: tuple[float, float] | None = None) -> float:
         """Area under the curve over normalised MACs, which is the mean quality over the interval of costs.
@@ -72,11 +118,10 @@ class TradeoffCurve:
         return float(np.trapezoid(np.interp(x, self.macs, self.values), x) / (high - low))
 
     def pareto(self) -> "TradeoffCurve":
-        """The Pareto front: costs whose mean quality no lower cost reaches. Means over seeds count, not lucky rows."""
+        """The Pareto front: models whose mean quality over seeds nothing cheaper reaches; lucky rows do not count."""
         signed = self.values if self.higher_is_better else -self.values
         before = np.concatenate([[-np.inf], np.maximum.accumulate(signed)[:-1]])
-        kept = set(self.macs[signed > before].tolist())
-        front = [row for row in self.rows if row.macs in kept]
+        front = [row for model, is_on in zip(self._best, signed > before, strict=True) if is_on for row in model.rows]
         return TradeoffCurve(front, self.metric, higher_is_better=self.higher_is_better, label=self.label)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
@@ -110,6 +155,8 @@ def common_interval(curves: Sequence[TradeoffCurve]) -> tuple[float, float]:
 def plot_curves(curves: Sequence[TradeoffCurve], *, title: str = "", path: str | Path | None = None) -> "Figure":
     """Several curves in one figure, quality against millions of MACs.
 
+    Anchors that were not fine-tuned are marked where other models were.
+
     Args:
         curves: at least one; each is named by its label, or else by its metric.
         title: above the figure.
@@ -130,7 +177,32 @@ def plot_curves(curves: Sequence[TradeoffCurve], *, title: str = "", path: str |
     if not curves:
         raise ValueError("got no curves to plot; expected at least one TradeoffCurve")
     series = [plotting.Series(c.label or c.metric, list(c.macs / 1e6), list(c.values)) for c in curves]
+    untuned = untuned_beside_tuned(row for curve in curves for row in curve.rows)
+    if untuned:
+        models = measured_models(untuned, curves[0].metric)
+        macs, values = [model.macs / 1e6 for model in models], [model.value for model in models]
+        series.append(plotting.Series("anchors, not tuned", macs, values, line=False))
     return plotting.lines(series, "MACs (millions)", curves[0].metric, title, path)
+
+
+def curves_by_rule(rows: Sequence[ResultRow], metric: str) -> list[TradeoffCurve]:
+    """One curve per rule that chose stitched models, each with all anchors; of anchors alone, one.
+
+    Raises:
+        ValueError: no rows, or a row that lacks the metric.
+
+    Example:
+        >>> [(curve.label, len(curve.macs) == len(rows)) for curve in curves_by_rule(rows, "loss")]
+        [('all', True)]
+    """
+    anchors = [row for row in rows if not row.joints]
+    rules = dict.fromkeys(row.rule for row in rows if row.joints)
+    chosen = {rule: [row for row in rows if row.rule == rule and row.joints] for rule in rules} or {"anchors": []}
+    better = higher_is_better(metric)
+    return [
+        TradeoffCurve([*anchors, *of_rule], metric, higher_is_better=better, label=rule)
+        for rule, of_rule in chosen.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -152,7 +224,7 @@ def correlation_report(
 ) -> CorrelationReport:
     """Correlate scores with measured quality over all stitches of their two anchors that have rows and a finite score.
 
-    A stitch counts once, with its mean over seeds; a row that several rules share (`evaluate_stitches`) counts once.
+    A model counts once, with its mean over seeds; a row that several rules share (`evaluate_stitches`) counts once.
 
     Args:
         scores: of the two anchors, lower being better.
@@ -173,29 +245,13 @@ def correlation_report(
     """
     sign = -1.0 if higher_is_better else 1.0
     anchors = scores.costs.source, scores.costs.target
-    measured: dict[tuple[int, int], dict[int, float]] = {}
-    for row in rows:
-        if row.stitch is not None and row.anchors == anchors:
-            measured.setdefault(row.stitch, {})[row.seed] = row.value(metric)
-    pairs = [(scores.value_of(Stitch(*pair)), sign * fmean(seeds.values())) for pair, seeds in measured.items()]
-    table = np.array([pair for pair in pairs if np.isfinite(pair[0])]).reshape(-1, 2)
-    if len(table) < 3:
-        raise ValueError(f"got {len(table)} stitches with a finite score; expected at least three to correlate")
-    return CorrelationReport(_pearson(table), _pearson(np.apply_along_axis(_ranks, 0, table)), len(table))
-
-
-def spearman(values: NDArray, drops: NDArray) -> float:
-    """Rank correlation of two series; ties share their mean rank, and a constant series gives nan."""
-    return _pearson(np.stack([_ranks(values), _ranks(drops)], axis=1))
-
-
-def _pearson(table: NDArray) -> float:
-    with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(table[:, 0], table[:, 1])[0, 1])
-
-
-def _ranks(values: NDArray) -> NDArray:
-    """Ranks from 1, ties sharing their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
+    pairs = [
+        (scores.value_of(stitch), sign * model.value)
+        for model in measured_models((row for row in rows if row.joints), metric)
+        if (stitch := model.rows[0].stitch) is not None and (stitch.source, stitch.target) == anchors
+    ]
+    finite = [pair for pair in pairs if np.isfinite(pair[0])]
+    if len(finite) < 3:
+        raise ValueError(f"got {len(finite)} stitches with a finite score; expected at least three to correlate")
+    values, drops = zip(*finite, strict=True)
+    return CorrelationReport(pearson(values, drops), spearman(values, drops), len(finite))

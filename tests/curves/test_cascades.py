@@ -71,7 +71,7 @@ def test_the_best_of_each_bucket() -> None:
 def test_rows_make_a_curve() -> None:
     labels = np.zeros(60, dtype=int)
     points = cascade_curve(member(60, 0, 100), member(60, 1, 1_000), labels, [0.0, 0.55])
-    rows = to_rows(points, metric="top1", seed=4, anchors=(0, 2))
+    rows = to_rows(points, metric="top1", seed=4)
     assert rows[1] == ResultRow(
         "cascade",
         None,
@@ -79,12 +79,12 @@ def test_rows_make_a_curve() -> None:
         round(points[1].macs),
         7_700,
         {"top1": points[1].accuracy},
-        {"threshold": 0.55, "sent": points[1].sent},
-        (0, 2),
+        {"sent": points[1].sent},
+        setting={"threshold": 0.55},
     )
     assert TradeoffCurve(rows, "top1").macs.tolist() == [100, round(points[1].macs)]
     usual = to_rows(points)[0]
-    assert (usual.seed, usual.anchors, list(usual.metrics)) == (0, (0, 1), ["accuracy"])
+    assert (usual.seed, list(usual.metrics)) == (0, ["accuracy"])
 
 
 def test_what_is_no_cascade_is_refused() -> None:

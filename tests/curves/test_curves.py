@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from scipy import integrate, stats
 
-from klas_hf.curves.tradeoff import TradeoffCurve, common_interval, correlation_report, plot_curves
+from klas_hf.curves.tradeoff import (
+    TradeoffCurve,
+    common_interval,
+    correlation_report,
+    curves_by_rule,
+    higher_is_better,
+    plot_curves,
+)
 from klas_hf.paths import Stitch, StitchCosts
 from klas_hf.rows import ResultRow
 from klas_hf.scores.values import StitchScores
@@ -18,8 +25,8 @@ from klas_hf.scores.values import StitchScores
 points = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 8)), min_size=1, max_size=15)
 
 
-def row(macs: int, value: float, stitch: tuple[int, int] | None = None, seed: int = 0) -> ResultRow:
-    return ResultRow("klas", stitch, seed, macs, 1, {"accuracy": value})
+def row(macs: int, value: float, path: tuple[int, int] | str | None = None, seed: int = 0) -> ResultRow:
+    return ResultRow("klas", path, seed, macs, 1, {"accuracy": value})
 
 
 def curve(*pairs: tuple[int, float], higher_is_better: bool = True) -> TradeoffCurve:
@@ -59,6 +66,55 @@ def test_several_seeds_count_with_their_mean() -> None:
     assert made.auc() == pytest.approx(0.55)
 
 
+def test_of_different_models_of_one_cost_the_best_counts() -> None:
+    """Seeds of one path are averaged, different paths never: of .9 and .1 the better is .9, of losses .1."""
+    rows = [row(10, 0.9, (1, 2)), row(10, 0.1, (2, 3)), row(20, 0.95, (3, 3))]
+    assert TradeoffCurve(rows, "accuracy").values.tolist() == [0.9, 0.95]
+    assert TradeoffCurve(rows, "accuracy", higher_is_better=False).values.tolist() == [0.1, 0.95]
+    # Paths of three slices, another length of training; the mean over seeds decides, not the luckiest seed.
+    lucky = [row(10, value, "0[:1] 1[1:2] 0[2:]", seed) for seed, value in enumerate((1.0, 0.5, 0.6))]
+    longer = dataclasses.replace(rows[0], training={"max_steps": 9, "seed": 0}, metrics={"accuracy": 0.8})
+    front = TradeoffCurve([*lucky, longer, *rows], "accuracy").pareto()
+    assert front.values.tolist() == [0.9, 0.95] and list(front.rows) == [rows[0], rows[2]]
+    assert TradeoffCurve([*lucky, longer, rows[1]], "accuracy").values.tolist() == [0.8]
+
+
+def test_a_row_that_two_rules_share_counts_once() -> None:
+    rows = [row(10, 0.2, (1, 2), 0), row(10, 0.8, (1, 2), 1)]
+    shared = dataclasses.replace(rows[1], rule="esta")
+    assert TradeoffCurve([*rows, shared], "accuracy").values.tolist() == [0.5]
+
+
+def test_one_curve_per_rule_between_all_anchors() -> None:
+    ends = [dataclasses.replace(row(macs, value, path), rule="anchor") for macs, value, path in (
+        (1, 0.1, "0[:]"), (99, 0.9, "1[:]"))]  # fmt: skip
+    chosen = [row(50, 0.5, (1, 2)), row(50, 0.7, "1[:1] 1[2:]"), dataclasses.replace(row(60, 0.6, (2, 2)), rule="esta")]
+    klas, esta = curves_by_rule([*ends, *chosen], "accuracy")
+    assert (klas.label, klas.macs.tolist(), klas.values.tolist()) == ("klas", [1, 50, 99], [0.1, 0.7, 0.9])
+    assert (esta.label, esta.macs.tolist()) == ("esta", [1, 60, 99])
+    (alone,) = curves_by_rule(ends, "accuracy")
+    assert (alone.label, alone.macs.tolist()) == ("anchors", [1, 99])
+    losses = [dataclasses.replace(one, metrics={"loss": one.metrics["accuracy"]}) for one in [*ends, *chosen]]
+    assert curves_by_rule(losses, "loss")[0].values.tolist() == [0.1, 0.5, 0.9]  # of losses the lower
+    assert [higher_is_better(name) for name in ("best_rouge1", "perplexity", "loss")] == [True, False, False]
+
+
+def test_untuned_anchors_beside_tuned_models_are_marked_in_plots() -> None:
+    ends = [row(10_000_000, 0.1, "0[:]"), row(90_000_000, 0.9, "1[:]")]
+    start = row(50_000_000, 0.5, (1, 2))
+    tuned = dataclasses.replace(start, training={"max_steps": 3})
+
+    def names(*rows: ResultRow) -> list[str]:
+        figure = plot_curves([TradeoffCurve(rows, "accuracy", label="klas")])
+        return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+    assert names(*ends, tuned) == ["klas", "anchors, not tuned"]
+    assert names(*ends, start) == ["klas"]
+    assert names(*(dataclasses.replace(one, training={"max_steps": 3}) for one in ends), tuned) == ["klas"]
+    figure = plot_curves([TradeoffCurve([*ends, tuned], "accuracy")])
+    assert figure.axes[0].lines[-1].get_xdata().tolist() == [10.0, 90.0]
+
+
 @pytest.mark.parametrize("interval", [(9, 20), (10, 21), (15, 15), (18, 12), (0, 0)])
 def test_intervals_outside_the_measured_costs_are_refused(interval: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="expected a non-empty one within the measured costs 10 to 20"):
@@ -82,7 +138,7 @@ def test_common_interval() -> None:
 @given(points, st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_the_pareto_front_is_what_no_cheaper_row_matches(pairs: list[tuple[int, int]], higher: bool) -> None:
-    # Rows of one cost are several seeds: their mean counts, and they stay or go together.
+    # Rows of one cost are seeds of one model: their mean counts, and they stay or go together.
     means = {macs: np.mean([value for other, value in pairs if other == macs]) for macs, _ in pairs}
 
     def is_beaten(macs: int) -> bool:
@@ -90,7 +146,8 @@ def test_the_pareto_front_is_what_no_cheaper_row_matches(pairs: list[tuple[int, 
         return any(value >= means[macs] if higher else value <= means[macs] for value in cheaper)
 
     expected = sorted(pair for pair in pairs if not is_beaten(pair[0]))
-    front = curve(*pairs, higher_is_better=higher).pareto()
+    rows = [row(macs, value, seed=seed) for seed, (macs, value) in enumerate(pairs)]
+    front = TradeoffCurve(rows, "accuracy", higher_is_better=higher).pareto()
     assert sorted((r.macs, r.metrics["accuracy"]) for r in front.rows) == expected
     assert (front.metric, front.higher_is_better) == ("accuracy", higher)
 
@@ -166,7 +223,7 @@ def test_a_stitch_counts_once_in_correlations() -> None:
     made = scores()
     values = {(1, 1): [0.1, 0.5], (1, 2): [0.8], (2, 3): [0.4, 0.4, 0.1], (3, 3): [0.7]}
     rows = [row(1, value, pair, seed) for pair, seeds in values.items() for seed, value in enumerate(seeds)]
-    repeated = [dataclasses.replace(one, rule="esta") for one in rows if one.stitch == (1, 1) and one.seed == 0]
+    repeated = [dataclasses.replace(one, rule="esta") for one in rows if one.is_of((1, 1)) and one.seed == 0]
     got = correlation_report(made, rows + repeated, "accuracy")
     drops = [-np.mean(seeds) for seeds in values.values()]
     assert got.pearson == pytest.approx(
@@ -179,12 +236,17 @@ def test_correlations_are_over_the_rows_of_the_scored_anchors_only() -> None:
     made = scores()
     rows = [row(1, 1 / (i + j), (i, j)) for i in (1, 2, 3) for j in (1, 2)]
     expected = correlation_report(made, rows, "accuracy")
-    others = [dataclasses.replace(one, anchors=(1, 2), metrics={"accuracy": 7.0 * one.stitch[0]}) for one in rows]
+    others = [
+        dataclasses.replace(one, path=(*pair, 1, 2), metrics={"accuracy": 7.0 * pair[0]})
+        for one in rows
+        if (pair := (one.stitch.source_stop, one.stitch.target_start))
+    ]
     assert correlation_report(made, others + rows, "accuracy") == expected
     moved = dataclasses.replace(made, costs=dataclasses.replace(made.costs, source=1, target=2))
+    of_others = [dataclasses.replace(row(1, 7.0 * i, (i, j))) for i in (1, 2, 3) for j in (1, 2)]
     assert (
         correlation_report(moved, others + rows, "accuracy")
-        == correlation_report(made, [dataclasses.replace(one, anchors=(0, 1)) for one in others], "accuracy")
+        == correlation_report(made, of_others, "accuracy")
         != expected
     )
 
