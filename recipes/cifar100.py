@@ -13,7 +13,7 @@ from experiments.image_comparison import ComparisonSettings, ImageComparison, Im
 from experiments.image_report import report
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
-from klas_hf import ImageTrainingConfig, train_stitches
+from klas_hf import TrainingConfig, train_stitches
 from klas_hf.data.image_data import ImageDataArguments, load_task
 from klas_hf.options import parse_options
 from klas_hf.processes import process_state
@@ -30,7 +30,7 @@ class CifarArguments:
 
 def main() -> None:
     data, args, settings, training = parse_options(
-        ImageDataArguments, CifarArguments, ComparisonSettings, ImageTrainingConfig,
+        ImageDataArguments, CifarArguments, ComparisonSettings, TrainingConfig,
         description=__doc__.split("\n")[0],
     )  # fmt: skip
     if args.smoke:
@@ -53,9 +53,7 @@ def main() -> None:
     state.print(f"\nMade: {args.output_dir}/report.md, stitches.md, rows.jsonl, curve.png, probes.png, heatmap-*.png")
 
 
-def fine_tuned(
-    anchor: str, task: ImageTask, args: CifarArguments, training: ImageTrainingConfig
-) -> PreTrainedModel | str:
+def fine_tuned(anchor: str, task: ImageTask, args: CifarArguments, training: TrainingConfig) -> PreTrainedModel | str:
     """The anchor itself where it knows the data's classes, else with a new head, trained on them."""
     names = dict(enumerate(task.train.names))
     if list(AutoConfig.from_pretrained(anchor).id2label.values()) == list(names.values()):

@@ -22,7 +22,7 @@ from transformers import (
     ViTConfig,
 )
 
-from klas_hf import ImageTrainingConfig, evaluate, train_stitches
+from klas_hf import TrainingConfig, evaluate, train_stitches
 from klas_hf.data.digits import load_digits_split
 from klas_hf.data.images import image_batches
 from klas_hf.options import parse_options
@@ -85,9 +85,12 @@ class DigitsSettings(ComparisonSettings):
 
 
 @dataclass(frozen=True)
-class DigitsTraining(ImageTrainingConfig):
+class DigitsTraining(TrainingConfig):
     """Fine-tuning of the supernets, with defaults for these data."""
 
+    trainable: str = field(default="full", metadata={"help": "what learns"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forwards per optimiser step"})
+    weight_decay: float = field(default=0.05, metadata={"help": "of matrices only"})
     max_steps: int | None = field(default=300, metadata={"help": "optimiser steps"})
     per_device_batch_size: int = field(default=64, metadata={"help": "images per process and forward"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})

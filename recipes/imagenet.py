@@ -15,7 +15,7 @@ from pathlib import Path
 from experiments.image_comparison import ComparisonSettings, ImageComparison
 from experiments.image_report import report
 
-from klas_hf import ImageTrainingConfig
+from klas_hf import TrainingConfig
 from klas_hf.data.image_data import ImageDataArguments, load_task
 from klas_hf.options import parse_options
 from klas_hf.processes import process_state
@@ -29,7 +29,7 @@ class ImageNetArguments:
 
 def main() -> None:
     data, args, settings, training = parse_options(
-        ImageDataArguments, ImageNetArguments, ComparisonSettings, ImageTrainingConfig,
+        ImageDataArguments, ImageNetArguments, ComparisonSettings, TrainingConfig,
         description=__doc__.split("\n")[0],
     )  # fmt: skip
     if args.smoke:

@@ -9,7 +9,7 @@ readings of the reference. Rows go to a JSONL file as they come; an interrupted 
 """
 
 import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel
@@ -35,15 +35,10 @@ from klas_hf import (
     train_stitches,
 )
 from klas_hf.anchors import load_anchor
-from klas_hf.data.answering import compare_rules, measure_answers, measured
+from klas_hf.data.answering import encode_completion, measure_answers
 from klas_hf.data.text import TextBatches
-from klas_hf.data.truthfulqa import (
-    Question,
-    degenerate_answers,
-    encode_completion,
-    load_truthfulqa,
-    split_questions,
-)
+from klas_hf.data.truthfulqa import Question, degenerate_answers, load_truthfulqa, split_questions
+from klas_hf.evaluation.answers import compare_rules, score_answers
 from klas_hf.options import parse_options
 from klas_hf.processes import process_state
 from klas_hf.scores.values import StitchScores
@@ -82,7 +77,7 @@ def main() -> None:
         raise ValueError(f"got the rules {unknown}; expected some of {RULES}")
     if args.smoke:
         args.sizes, args.seeds, args.questions, args.max_new_tokens = 1, args.seeds[:1], 40, 8
-        training = TrainingConfig(**asdict(training) | {"max_steps": 2, "gradient_accumulation_steps": 1})
+        training = replace(training, max_steps=2, gradient_accumulation_steps=1)
     questions = load_truthfulqa(args.data)[: args.questions]
     output = Path(args.output_dir)
     settings = {k: v for k, v in asdict(args).items() if k not in ("output_dir", "seeds", "rules", "data")}
@@ -167,10 +162,10 @@ class Experiment:
 
     def trained(self, model: PreTrainedModel, examples: list[dict], name: str, seed: int) -> PreTrainedModel:
         """The model after fine-tuning on the train split; resumed where it was interrupted."""
-        config = TrainingConfig(**asdict(self.training) | {"seed": seed})
+        config = replace(self.training, seed=seed)
         folder = self.output / "checkpoints" / f"{name}-seed-{seed}"
         result = train_stitches(model, examples, config, teacher=self.target, output_dir=folder)
-        self.state.print(f"  {name}: {result.steps} steps, loss {result.losses[0]:.3f} → {result.losses[-1]:.3f}")
+        self.state.print(f"  {name}: {result}")
         return model
 
 
@@ -210,8 +205,9 @@ def degenerate_rows(questions: list[Question], seeds: list[int]) -> list[ResultR
     rows = []
     for seed in seeds:
         _, test = split_questions(questions, seed=seed)
+        references = [question.references for question in test]
         for name, answers in degenerate_answers(test).items():
-            rows.append(ResultRow(name, None, seed, 0, 0, measured(answers, test).metrics))
+            rows.append(ResultRow(name, None, seed, 0, 0, score_answers(answers, references).metrics))
     return rows
 
 

@@ -1,19 +1,20 @@
 """`klas-hf train`: fine-tuning with the settings of the recipes; an interrupted run is resumed."""
 
+import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from klas_hf.anchors.vision import is_vision
 from klas_hf.cli.data import DataOptions, Material, load_material, load_model
-from klas_hf.cli.output import OVERWRITE, check_output, save_model, say
+from klas_hf.cli.output import OVERWRITE, check_output, is_main_process, save_model, say
 from klas_hf.cli.parsing import Command, flag, positional
-from klas_hf.processes import process_state
-from klas_hf.training import ImageTrainingConfig, TrainingConfig, train_stitches
+from klas_hf.files import write_atomically
+from klas_hf.options import filled
 
 CHECKPOINTS = "checkpoints"
+RECORD = "klas_hf_train.json"  # of a finished run: its options and settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,44 +31,53 @@ class TrainOptions(DataOptions):
 def run(options: TrainOptions, settings: Mapping[str, Any]) -> int:
     if Path(options.folder).absolute() == Path(options.output).absolute():
         raise ValueError(f"got {options.folder} as the model and as the output; expected another output")
-    config = training_config(is_vision(options.folder), settings)
+    record = asdict(options) | {"settings": dict(settings)}
+    record = {name: value for name, value in record.items() if name not in ("output", "overwrite")}
+    if not options.overwrite and _finished(Path(options.output)) == json.loads(json.dumps(record)):
+        say(f"{options.output} holds the model of this run, which is finished; nothing to do")
+        return 0
     output = check_output(options.output, options.overwrite, resumable=CHECKPOINTS)
+
+    from klas_hf.training.config import TrainingConfig
+    from klas_hf.training.loop import train_stitches
+
     material = load_material(options, [options.folder], options.split)
-    if material.image_moments is not None and isinstance(config, ImageTrainingConfig):
+    if material.image_moments is not None:
         mean, std = material.image_moments
-        config = ImageTrainingConfig(**{"mean": list(mean), "std": list(std)} | dict(settings))
+        settings = {"mean": list(mean), "std": list(std)} | dict(settings)
+    config = filled(TrainingConfig, settings)
     model = load_model(options.folder)
     teacher = None if options.teacher is None else load_model(options.teacher)
     result = train_stitches(model, material.examples, config, teacher=teacher, output_dir=output / CHECKPOINTS)
-    _finish(model, material, output)
-    say(f"{result.steps} steps, loss {result.losses[0]:.4f} → {result.losses[-1]:.4f}. Saved in {output}")
+    _finish(model, material, output, record)
+    say(f"{result}. Saved in {output}")
     return 0
 
 
-def training_config(vision: bool, settings: Mapping[str, Any]) -> TrainingConfig | ImageTrainingConfig:
-    """The settings of this kind of model.
-
-    Raises:
-        ValueError: settings of the other kind, or wrong values.
-    """
-    kind = ImageTrainingConfig if vision else TrainingConfig
-    known = {one.name for one in fields(kind)}
-    if foreign := sorted(settings.keys() - known):
-        what = "an image classifier" if vision else "a language model"
-        raise ValueError(f"got the settings {foreign} for {what}; expected some of {sorted(known)}")
-    return kind(**settings)
+def _finished(output: Path) -> Any:
+    """Options and settings of the run that left its model in this folder; None: there was none."""
+    record = output / RECORD
+    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
 
 
-def _finish(model: Any, material: Material, output: Path) -> None:
-    """Save the model; what was kept for resuming has then done its work."""
+def _finish(model: Any, material: Material, output: Path, record: Mapping[str, Any]) -> None:
+    """Save the model, then the record of the run; what was kept for resuming has then done its work."""
+    (output / RECORD).unlink(missing_ok=True)  # with --overwrite, of the model that goes
     save_model(model, material.processor, output)
-    if process_state().is_main_process:
+    if is_main_process():
+        write_atomically(output / RECORD, lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+
+
+def _settings() -> type:
+    from klas_hf.training.config import TrainingConfig
+
+    return TrainingConfig
 
 
 COMMAND = Command(
     "Fine-tune a stitched model. The same command goes on with an interrupted run.",
     TrainOptions,
     run,
-    settings=(ImageTrainingConfig, TrainingConfig),
+    settings=_settings,
 )

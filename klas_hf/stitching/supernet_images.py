@@ -24,7 +24,7 @@ class StitchedSupernetForImageClassification(StitchedSupernet):
 
     Example:
         >>> supernet = StitchedSupernet.from_anchors([small, large], [(1, 2), (2, 1)], calibration=images)
-        >>> config = ImageTrainingConfig(max_steps=2, per_device_batch_size=4)
+        >>> config = TrainingConfig(max_steps=2, per_device_batch_size=4)
         >>> train_stitches(supernet, pictures, config).steps
         2
         >>> supernet(images[0]["pixel_values"], path=Stitch(2, 1)).logits.shape

@@ -42,6 +42,8 @@ class Augmentation:
     def __post_init__(self) -> None:
         for name in ("crop_scale", "randaugment"):  # YAML gives lists, which cannot be hashed
             value = getattr(self, name)
+            if value is not None and len(value) != 2:
+                raise ValueError(f"got {name}={value}; expected two numbers, or None")
             object.__setattr__(self, name, None if value is None else tuple(value))
         if self.crop_padding < 0:
             raise ValueError(f"got crop_padding={self.crop_padding}; expected 0 (none) or a number of pixels")

@@ -13,13 +13,30 @@ BATCH_NORMS = ("frozen", "train")
 
 
 @dataclass(frozen=True)
-class CommonTrainingConfig:
-    """What every kind of training sets; use `TrainingConfig` or `ImageTrainingConfig`."""
+class TrainingConfig:
+    """How a stitched model or a supernet is trained, of text or of images.
+
+    The defaults are those of the KLAS paper's language models where it gives them (App. H). SN-Net (CVPR 2023) trains
+    image classifiers in full for 50 epochs with a weight decay of 0.05, and halves the loss between labels and a hard
+    teacher: `distillation_weight=0.5, distillation="hard"`; its learning rates are per 512 images of a step: 5e-5 for
+    DeiT; for Swin 5e-4 for the stitching layers and a tenth of that for the anchors. Each field says what it is in its
+    metadata: `--help` of the command line and docs/reference.md show it.
+
+    Raises:
+        ValueError: an unknown choice, a number out of range, or settings of the augmentation that do not fit.
+
+    Example:
+        >>> config = TrainingConfig(trainable="stitch", max_steps=2, per_device_batch_size=4)
+        >>> config.learning_rate, config.lora_rank
+        (0.0001, 16)
+        >>> TrainingConfig(augmentation=Augmentation(mixup=0.8)).augmentation.cutmix
+        0.0
+    """
 
     trainable: str = field(
         default="lora",
         metadata={
-            "help": "what learns: 'stitch' the stitching layer alone, 'lora' that and LoRA on both sides, 'full'"
+            "help": "what learns: 'stitch' the stitching layers alone, 'lora' these and LoRA on the anchors, 'full'"
         },
     )
     epochs: float = field(default=10.0, metadata={"help": "passes over the data"})
@@ -28,39 +45,80 @@ class CommonTrainingConfig:
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "forwards per optimiser step"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate (the paper gives none)"})
     stitch_learning_rate: float | None = field(
-        default=None, metadata={"help": "peak learning rate of the stitching layer; None: learning_rate"}
+        default=None, metadata={"help": "peak learning rate of the stitching layers; None: learning_rate"}
     )
     warmup_ratio: float = field(default=0.1, metadata={"help": "share of the steps with rising rate (1 epoch of 10)"})
+    optimizer: str = field(default="adamw", metadata={"help": "'adamw' or 'sgd'"})
+    momentum: float = field(default=0.9, metadata={"help": "of sgd"})
     weight_decay: float = field(default=0.0, metadata={"help": "of matrices only; AdamW's is decoupled"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
     mixed_precision: str = field(default="no", metadata={"help": "'no' (fp32) or 'bf16' (autocast, fp32 weights)"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations to save memory"})
     distillation_weight: float = field(
         default=0.0, metadata={"help": "share of the loss that comes from the teacher's logits; 0: none"}
+    )
+    distillation: str = field(
+        default="soft",
+        metadata={"help": "'soft' KL(teacher || student), 'hard' cross-entropy with the teacher's best class"},
     )
     distillation_temperature: float = field(default=1.0, metadata={"help": "softens both distributions"})
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA updates"})
     lora_alpha: int = field(default=32, metadata={"help": "scale of the LoRA updates"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the LoRA updates"})
+    low_rank_stitches: int = field(
+        default=0,
+        metadata={
+            "help": "rank of an update that stitching layers learn while themselves frozen (SN-Net v2); 0: they learn"
+        },
+    )
     sampling: str = field(
         default="uniform",
         metadata={"help": "a supernet's path: 'uniform' over paths, 'bucket' over cost buckets, then in the bucket"},
     )
     sampling_buckets: int = field(default=20, metadata={"help": "cost buckets of equal width for sampling='bucket'"})
+    drop_path: float | None = field(
+        default=None,
+        metadata={"help": "stochastic depth rate of the last block, rising linearly; None: the model's own"},
+    )
+    batch_norm: str = field(
+        default="frozen", metadata={"help": "running statistics of BatchNorm: 'frozen' are used, 'train' updates them"}
+    )
+    mean: list[float] = field(
+        default_factory=lambda: [0.485, 0.456, 0.406],
+        metadata={"help": "of pixels from 0 to 1, per channel, taken off by the anchors' processing"},
+    )
+    std: list[float] = field(
+        default_factory=lambda: [0.229, 0.224, 0.225], metadata={"help": "that the processing divides by"}
+    )
+    augmentation: Augmentation | None = field(
+        default=None, metadata={"help": "what is done to images before the model sees them; None: nothing"}
+    )
+    num_workers: int = field(default=0, metadata={"help": "processes that load data; 0: the training process"})
     save_steps: int = field(default=100, metadata={"help": "optimiser steps between checkpoints"})
     seed: int = field(default=0, metadata={"help": "of every random choice: data order, dropout, LoRA's start"})
 
     def __post_init__(self) -> None:
         self._one_of("trainable", TRAINABLE)
+        self._one_of("optimizer", OPTIMIZERS)
         self._one_of("mixed_precision", PRECISIONS)
+        self._one_of("distillation", DISTILLATIONS)
         self._one_of("sampling", SAMPLINGS)
+        self._one_of("batch_norm", BATCH_NORMS)
         self._at_least(
             1, "per_device_batch_size", "gradient_accumulation_steps", "lora_rank", "save_steps", "sampling_buckets"
         )
-        self._within(0, 1, "warmup_ratio", "distillation_weight")
+        self._at_least(0, "low_rank_stitches", "num_workers", "seed")
+        self._within(0, 1, "warmup_ratio", "distillation_weight", "momentum")
         if self.max_steps is not None and self.max_steps < 0:
             raise ValueError(f"got max_steps={self.max_steps}; expected a number of steps, 0 or more, or None")
         if self.max_steps is None and self.epochs <= 0:
             raise ValueError(f"got epochs={self.epochs} and no max_steps; expected a positive number of epochs")
+        if self.drop_path is not None and not 0 <= self.drop_path < 1:
+            raise ValueError(f"got drop_path={self.drop_path}; expected a number from 0 to below 1, or None")
+        if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
+            raise ValueError(
+                f"got mean={self.mean} and std={self.std}; expected one number per channel in each, std above 0"
+            )
 
     def _one_of(self, name: str, known: tuple[str, ...]) -> None:
         if getattr(self, name) not in known:
@@ -75,124 +133,3 @@ class CommonTrainingConfig:
         for name in names:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"got {name}={getattr(self, name)}; expected a number from {low} to {high}")
-
-
-@dataclass(frozen=True)
-class TrainingConfig(CommonTrainingConfig):
-    """How a stitched language model is trained. The defaults are those of the KLAS paper where it gives them (App. H).
-
-    Distillation is KL(teacher ‖ student) of next-token distributions. Each field says what it is in its metadata:
-    `--help` of the command line and docs/reference.md show it.
-
-    Raises:
-        ValueError: an unknown choice, or a number out of range.
-
-    Example:
-        >>> config = TrainingConfig(trainable="stitch", max_steps=2, per_device_batch_size=4)
-        >>> config.learning_rate, config.lora_rank
-        (0.0001, 16)
-    """
-
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations to save memory"})
-
-
-@dataclass(frozen=True)
-class ImageTrainingConfig(CommonTrainingConfig):
-    """How a stitched image classifier or a supernet is trained. Defaults are SN-Net's (CVPR 2023) where it has one.
-
-    SN-Net halves the loss between labels and a hard teacher: `distillation_weight=0.5, distillation="hard"`. Its
-    learning rates are per 512 images of a step: 5e-5 for DeiT; for Swin 5e-4 for the stitching layers and a tenth of
-    that for the anchors. Each field says what it is in its metadata: `--help` of the command line and docs/reference.md
-    show it.
-
-    Raises:
-        ValueError: an unknown choice, a number out of range, or settings of the augmentation that do not fit.
-
-    Example:
-        >>> config = ImageTrainingConfig(stitch_learning_rate=5e-4, distillation_weight=0.5, distillation="hard")
-        >>> config.trainable, config.learning_rate, config.augmentation().mixup
-        ('full', 5e-05, 0.0)
-    """
-
-    trainable: str = field(
-        default="full",
-        metadata={
-            "help": "what learns: 'stitch' the stitching layers alone, 'lora' these and LoRA on the anchors, 'full'"
-        },
-    )
-    epochs: float = field(default=50.0, metadata={"help": "passes over the data"})
-    per_device_batch_size: int = field(default=128, metadata={"help": "images per process and forward"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forwards per optimiser step"})
-    learning_rate: float = field(default=5e-5, metadata={"help": "peak learning rate"})
-    weight_decay: float = field(default=0.05, metadata={"help": "of matrices only; AdamW's is decoupled"})
-    optimizer: str = field(default="adamw", metadata={"help": "'adamw' or 'sgd'"})
-    momentum: float = field(default=0.9, metadata={"help": "of sgd"})
-    low_rank_stitches: int = field(
-        default=0,
-        metadata={
-            "help": "rank of an update that stitching layers learn while themselves frozen (SN-Net v2); 0: they learn"
-        },
-    )
-    drop_path: float | None = field(
-        default=None,
-        metadata={"help": "stochastic depth rate of the last block, rising linearly; None: the model's own"},
-    )
-    batch_norm: str = field(
-        default="frozen", metadata={"help": "running statistics of BatchNorm: 'frozen' are used, 'train' updates them"}
-    )
-    distillation: str = field(
-        default="soft",
-        metadata={"help": "'soft' KL(teacher || student), 'hard' cross-entropy with the teacher's best class"},
-    )
-    mean: list[float] = field(
-        default_factory=lambda: [0.485, 0.456, 0.406],
-        metadata={"help": "of pixels from 0 to 1, per channel, taken off by the anchors' processing"},
-    )
-    std: list[float] = field(
-        default_factory=lambda: [0.229, 0.224, 0.225], metadata={"help": "that the processing divides by"}
-    )
-    crop_padding: int = field(default=0, metadata={"help": "black pixels around an image before a random crop"})
-    crop_scale: list[float] | None = field(
-        default=None, metadata={"help": "least and greatest share of the area in a random resized crop; None: none"}
-    )
-    horizontal_flip: bool = field(default=False, metadata={"help": "mirror half of the images"})
-    randaugment: list[int] | None = field(
-        default=None, metadata={"help": "RandAugment's operations per image and their magnitude, as 2 9; None: none"}
-    )
-    erasing: float = field(default=0.0, metadata={"help": "probability that a rectangle of an image is erased"})
-    mixup: float = field(default=0.0, metadata={"help": "alpha of mixup; 0: none"})
-    cutmix: float = field(default=0.0, metadata={"help": "alpha of CutMix; 0: none"})
-    label_smoothing: float = field(default=0.0, metadata={"help": "share of a target spread over all labels"})
-    num_workers: int = field(default=0, metadata={"help": "processes that load images; 0: the training process"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._one_of("optimizer", OPTIMIZERS)
-        self._one_of("distillation", DISTILLATIONS)
-        self._one_of("batch_norm", BATCH_NORMS)
-        self._at_least(0, "low_rank_stitches", "num_workers", "seed")
-        self._within(0, 1, "momentum")
-        if self.drop_path is not None and not 0 <= self.drop_path < 1:
-            raise ValueError(f"got drop_path={self.drop_path}; expected a number from 0 to below 1, or None")
-        if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
-            raise ValueError(
-                f"got mean={self.mean} and std={self.std}; expected one number per channel in each, std above 0"
-            )
-        for name in ("crop_scale", "randaugment"):
-            value = getattr(self, name)
-            if value is not None and len(value) != 2:
-                raise ValueError(f"got {name}={value}; expected two numbers, or None")
-        self.augmentation()
-
-    def augmentation(self) -> Augmentation:
-        """What is done to the images of a batch."""
-        return Augmentation(
-            crop_padding=self.crop_padding,
-            crop_scale=None if self.crop_scale is None else (self.crop_scale[0], self.crop_scale[1]),
-            horizontal_flip=self.horizontal_flip,
-            randaugment=None if self.randaugment is None else (self.randaugment[0], self.randaugment[1]),
-            erasing=self.erasing,
-            mixup=self.mixup,
-            cutmix=self.cutmix,
-            label_smoothing=self.label_smoothing,
-        )

@@ -12,7 +12,7 @@ FILLER = -1
 
 
 def batches_of(
-    examples: Sequence[Mapping[str, Any]], batch_size: int, multiple: int, seed: int
+    examples: Sequence[Mapping[str, Any]], batch_size: int, multiple: int, seed: int, workers: int = 0
 ) -> tuple[DataLoader, "EpochOrder"]:
     """A loader of padded batches, shuffled anew in each epoch, whose number is a multiple of `multiple`.
 
@@ -24,6 +24,7 @@ def batches_of(
         batch_size: examples per batch.
         multiple: batches of one optimiser step, over all processes.
         seed: of the order.
+        workers: processes that load examples; 0: this one.
 
     Raises:
         ValueError: no examples, or an example without a label.
@@ -31,7 +32,7 @@ def batches_of(
     _check(examples)
     order = EpochOrder(len(examples), batch_size * multiple, seed)
     sampler = BatchSampler(order, batch_size, drop_last=False)
-    return DataLoader(_Filled(examples), batch_sampler=sampler, collate_fn=collate), order
+    return DataLoader(_Filled(examples), batch_sampler=sampler, collate_fn=collate, num_workers=workers), order
 
 
 def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from klas_hf.errors import TrainingDiverged
 from klas_hf.processes import process_state
 from klas_hf.training.checkpoints import Checkpoints, Progress
-from klas_hf.training.config import CommonTrainingConfig, ImageTrainingConfig, TrainingConfig
+from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import EpochOrder
 from klas_hf.training.images import ImageData, ImageObjective
 from klas_hf.training.language import LanguageObjective
@@ -56,7 +56,7 @@ class TrainingResult:
 def train_stitches(
     model: PreTrainedModel,
     data: Sequence[Mapping[str, Any]] | ImageData,
-    config: CommonTrainingConfig | None = None,
+    config: TrainingConfig | None = None,
     *,
     teacher: PreTrainedModel | None = None,
     output_dir: str | Path | None = None,
@@ -71,7 +71,7 @@ def train_stitches(
         data: of a language model, examples with `input_ids` and `labels` (lists of one length; -100 where no loss is
             taken); of an image model, a map-style dataset of `(pixels (channels, height, width), label)` with
             `labels`, the list of all labels. Pixels are uint8, or float and normalised.
-        config: settings, a `TrainingConfig` or an `ImageTrainingConfig`; None takes the defaults of the model's kind.
+        config: settings; None takes the defaults.
         teacher: for distillation, usually the target anchor.
         output_dir: where checkpoints go. A run found there is resumed, to the same parameters as without a break.
 
@@ -79,19 +79,20 @@ def train_stitches(
         Steps and losses.
 
     Raises:
-        TypeError: settings of the other kind of model.
-        ValueError: examples without labels, distillation without a teacher, a checkpoint of another run.
+        ValueError: examples without labels, distillation without a teacher, settings that the model cannot take, a
+            checkpoint of another run.
         TrainingDiverged: a loss or gradient is not finite; the last checkpoint stays.
 
     Example:
         >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
-        >>> before = evaluate_loss(model, batches[:2])  # the examples, in batches
+        >>> before = evaluate(model, batches[:2]).metrics["loss"]  # the examples, in batches
         >>> config = TrainingConfig(trainable="stitch", epochs=20, gradient_accumulation_steps=1, learning_rate=0.01)
         >>> result = train_stitches(model, examples, config, output_dir=folder)
-        >>> result.steps, evaluate_loss(model, batches[:2]) < before
+        >>> result.steps, evaluate(model, batches[:2]).metrics["loss"] < before
         (20, True)
     """
-    objective, config = _objective(model, data, config, teacher)
+    config = config or TrainingConfig()
+    objective = _objective(model, data, config, teacher)
     process_state()  # before the Accelerator, which would not see CPU processes
     parallel = DistributedDataParallelKwargs(find_unused_parameters=objective.may_skip_parameters)
     accelerator = Accelerator(kwargs_handlers=[parallel])
@@ -123,20 +124,10 @@ def train_stitches(
     return TrainingResult(progress.step, progress.losses, time.perf_counter() - begun, accelerator.num_processes)
 
 
-def _objective(
-    model: PreTrainedModel, data: Any, config: CommonTrainingConfig | None, teacher: PreTrainedModel | None
-) -> tuple[Objective, CommonTrainingConfig]:
-    """The loss of this kind of model, and the settings."""
-    is_vision = model.main_input_name == "pixel_values"
-    kind = ImageTrainingConfig if is_vision else TrainingConfig
-    config = kind() if config is None else config
-    if config.distillation_weight and teacher is None:
-        raise ValueError("got distillation_weight > 0 and no teacher; expected teacher=the target anchor")
-    if is_vision and isinstance(config, ImageTrainingConfig):
-        return ImageObjective(model, data, config, teacher), config
-    if not is_vision and isinstance(config, TrainingConfig):
-        return LanguageObjective(model, data, config, teacher), config
-    raise TypeError(f"got a {type(config).__name__} for {type(model).__name__}; expected {kind.__name__}")
+def _objective(model: PreTrainedModel, data: Any, config: TrainingConfig, teacher: PreTrainedModel | None) -> Objective:
+    """The loss of this kind of model."""
+    kind = ImageObjective if model.main_input_name == "pixel_values" else LanguageObjective
+    return kind(model, data, config, teacher)
 
 
 class _Run:
@@ -148,7 +139,7 @@ class _Run:
         model: nn.Module,
         optimizer: Any,
         schedule: Any,
-        config: CommonTrainingConfig,
+        config: TrainingConfig,
         objective: Objective,
     ):
         self.accelerator, self.model, self.optimizer, self.schedule = accelerator, model, optimizer, schedule

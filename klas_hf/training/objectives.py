@@ -1,25 +1,65 @@
-"""What a kind of data brings to the training loop: its batches, its loss, and what holds while it trains."""
+"""What training makes smaller: the loss of a kind of data, distilled or not; text and images differ here alone."""
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
+from klas_hf.anchors.language import evaluating
+from klas_hf.processes import process_state
+from klas_hf.training.batch_norm import batch_norms
+from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import EpochOrder
+from klas_hf.training.losses import cross_entropy_sum, hard_distillation_sum, soft_distillation_sum
+from klas_hf.training.paths import path_sampler, takes
+
+# The older name warns where there is the newer one.
+_IS_NEW = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+_CHECKPOINTING = "activation_checkpointing" if _IS_NEW else "gradient_checkpointing"
+# What a stitched model's configuration calls its anchors and the path through them.
+_MADE_OF = ("path", "anchor_names", "stitches")
 
 
 class Objective(ABC):
     """A loss over data, as sums, so that any split into batches and processes adds up to the same.
 
+    Args:
+        model: the model that is trained, not wrapped.
+        config: settings.
+        teacher: for distillation; unused without a `distillation_weight`.
+
+    Raises:
+        ValueError: the teacher or the settings do not fit the model.
+
     Attributes:
         may_skip_parameters: whether a forward can leave trained parameters unused, as a supernet's does.
+        kind: of the data.
     """
 
     may_skip_parameters: bool
+    kind: str
+
+    def __init__(self, model: PreTrainedModel, config: TrainingConfig, teacher: PreTrainedModel | None):
+        if config.distillation_weight and teacher is None:
+            raise ValueError("got distillation_weight > 0 and no teacher; expected teacher=the target anchor")
+        if config.drop_path is not None and not takes(model, "drop_path"):
+            raise ValueError(
+                f"got drop_path={config.drop_path} for {type(model).__name__}, whose forward has no drop_path; "
+                "expected drop_path=None, and the rate in the model's config"
+            )
+        self.model, self.config = model, config
+        self.teacher = teacher if config.distillation_weight else None
+        if self.teacher is not None:
+            self._check_teacher(self.teacher)
+        self.paths = path_sampler(model, config)
+        self.size = sum(parameter.numel() for parameter in model.parameters())
 
     @abstractmethod
     def batches(self, multiple: int) -> tuple[DataLoader, EpochOrder]:
@@ -30,6 +70,17 @@ class Objective(ABC):
         """What the loss sum is divided by: the labels of a batch, as a scalar tensor on its device."""
 
     @abstractmethod
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
+        """What the forward takes, and the targets: class numbers `(labels,)` or probabilities `(labels, classes)`."""
+
+    @abstractmethod
+    def labelled(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The logits that have a label, `(labels, classes)`, of those that the forward gives."""
+
+    @abstractmethod
+    def classes(self, model: PreTrainedModel) -> int:
+        """Classes that a model of this kind tells apart."""
+
     def loss_sum(self, model: nn.Module, batch: dict[str, Tensor], seed: tuple[int, ...]) -> Tensor:
         """The loss of a batch summed over its labels, in nats.
 
@@ -38,17 +89,100 @@ class Objective(ABC):
             batch: what the loader gives, on the model's device.
             seed: of this forward: the step's, the number of the forward in the step, the process's number.
         """
+        config = self.config
+        inputs, targets = self.inputs(batch)
+        # Not left to the Accelerator, whose precision is one for the life of the process.
+        autocast = torch.autocast(targets.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
+        # Of fillers alone statistics must not be taken; other processes wait for this one's forward all the same.
+        with autocast, nullcontext() if batch["labels"].numel() else evaluating(model):
+            logits = self.labelled(model(**inputs, **self._options(seed)).logits, batch).float()
+        loss = cross_entropy_sum(logits, targets)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad(), evaluating(self.teacher):
+            teacher_logits = self.labelled(self.teacher(**self._teachers(inputs)).logits, batch).float()
+        if config.distillation == "hard":
+            distance = hard_distillation_sum(logits, teacher_logits)
+        else:
+            distance = soft_distillation_sum(logits, teacher_logits, config.distillation_temperature)
+        return (1 - config.distillation_weight) * loss + config.distillation_weight * distance
 
-    @abstractmethod
-    def while_training(self, device: torch.device) -> AbstractContextManager[None]:
+    @contextmanager
+    def while_training(self, device: torch.device) -> Iterator[None]:
         """What holds from the first step to the last; the teacher is on `device` meanwhile."""
+        with _on(self.teacher, device), _checkpointing(self.model, self.config.gradient_checkpointing):
+            if self.config.batch_norm == "frozen":
+                for layer in batch_norms(self.model):
+                    layer.eval()
+            yield
+            if self.config.batch_norm == "train" and process_state().num_processes > 1:
+                # Each process took statistics of its own batches; the main one's are what checkpoints hold.
+                for layer in batch_norms(self.model):
+                    for buffer in layer.buffers():
+                        buffer.copy_(broadcast(buffer))
 
-    @abstractmethod
     def description(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be resumed, beside the settings."""
+        """What must be the same for a checkpoint to be resumed, beside the settings and the number of examples."""
+        known = self.model.config.to_dict()
+        made_of = {name: known[name] for name in _MADE_OF if name in known}
+        paths = None if self.paths is None else [str(path) for path in self.model.paths]
+        return made_of | {"model": self.model.config.model_type, "parameters": self.size, "paths": paths}
+
+    def teacher_name(self) -> str | None:
+        """The teacher's Hub id, or the name of its folder or class; None without a teacher."""
+        if self.teacher is None:
+            return None
+        name = self.teacher.name_or_path
+        return (Path(name).name if Path(name).is_dir() else name) or type(self.teacher).__name__
+
+    def _options(self, seed: tuple[int, ...]) -> dict[str, Any]:
+        options = {} if self.config.drop_path is None else {"drop_path": self.config.drop_path}
+        return options if self.paths is None else options | {"path": self.model.paths[self.paths.draw(seed)]}
+
+    def _teachers(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs with floats in the teacher's dtype."""
+        assert self.teacher is not None
+        dtype = self.teacher.dtype
+        return {
+            name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
+
+    def _check_teacher(self, teacher: PreTrainedModel) -> None:
+        given, expected = self.classes(teacher), self.classes(self.model)
+        if given != expected:
+            raise ValueError(
+                f"got a teacher of {given} classes for a model of {expected}; expected as many, in the same order"
+            )
+        trained = {id(parameter) for parameter in self.model.parameters()}
+        if any(id(parameter) in trained for parameter in teacher.parameters()):
+            raise ValueError(
+                "got a teacher that shares parameters with the model; expected a copy: copy.deepcopy(teacher)"
+            )
 
 
-def stitched_from(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a stitched model's configuration says of its anchors and stitch; None each for other models."""
-    names = ("source_name", "target_name", "source_stop", "target_start")
-    return {name: getattr(config, name, None) for name in names}
+@contextmanager
+def _on(teacher: PreTrainedModel | None, device: torch.device) -> Iterator[None]:
+    """The teacher on a device, and afterwards where it was."""
+    if teacher is None or teacher.device == device:
+        yield
+        return
+    home = teacher.device
+    teacher.to(device)
+    try:
+        yield
+    finally:
+        teacher.to(home)
+
+
+@contextmanager
+def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Activations are recomputed meanwhile, where that is wanted."""
+    if not wanted:
+        yield
+        return
+    getattr(model, f"{_CHECKPOINTING}_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{_CHECKPOINTING}_disable")()

@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from klas_hf.paths import Stitch
-from klas_hf.training.config import CommonTrainingConfig
+from klas_hf.training.config import TrainingConfig
 
 
 class PathSampler:
@@ -35,7 +35,7 @@ class PathSampler:
         return int(generator.choice(group))
 
 
-def path_sampler(model: PreTrainedModel, config: CommonTrainingConfig) -> PathSampler | None:
+def path_sampler(model: PreTrainedModel, config: TrainingConfig) -> PathSampler | None:
     """What draws a supernet's paths; None for a model that has one path.
 
     Raises:

@@ -13,21 +13,21 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from transformers import PreTrainedModel
 
-from klas_hf.training.config import CommonTrainingConfig, ImageTrainingConfig
+from klas_hf.training.config import TrainingConfig
 
-STITCHES = {"stitch", "stitches"}
+STITCHES = {"joints", "stitch", "stitches"}
 # Matrices by their shape, but positions, tokens and offsets by what they are: DeiT and Swin do not decay them.
 _UNDECAYED = re.compile(r"position_embeddings|\w+_token|\w+_bias_table|attention_biases")
 
 
 @contextmanager
-def made_trainable(model: PreTrainedModel, config: CommonTrainingConfig) -> Iterator[nn.Module]:
+def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[nn.Module]:
     """The model prepared for training; afterwards LoRA is merged and dtypes and flags are as they were.
 
     Raises:
         ValueError: the model has no stitching layer to train.
     """
-    rank = _stitch_rank(config)
+    rank = config.low_rank_stitches
     if (config.trainable == "stitch" or rank) and not stitching_layers(model):
         asked = "trainable='stitch'" if config.trainable == "stitch" else f"low_rank_stitches={rank}"
         raise ValueError(
@@ -37,17 +37,22 @@ def made_trainable(model: PreTrainedModel, config: CommonTrainingConfig) -> Iter
     dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training = model.training
-    if config.mixed_precision == "no":
-        model.float()
-    prepared = _prepared(model, config)
-    for parameter in prepared.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    layers = stitching_layers(model) | {name: one for name, one in model.named_modules() if _takes_lora(one)}
+    prepared: nn.Module = model
     try:
+        if config.mixed_precision == "no":
+            model.float()
+        prepared = _prepared(model, config)
+        for parameter in prepared.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         yield prepared.train()
     finally:
         if isinstance(prepared, PeftModel):
             prepared.merge_and_unload()
+        else:  # PEFT may have raised with some layers wrapped
+            for name, layer in layers.items():
+                model.set_submodule(name, layer)
         # Each on its own: rotary buffers stay fp32 in a bf16 model, and model.to would round them.
         for name, tensor in _tensors(model):
             tensor.data = tensor.data.to(dtypes[name])
@@ -70,14 +75,14 @@ def stitching_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def lora_config(model: PreTrainedModel, config: CommonTrainingConfig) -> LoraConfig:
+def lora_config(model: PreTrainedModel, config: TrainingConfig) -> LoraConfig:
     """LoRA on every linear layer and convolution but a language model's head, as far as `trainable` says.
 
     The stitching layers are trained whole, or at their own low rank (scale 1: their rate is the learning rate's
     business).
     """
     heads = [one.get_output_embeddings() for one in model.modules() if isinstance(one, PreTrainedModel)]
-    stitches, rank = stitching_layers(model), _stitch_rank(config)
+    stitches, rank = stitching_layers(model), config.low_rank_stitches
     targets = [
         name
         for name, module in model.named_modules()
@@ -95,7 +100,7 @@ def lora_config(model: PreTrainedModel, config: CommonTrainingConfig) -> LoraCon
     )
 
 
-def parameter_groups(model: nn.Module, config: CommonTrainingConfig) -> list[dict]:
+def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
     """The optimiser's groups: the stitching layers at their own rate, weight decay on matrices only."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -108,17 +113,17 @@ def parameter_groups(model: nn.Module, config: CommonTrainingConfig) -> list[dic
     ]
 
 
-def optimizer_of(model: nn.Module, config: CommonTrainingConfig) -> Optimizer:
-    """The optimiser that the settings name; language models always take AdamW."""
+def optimizer_of(model: nn.Module, config: TrainingConfig) -> Optimizer:
+    """The optimiser that the settings name."""
     groups = parameter_groups(model, config)
-    if isinstance(config, ImageTrainingConfig) and config.optimizer == "sgd":
+    if config.optimizer == "sgd":
         return SGD(groups, lr=config.learning_rate, momentum=config.momentum)
     return AdamW(groups, lr=config.learning_rate)
 
 
-def _prepared(model: PreTrainedModel, config: CommonTrainingConfig) -> nn.Module:
+def _prepared(model: PreTrainedModel, config: TrainingConfig) -> nn.Module:
     """The model with its flags set, wrapped where LoRA is part of it."""
-    rank = _stitch_rank(config)
+    rank = config.low_rank_stitches
     prepared: nn.Module = model
     if config.trainable == "lora" or rank:
         with torch.random.fork_rng():
@@ -132,11 +137,6 @@ def _prepared(model: PreTrainedModel, config: CommonTrainingConfig) -> nn.Module
         learns = not rank if is_stitching(name) else config.trainable == "full"
         parameter.requires_grad_(learns)
     return prepared
-
-
-def _stitch_rank(config: CommonTrainingConfig) -> int:
-    """Rank of the stitching layers' updates; 0: they are trained whole, as those of language models are."""
-    return config.low_rank_stitches if isinstance(config, ImageTrainingConfig) else 0
 
 
 def _takes_lora(module: nn.Module) -> bool:

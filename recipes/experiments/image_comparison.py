@@ -27,9 +27,9 @@ from klas_hf.probes import ImageProbeConfig, ImageProbeNet
 from klas_hf.probes.training import train_probes
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile
+from klas_hf.scores.compared import ImageScoring
 from klas_hf.scores.driver import score_stitches
 from klas_hf.scores.functional import FunctionalScoring
-from klas_hf.scores.compared import ImageScoring
 from klas_hf.scores.values import NEEDED, SCORES, STITCHED, StitchScores
 from klas_hf.selection.anchor_distances import select_anchors
 from klas_hf.selection.anchors import AnchorRule, AnchorSelection

@@ -28,7 +28,7 @@ from klas_hf.rows import ResultRow, RowFile
 from klas_hf.scores.driver import score_stitches
 from klas_hf.scores.functional import FunctionalScoring
 from klas_hf.scores.values import StitchScores
-from klas_hf.training import ImageTrainingConfig, train_stitches
+from klas_hf.training import TrainingConfig, train_stitches
 
 Values = dict[Stitch, float]
 
@@ -207,7 +207,7 @@ class ImageScoreStudy(ScoreStudy):
         names: Sequence[str],
         task: ImageTask,
         comparison: ComparisonSettings,
-        training: ImageTrainingConfig,
+        training: TrainingConfig,
         settings: StudySettings,
         output: str | Path,
     ):

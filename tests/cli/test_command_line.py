@@ -26,17 +26,16 @@ def test_help_fits_a_screen(
 def test_the_settings_of_training_are_named_and_explained(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import fields
+    from klas_hf import TrainingConfig
+    from klas_hf.options import names as option_names
 
-    from klas_hf import ImageTrainingConfig, TrainingConfig
-
-    names = {field.name for kind in (ImageTrainingConfig, TrainingConfig) for field in fields(kind)}
+    names = option_names(TrainingConfig)
     monkeypatch.setenv("COLUMNS", "80")
     main(["train", "--help"])
     assert names <= set(capsys.readouterr().out.split())
     assert main(["train", "--settings"]) == 0
     explained = capsys.readouterr().out
-    assert all(f"--{name}" in explained for name in names) and "peak learning rate (default: 5e-05)" in explained
+    assert all(f"--{name}" in explained for name in names) and "peak learning rate (default: 0.0001)" in explained
 
 
 @pytest.mark.parametrize(

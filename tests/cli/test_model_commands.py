@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from klas_hf import (
-    ImageTrainingConfig,
     StitchedModel,
     TrainingConfig,
     evaluate,
@@ -84,7 +83,7 @@ def test_a_stitched_language_model_is_that_of_the_function(language: Path, stitc
     expected = StitchedModel.from_anchors(language / "small", language / "large", (1, 2), calibration=batches)
     loaded = AutoModelForCausalLM.from_pretrained(stitched)
     _same_weights(loaded, expected)
-    assert loaded.config.stitch_fit == expected.config.stitch_fit
+    assert loaded.config.joint_fits[0] == expected.config.joint_fits[0]
     assert AutoTokenizer.from_pretrained(stitched)("word5 word9")["input_ids"] == [5, 9]
 
 
@@ -104,10 +103,10 @@ def test_other_options_of_stitch(language: Path, vision: Path, tmp_path: Path, c
     assert _stitch(language, "text", tmp_path / "half", *words, stitch=(2, 3)) == 0
     assert "stitch (2, 3): " in capsys.readouterr().out
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
-    assert half.dtype == torch.bfloat16 and half.config.stitch_fit["tokens"] == 30 * 8
+    assert half.dtype == torch.bfloat16 and half.config.joint_fits[0]["tokens"] == 30 * 8
     assert _stitch(vision, "images", tmp_path / "held", "--split", "validation") == 0
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "held").config
-    assert config.stitch_fit["rows"] == 30 * 17  # class token and 4 × 4 positions
+    assert config.joint_fits[0]["rows"] == 30 * 17  # class token and 4 × 4 positions
 
 
 def test_a_folder_with_something_in_it_is_left_alone(
@@ -159,7 +158,7 @@ def test_training_of_a_language_model_is_that_of_the_function(language: Path, st
     _same_weights(trained, expected)
     assert AutoTokenizer.from_pretrained(tmp_path / "trained")("word5")["input_ids"] == [5]
     assert not (tmp_path / "trained" / "checkpoints").exists()
-    assert not torch.equal(_parameters(stitched)["model.stitch.weight"], trained.state_dict()["model.stitch.weight"])
+    assert not torch.equal(_parameters(stitched)["model.joints.0.weight"], trained.state_dict()["model.joints.0.weight"])
 
 
 def test_training_of_a_classifier_from_a_teacher(vision: Path, classifier: Path, tmp_path: Path) -> None:
@@ -179,7 +178,7 @@ def test_training_of_a_classifier_from_a_teacher(vision: Path, classifier: Path,
     images = load_images(vision / "images", "validation", processing)
     expected = AutoModelForImageClassification.from_pretrained(classifier)
     teacher = AutoModelForImageClassification.from_pretrained(vision / "large")
-    config = ImageTrainingConfig(
+    config = TrainingConfig(
         max_steps=2, per_device_batch_size=8, distillation_weight=0.5, mean=[0.5] * 3, std=[0.5] * 3
     )
     train_stitches(expected, images, config, teacher=teacher)

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from klas_hf import (
-    TrainingConfig,
     Stitch,
+    TrainingConfig,
     measure_costs,
     measure_stitch_costs,
     min_kl_stitches,
@@ -43,7 +43,14 @@ from klas_hf.training import recalibrate_batch_norm
 
 CLASSES, SIDE = 4, 8
 MEAN, STD = (0.4,), (0.3,)
-TRAINING = TrainingConfig(trainable="full", gradient_accumulation_steps=1, max_steps=2, per_device_batch_size=8, learning_rate=1e-2, save_steps=1)
+TRAINING = TrainingConfig(
+    trainable="full",
+    gradient_accumulation_steps=1,
+    max_steps=2,
+    per_device_batch_size=8,
+    learning_rate=1e-2,
+    save_steps=1,
+)
 SETTINGS = ComparisonSettings(
     rules=["klas", "snnet"], pairs="all", buckets=3, threshold=0.1, batch_size=12, calibration_images=20, probe_epochs=2
 )

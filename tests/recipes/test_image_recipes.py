@@ -12,7 +12,7 @@ from experiments.image_comparison import ComparisonSettings
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
-from klas_hf import ImageTrainingConfig
+from klas_hf import TrainingConfig
 from klas_hf.data.image_data import ImageDataArguments, class_labels, load_task
 from klas_hf.options import parse_options
 
@@ -30,7 +30,7 @@ def test_settings_files_have_known_options_only(path: Path) -> None:
 
     argv = ["--config", str(path), "--data", "folder", "--anchors", "a", "b"]
     data, _, settings, training = parse_options(
-        ImageDataArguments, ImageNetArguments, ComparisonSettings, ImageTrainingConfig, argv=argv
+        ImageDataArguments, ImageNetArguments, ComparisonSettings, TrainingConfig, argv=argv
     )
     given = yaml.safe_load(path.read_text())
     assert training.learning_rate == given["learning_rate"]
@@ -43,7 +43,7 @@ def test_cifar_settings_files_have_known_options_only(path: Path) -> None:
     sys.path.insert(0, str(RECIPES))
     from cifar100 import CifarArguments
 
-    kinds = ImageDataArguments, CifarArguments, ComparisonSettings, ImageTrainingConfig
+    kinds = ImageDataArguments, CifarArguments, ComparisonSettings, TrainingConfig
     data, args, *_ = parse_options(*kinds, argv=["--config", str(path)])
     assert data.label_column == "fine_label"
     assert args.anchor_epochs == 10

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from klas_hf import ImageTrainingConfig
+from klas_hf import TrainingConfig
 from klas_hf.data.images import ImageSet
 from klas_hf.rows import ResultRow
 
 CLASSES, SEEDS = 3, (0, 1, 4)
-TRAINING = ImageTrainingConfig(max_steps=3, per_device_batch_size=8, learning_rate=1e-2)
+TRAINING = TrainingConfig(
+    trainable="full", gradient_accumulation_steps=1, max_steps=3, per_device_batch_size=8, learning_rate=1e-2
+)
 SETTINGS = ComparisonSettings(
     rules=["klas", "snnet", "random"], seeds=list(SEEDS), buckets=3, threshold=0.1, batch_size=16,
     calibration_images=20, probe_epochs=2,

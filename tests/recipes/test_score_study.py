@@ -8,7 +8,7 @@ from experiments.image_comparison import ComparisonSettings, ImageTask
 from experiments.score_study import ImageScoreStudy, StudySettings
 from test_image_report import images, vit
 
-from klas_hf import ImageTrainingConfig, Stitch, StitchedModel, score_stitches
+from klas_hf import Stitch, StitchedModel, TrainingConfig, score_stitches
 from klas_hf.data.images import image_batches
 from klas_hf.evaluation import evaluate_divergence
 from klas_hf.scores.functional import FunctionalScoring
@@ -19,7 +19,7 @@ def study(folder: Path) -> ImageScoreStudy:
     return ImageScoreStudy(
         "vit", [vit(2, 8), vit(3, 16)], ["small", "large"], task,
         ComparisonSettings(batch_size=16, calibration_images=20, probe_epochs=2),
-        ImageTrainingConfig(per_device_batch_size=8, learning_rate=1e-2),
+        TrainingConfig(trainable="full", gradient_accumulation_steps=1, per_device_batch_size=8, learning_rate=1e-2),
         StudySettings(lengths=(0, 2), adapted_steps=(1,), alone=2), folder,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from labelled_images import joined, labelled
 from tiny_vision import SIDE, tiny_pair
 from torch import Tensor
 
-from klas_hf import ImageTrainingConfig, StitchedSupernet, train_stitches
+from klas_hf import StitchedSupernet, TrainingConfig, train_stitches
 
 
 class Normalised:
@@ -61,8 +61,14 @@ def test_training_lowers_the_loss_of_the_paths(kind: str, options: dict[str, Any
     data = Normalised(kind)
     supernet = trained_supernet(kind, data)
     before, old = losses(supernet, data), copy.deepcopy(supernet)
-    settings = {"max_steps": 24, "per_device_batch_size": 16, "learning_rate": 5e-3} | options
-    result = train_stitches(supernet, data, ImageTrainingConfig(**settings))
+    settings: dict[str, Any] = {
+        "trainable": "full",
+        "gradient_accumulation_steps": 1,
+        "max_steps": 24,
+        "per_device_batch_size": 16,
+        "learning_rate": 5e-3,
+    } | options
+    result = train_stitches(supernet, data, TrainingConfig(**settings))
     assert result.steps == 24 and not supernet.training
     after, frozen = losses(supernet, data), options.get("trainable") == "stitch"
     assert [tensor.dtype for tensor in supernet.parameters()] == [tensor.dtype for tensor in old.parameters()]
@@ -81,8 +87,9 @@ def test_training_lowers_the_loss_of_the_paths(kind: str, options: dict[str, Any
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     data = Normalised(kind)
-    config = ImageTrainingConfig(
-        max_steps=6, per_device_batch_size=8, learning_rate=5e-3, save_steps=2, **options
+    config = TrainingConfig(
+        trainable="full", gradient_accumulation_steps=1, max_steps=6, per_device_batch_size=8, learning_rate=5e-3, save_steps=2,
+        **options
     )  # fmt: skip
     whole, parts = trained_supernet(kind, data), trained_supernet(kind, data)
     expected = train_stitches(whole, data, config)

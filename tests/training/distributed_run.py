@@ -37,7 +37,7 @@ def main() -> None:
         "losses": result.losses,
         "loss": evaluate(model, measured).metrics["loss"],
         "answers": generate_greedily(model, [[1, 5, 9], [1, 7], [1, 8, 8, 8, 3]], max_new_tokens=5, batch_size=1),
-        "r2": model.config.stitch_fit["r2"],
+        "r2": model.config.joint_fits[0]["r2"],
         "cross": scores.cross.tolist(),
         "gamma_error": scores.gamma_error.tolist(),
         "tokens": scores.tokens,

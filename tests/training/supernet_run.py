@@ -8,12 +8,12 @@ import torch
 from image_examples import ToyImages, tiny_resnet, toy_supernet
 from safetensors.torch import save_file
 
-from klas_hf import train_stitches
+from klas_hf import TrainingConfig, train_stitches
 from klas_hf.processes import process_state
-from klas_hf.training import ImageTrainingConfig
 
-CONFIG = ImageTrainingConfig(
-    max_steps=6, per_device_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, stitch_learning_rate=3e-2,
+CONFIG = TrainingConfig(
+    trainable="full", max_steps=6, per_device_batch_size=2, gradient_accumulation_steps=2,
+    learning_rate=1e-2, stitch_learning_rate=3e-2,
     weight_decay=0.1, warmup_ratio=0.0, max_grad_norm=1e9, mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], save_steps=3,
 )  # fmt: skip
 IMAGES = 13  # two steps an epoch; in the second, one process has fillers alone in its last forward
@@ -31,7 +31,10 @@ def main() -> None:
     losses = {"losses": torch.tensor(result.losses, dtype=torch.float64)}
     save_file({**drawn, **pixels, **losses, **model.state_dict()}, folder / f"supernet-{process}.safetensors")
     resnet = tiny_resnet()
-    train_stitches(resnet, ToyImages(14), ImageTrainingConfig(max_steps=3, per_device_batch_size=4, batch_norm="train"))
+    config = TrainingConfig(
+        trainable="full", gradient_accumulation_steps=1, max_steps=3, per_device_batch_size=4, batch_norm="train"
+    )
+    train_stitches(resnet, ToyImages(14), config)
     save_file(resnet.state_dict(), folder / f"resnet-{process}.safetensors")
 
 

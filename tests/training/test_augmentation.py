@@ -264,6 +264,8 @@ def test_any_batch_size(size: int, seed: int) -> None:
     ("settings_", "message"),
     [
         ({"crop_padding": -1}, "crop_padding=-1"),
+        ({"crop_scale": (0.5, 0.6, 0.7)}, "crop_scale=.*expected two"),
+        ({"randaugment": (2,)}, "randaugment=.*expected two"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
         ({"crop_scale": (0.9, 0.3)}, "crop_scale"),
         ({"crop_scale": (0.5, 1.5)}, "crop_scale"),

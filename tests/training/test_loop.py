@@ -14,9 +14,10 @@ from training_examples import anchors, examples, token_batch_list
 from transformers import PreTrainedModel
 
 from klas_hf import StitchedModel, TrainingConfig, TrainingDiverged, train_stitches
-from klas_hf.training import language, loop
+from klas_hf.training import loop, objectives
 from klas_hf.training.data import batches_of, collate
-from klas_hf.training.losses import cross_entropy_sum, distillation_sum, label_count
+from klas_hf.training.language import LanguageObjective
+from klas_hf.training.losses import cross_entropy_sum
 
 QUICK = TrainingConfig(
     trainable="full",
@@ -50,7 +51,7 @@ def assert_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
 
 def test_only_the_stitching_layer_learns(model: PreTrainedModel, stitched: PreTrainedModel) -> None:
     train_stitches(model, examples(), replace(QUICK, trainable="stitch"))
-    assert changed(model, stitched) == {"model.stitch.weight", "model.stitch.bias"}
+    assert changed(model, stitched) == {"model.joints.0.weight", "model.joints.0.bias"}
 
 
 @pytest.mark.parametrize("trainable", ["stitch", "lora", "full"])
@@ -66,17 +67,17 @@ def test_lora_learns_in_both_sides_and_is_merged(model: PreTrainedModel, stitche
     train_stitches(model, examples(), replace(QUICK, trainable="lora"))
     learned = changed(model, stitched)
     assert model.state_dict().keys() == stitched.state_dict().keys()
-    assert {"model.stitch.weight", "model.stitch.bias"} <= learned
-    for side in ("model.source.", "model.target."):
+    assert {"model.joints.0.weight", "model.joints.0.bias"} <= learned
+    for side in ("model.slices.0.", "model.slices.1."):
         assert any(name.startswith(side) for name in learned)
     assert not any("norm" in name or "embed" in name or "lm_head" in name for name in learned)
-    update = model.state_dict()["model.target.layers.0.mlp.up_proj.weight"].double()
-    update = update - stitched.state_dict()["model.target.layers.0.mlp.up_proj.weight"]
+    update = model.state_dict()["model.slices.1.layers.0.mlp.up_proj.weight"].double()
+    update = update - stitched.state_dict()["model.slices.1.layers.0.mlp.up_proj.weight"]
     assert torch.linalg.matrix_rank(update, rtol=1e-4) <= QUICK.lora_rank
 
 
 def test_full_training_lowers_the_loss_and_leaves_flags_and_mode(model: PreTrainedModel) -> None:
-    model.model.source.requires_grad_(False)
+    model.model.slices[0].requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     result = train_stitches(model, examples(), replace(QUICK, max_steps=25))
     assert sum(result.losses[-5:]) < 0.8 * sum(result.losses[:5])
@@ -149,7 +150,7 @@ def test_every_tensor_gets_its_dtype_back(trainable: str, precision: str) -> Non
 def test_the_stitching_layer_has_its_own_rate(model: PreTrainedModel, stitched: PreTrainedModel) -> None:
     rates = replace(QUICK, learning_rate=1e-30, stitch_learning_rate=1e-2, max_steps=3)
     train_stitches(model, examples(), rates)
-    assert changed(model, stitched) == {"model.stitch.weight", "model.stitch.bias"}
+    assert changed(model, stitched) == {"model.joints.0.weight", "model.joints.0.bias"}
 
 
 class Interrupt(Exception):
@@ -232,7 +233,7 @@ def test_nan_stops_and_keeps_the_last_checkpoint(model: PreTrainedModel, tmp_pat
     def poisoned(logits, labels):
         return cross_entropy_sum(logits, labels) * (float("nan") if next(seen) == 4 else 1.0)
 
-    monkeypatch.setattr(language, "cross_entropy_sum", poisoned)
+    monkeypatch.setattr(objectives, "cross_entropy_sum", poisoned)
     with pytest.raises(TrainingDiverged, match=r"nan.*finite.*learning rate"):
         train_stitches(model, examples(), QUICK, output_dir=tmp_path)
     (kept,) = tmp_path.iterdir()
@@ -258,17 +259,23 @@ def test_distillation_loss_is_the_mixture(stitched: PreTrainedModel) -> None:
     assert result.losses[0] == pytest.approx(float(0.75 * hard + 0.25 * 4 * expected.mean()), rel=1e-4)
 
 
-def test_losses_ignore_masked_labels() -> None:
-    logits, labels = torch.randn(2, 5, 7), torch.tensor([[1, -100, 3, 4, -100], [-100, -100, -100, 2, 2]])
+def test_losses_ignore_masked_labels(model: PreTrainedModel) -> None:
+    labels = torch.tensor([[1, -100, 3, 4, -100], [-100, -100, -100, 2, 2]])
+    batch = {"input_ids": torch.ones_like(labels), "attention_mask": torch.ones_like(labels), "labels": labels}
+    objective = LanguageObjective(model, examples(), QUICK, None)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"]).logits
+        found = objective.loss_sum(model, batch, (0, 0, 0))
     expected = sum(
         -logits[row, place].log_softmax(-1)[labels[row, place + 1]]
         for row in range(2)
         for place in range(4)
         if labels[row, place + 1] != -100
     )
-    assert float(cross_entropy_sum(logits, labels)) == pytest.approx(float(expected), rel=1e-5)
-    assert label_count(labels) == 4
-    assert float(distillation_sum(logits, logits, labels, 1.0)) == pytest.approx(0, abs=1e-5)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert objective.count(batch) == 4
+    batch["labels"] = torch.full_like(labels, -100)
+    assert objective.count(batch) == objective.loss_sum(model, batch, (0, 0, 0)) == 0
 
 
 def test_every_example_is_seen_once_an_epoch() -> None:

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_examples import ToyImages, changed, interrupted_after, toy_supernet
 
-from klas_hf import Stitch, train_stitches
-from klas_hf.training import ImageTrainingConfig
+from klas_hf import Augmentation, Stitch, TrainingConfig, train_stitches
 from klas_hf.training.paths import PathSampler
 
-QUICK = ImageTrainingConfig(
-    max_steps=6, per_device_batch_size=8, learning_rate=3e-3, weight_decay=0.0, warmup_ratio=0.0, save_steps=2,
+QUICK = TrainingConfig(
+    trainable="full", gradient_accumulation_steps=1, max_steps=6, per_device_batch_size=8,
+    learning_rate=3e-3, weight_decay=0.0, warmup_ratio=0.0, save_steps=2,
     mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25],
 )  # fmt: skip
 
@@ -64,7 +64,7 @@ def test_stochastic_depth_is_handed_on(rate: float | None, passed: float) -> Non
 
 def test_the_teacher_sees_the_same_pixels() -> None:
     model, teacher = toy_supernet(), toy_supernet(seed=3)
-    config = replace(QUICK, mixup=1.0, horizontal_flip=True, distillation_weight=0.5)
+    config = replace(QUICK, augmentation=Augmentation(mixup=1.0, horizontal_flip=True), distillation_weight=0.5)
     train_stitches(model, ToyImages(), config, teacher=teacher)
     assert len(model.seen) == len(teacher.seen) == 6
     for (_, pixels, _), (path, same, _) in zip(model.seen, teacher.seen, strict=True):
@@ -74,7 +74,7 @@ def test_the_teacher_sees_the_same_pixels() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mixup": 0.8},
+        {"augmentation": Augmentation(mixup=0.8)},
         {"sampling": "bucket", "drop_path": 0.3, "optimizer": "sgd"},
         {"low_rank_stitches": 2, "gradient_accumulation_steps": 2, "per_device_batch_size": 4},
     ],

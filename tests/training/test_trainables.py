@@ -7,7 +7,6 @@ from torch import nn
 from transformers import LevitConfig, LevitForImageClassification, SwinConfig, SwinForImageClassification
 
 from klas_hf import TrainingConfig
-from klas_hf.training import ImageTrainingConfig
 from klas_hf.training.trainables import (
     is_stitching,
     lora_config,
@@ -18,7 +17,7 @@ from klas_hf.training.trainables import (
 )
 
 
-def settings_of(model: nn.Module, config: ImageTrainingConfig) -> dict[str, tuple[float, float]]:
+def settings_of(model: nn.Module, config: TrainingConfig) -> dict[str, tuple[float, float]]:
     """Rate and decay of every parameter that an optimiser gets."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
@@ -29,7 +28,7 @@ def settings_of(model: nn.Module, config: ImageTrainingConfig) -> dict[str, tupl
 
 
 def test_swins_rates() -> None:
-    config = ImageTrainingConfig(learning_rate=1e-4, stitch_learning_rate=1e-3, weight_decay=0.05)
+    config = TrainingConfig(learning_rate=1e-4, stitch_learning_rate=1e-3, weight_decay=0.05)
     found = settings_of(toy_supernet(), config)
     assert found["stitches.a.weight"] == (1e-3, 0.05)
     assert found["stitches.a.bias"] == (1e-3, 0.0)
@@ -39,7 +38,7 @@ def test_swins_rates() -> None:
 
 
 def test_positions_tokens_and_offsets_do_not_decay() -> None:
-    config = ImageTrainingConfig(weight_decay=0.05)
+    config = TrainingConfig(weight_decay=0.05)
     vit = settings_of(tiny_vit(), config)
     assert {name.split(".")[-1] for name, (_, decay) in vit.items() if decay} == {"weight"}
     assert vit["vit.embeddings.position_embeddings"][1] == vit["vit.embeddings.cls_token"][1] == 0
@@ -57,9 +56,8 @@ def test_positions_tokens_and_offsets_do_not_decay() -> None:
 
 def test_the_optimiser_is_the_one_that_was_asked_for() -> None:
     model = tiny_vit()
-    sgd = optimizer_of(model, ImageTrainingConfig(optimizer="sgd", momentum=0.8))
+    sgd = optimizer_of(model, TrainingConfig(optimizer="sgd", momentum=0.8))
     assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["momentum"] == 0.8 and not sgd.defaults["nesterov"]
-    assert isinstance(optimizer_of(model, ImageTrainingConfig()), torch.optim.AdamW)
     assert isinstance(optimizer_of(model, TrainingConfig()), torch.optim.AdamW)
 
 
@@ -84,10 +82,10 @@ def test_a_stitching_layer_with_its_linear_layer_inside() -> None:
     model.stitch.projection = nn.Conv2d(4, 6, 1)
     model.stitch.shape = nn.Identity()
     assert list(stitching_layers(model)) == ["stitch.projection"]
-    with made_trainable(model, ImageTrainingConfig(trainable="stitch")) as trainable:
+    with made_trainable(model, TrainingConfig(trainable="stitch")) as trainable:
         learning = [name for name, parameter in trainable.named_parameters() if parameter.requires_grad]
     assert learning == ["stitch.projection.weight", "stitch.projection.bias"]
-    with made_trainable(model, ImageTrainingConfig(trainable="stitch", low_rank_stitches=2)) as trainable:
+    with made_trainable(model, TrainingConfig(trainable="stitch", low_rank_stitches=2)) as trainable:
         learning = {name: p.shape for name, p in trainable.named_parameters() if p.requires_grad}
     assert [tuple(shape) for shape in learning.values()] == [(2, 4, 1, 1), (6, 2, 1, 1)]
     assert all("stitch.projection.lora" in name for name in learning)
@@ -96,7 +94,7 @@ def test_a_stitching_layer_with_its_linear_layer_inside() -> None:
 
 def test_a_low_rank_update_is_the_product_of_its_factors() -> None:
     model, before = toy_supernet(), toy_supernet()
-    with made_trainable(model, ImageTrainingConfig(low_rank_stitches=3, lora_alpha=50)) as trainable:
+    with made_trainable(model, TrainingConfig(trainable="full", low_rank_stitches=3, lora_alpha=50)) as trainable:
         factors = {n: p for n, p in trainable.named_parameters() if ".a.lora_" in n}
         for parameter in factors.values():
             torch.nn.init.normal_(parameter)
@@ -107,9 +105,9 @@ def test_a_low_rank_update_is_the_product_of_its_factors() -> None:
 
 def test_lora_of_convolutions() -> None:
     model = tiny_resnet()
-    targets = set(lora_config(model, ImageTrainingConfig(trainable="lora")).target_modules)
+    targets = set(lora_config(model, TrainingConfig(trainable="lora")).target_modules)
     assert targets == {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     grouped = nn.Conv2d(4, 4, 3, groups=4)
     model.resnet.embedder.embedder.convolution = grouped  # a rank need not divide by the groups
-    left = set(lora_config(model, ImageTrainingConfig(trainable="lora")).target_modules)
+    left = set(lora_config(model, TrainingConfig(trainable="lora")).target_modules)
     assert targets - left == {"resnet.embedder.embedder.convolution"}
