@@ -5,8 +5,9 @@ code with the package: the lists of blocks here are found in the modules, not fr
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.levit.modeling_levit import LevitAttention, LevitAttentionSubsample
 
-from klas_hf import StitchedForImageClassification, StitchedModel
+from klas_hf import Stitch, StitchedForImageClassification, StitchedModel
+from klas_hf.paths import Path
 
 CLASSES = 5
 LABELS = {number: name for number, name in enumerate(["ant", "bee", "cat", "dog", "elk"])}
@@ -139,7 +141,7 @@ def values(tensor: Tensor) -> tuple[float, ...]:
     return tuple(tensor.double().flatten().tolist())
 
 
-def tensors_in(folder: Path) -> dict[str, Tensor]:
+def tensors_in(folder: FilePath) -> dict[str, Tensor]:
     """All tensors of a saved model, by their names in its files."""
     found = {}
     for path in folder.glob("*.safetensors"):
@@ -272,7 +274,6 @@ def as_rows(model: PreTrainedModel, hidden: Tensor, *, bare: bool) -> Tensor:
     return hidden[:, PREFIX.get(model.config.model_type, 0) :] if bare else hidden
 
 
-@torch.no_grad()
 def reference_logits(
     source: PreTrainedModel,
     target: PreTrainedModel,
@@ -281,28 +282,98 @@ def reference_logits(
     bias: Tensor | None,
     pixels: Tensor,
 ) -> Tensor:
-    """What the stitched model should give, from hooks on the two whole anchors: `(batch, labels)`.
+    """What the stitched model of two anchors should give: `path_logits` for two slices."""
+    return path_logits([source, target], Stitch(*stitch).path, [(weight, bias)], pixels)
 
-    Both run in full, but the input of the target's block j + 1 is replaced by the mapped output of the source's
-    block i.
+
+@torch.no_grad()
+def path_logits(
+    anchors: Sequence[PreTrainedModel],
+    path: Path,
+    maps: Sequence[tuple[Tensor, Tensor | None]],
+    pixels: Tensor,
+) -> Tensor:
+    """What a path should give, from hooks on the whole anchors: `(batch, labels)`.
+
+    Every slice is a forward of its whole anchor, in which what enters its first block (or the head) is replaced by the
+    mapped output of the slice before.
     """
-    hidden = outputs(source, pixels)[0][stitch[0]]
-    weight = weight.flatten(1)
+    return path_outputs(anchors, path, maps, pixels)[1]
 
-    def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        name = None if args else "hidden_states"
-        old = kwargs[name] if name else args[0]
-        rows = as_rows(source, hidden, bare=target.config.model_type not in PREFIX) @ weight.T
-        rows = rows if bias is None else rows + bias
-        new = rows.transpose(1, 2).reshape(old.shape) if old.ndim == 4 else rows
-        assert new.shape == old.shape
-        return (args, kwargs | {name: new}) if name else ((new, *args[1:]), kwargs)
 
-    handle = blocks(target)[stitch[1]][0].register_forward_pre_hook(replace, with_kwargs=True)
-    try:
-        return target(pixels).logits
-    finally:
-        handle.remove()
+@torch.no_grad()
+def path_outputs(
+    anchors: Sequence[PreTrainedModel],
+    path: Path,
+    maps: Sequence[tuple[Tensor, Tensor | None]],
+    pixels: Tensor,
+) -> tuple[list[Tensor], Tensor]:
+    """What leaves every slice, and the logits, as in `path_logits`; where there are fewer maps, so many slices run."""
+    bounds = path.bounds([len(blocks(anchor)) for anchor in anchors])[: len(maps) + 1]
+    left: list[Tensor] = []
+    logits = pixels
+    for number, (place, start, stop) in enumerate(bounds):
+        anchor, handles = anchors[place], []
+        if number:
+            entry = partial(_mapped, anchors[bounds[number - 1][0]], anchor, left[-1], *maps[number - 1])
+            if start < len(blocks(anchor)):
+                first = blocks(anchor)[start][0]
+                handles.append(first.register_forward_pre_hook(partial(_replace_input, entry), with_kwargs=True))
+            else:
+                handles.append(blocks(anchor)[-1][-1].register_forward_hook(partial(_replace_output, entry)))
+        try:
+            hidden, logits = outputs(anchor, pixels)
+        finally:
+            for handle in handles:
+                handle.remove()
+        left.append(hidden[stop])
+    return left, logits
+
+
+def _mapped(
+    source: PreTrainedModel, target: PreTrainedModel, hidden: Tensor, weight: Tensor, bias: Tensor | None, old: Tensor
+) -> Tensor:
+    rows = as_rows(source, hidden, bare=target.config.model_type not in PREFIX) @ weight.flatten(1).T
+    rows = rows if bias is None else rows + bias
+    new = rows.transpose(1, 2).reshape(old.shape) if old.ndim == 4 else rows
+    assert new.shape == old.shape
+    return new
+
+
+def _replace_input(
+    entry: Callable[[Tensor], Tensor], module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    if not args:
+        return args, kwargs | {"hidden_states": entry(kwargs["hidden_states"])}
+    return (entry(args[0]), *args[1:]), kwargs
+
+
+def _replace_output(entry: Callable[[Tensor], Tensor], module: nn.Module, args: tuple, output: Any) -> Any:
+    return (entry(output[0]), *output[1:]) if isinstance(output, tuple) else entry(output)
+
+
+def sample_paths(anchors: Sequence[PreTrainedModel], pixels: Tensor) -> list[Path]:
+    """Paths of one slice, of three and more of two anchors, with blocks repeated, and with an empty last slice."""
+    small, large = anchors
+    depths = len(blocks(small)), len(blocks(large))
+    across, back = possible(small, large, pixels), possible(large, small, pixels)
+    found = ["1[:]", f"1[:{depths[1]}] 1[{depths[1]}:]", f"0[:{depths[0]}] 1[{depths[1]}:]"]
+    for i, j in across[:: max(len(across) // 2, 1)]:
+        # on in the large anchor for a block, and over one of it or back to it again
+        if j + 1 < depths[1]:
+            onward = [n for n in range(depths[1] + 1) if possible_at(large, pixels, j + 1, n)]
+            found += [f"0[:{i}] 1[{j}:{j + 1}] 1[{onward[0]}:]", f"0[:{i}] 1[{j}:{j + 1}] 1[{onward[-1]}:]"]
+        found += [f"1[:{k}] 0[{start}:{i}] 1[{j}:]" for k, start in back if start < i][:2]
+    late = [stitch for stitch in across if stitch[0] == depths[0]]
+    if back and late:  # in the first stage, and in the last
+        found.append(f"1[:{back[0][0]}] 0[{back[0][1]}:{depths[0]}] 1[{late[-1][1]}:]")
+    return [Path.parse(text) for text in dict.fromkeys(found)]
+
+
+def possible_at(model: PreTrainedModel, pixels: Tensor, one: int, other: int) -> bool:
+    """Whether the outputs of two blocks of a model lie on one grid."""
+    hidden, _ = outputs(model, pixels[:1])
+    return grid(model, hidden[one]) == grid(model, hidden[other])
 
 
 def randomise_stitch(layer: nn.Module, seed: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -327,6 +398,21 @@ def tiny_stitched(
     for number, layer in enumerate(model.stitching_layers()):
         randomise_stitch(layer, number)
     return model
+
+
+def tiny_path(anchors: Sequence[PreTrainedModel], path: Path | str, **options: Any) -> StitchedForImageClassification:
+    """The model of a path through tiny anchors, with random stitching layers of sound scale."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the stitching layer is random")
+        model = StitchedModel.from_path(anchors, path, **options)
+    for number, layer in enumerate(model.stitching_layers()):
+        randomise_stitch(layer, number)
+    return model
+
+
+def maps_of(model: StitchedForImageClassification) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of every stitching layer."""
+    return [(layer.weight.detach(), layer.bias.detach()) for layer in model.stitching_layers()]
 
 
 def apply_block(model: PreTrainedModel, block: list[nn.Module], hidden: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Costs of image classifiers, stitched or not."""
 
 import json
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.costs.counting import Cost, macs_by_module, parameter_count
+from klas_hf.costs.paths import AnchorCosts
 from klas_hf.models import StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import dropped_prefix
 from klas_hf.models.vision_kinds import vision_kind
@@ -41,14 +41,14 @@ def classifier_stitch_costs(
         size: (height, width) of the image.
         positions: of the two anchors among several.
     """
-    first, last = _Parts.of(source, size), _Parts.of(target, size)
     dropped_prefix(vision_kind(source), vision_kind(target))
-    outputs, inputs = first.shapes[1:], last.shapes[:-1]
+    first, last = anchor_costs(source, size), anchor_costs(target, size)
+    outputs, inputs = trace(source, size)[1:], trace(target, size)[:-1]
     # A stitch runs at every position, class tokens included where both sides have them.
     prefix = vision_kind(target).prefix_tokens
     area = np.array([shape.height * shape.width + prefix for shape in outputs])[:, None]
-    widths = np.outer([shape.channels for shape in outputs], [shape.channels for shape in inputs])
-    bias = np.array([shape.channels for shape in inputs])[None, :]
+    widths = np.outer(first.widths[1:], last.widths[:-1])
+    bias = np.array(last.widths[:-1])[None, :]
     return StitchCosts(
         tokens=0,
         source_blocks=np.array(first.block_macs, dtype=np.int64),
@@ -64,7 +64,7 @@ def classifier_stitch_costs(
         source=positions[0],
         target=positions[1],
         source_stages=np.array([shape.stage for shape in outputs]),
-        target_stages=np.array([shape.stage for shape in last.shapes[1:]]),
+        target_stages=np.array([shape.stage for shape in trace(target, size)[1:]]),
         allowed=_equal_grids(outputs, inputs),
         image_height=size[0],
         image_width=size[1],
@@ -75,45 +75,34 @@ def _equal_grids(outputs: tuple[FeatureShape, ...], inputs: tuple[FeatureShape, 
     return np.array([[one.grid == other.grid for other in inputs] for one in outputs])
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """One anchor, taken apart: embedding, blocks, head."""
+def anchor_costs(config: PreTrainedConfig, size: tuple[int, int]) -> AnchorCosts:
+    """Costs of an image classifier's parts, for one image of (height, width), from one counted forward.
 
-    shapes: tuple[FeatureShape, ...]
-    block_macs: list[int]
-    embed_macs: int
-    head_macs: int
-    block_parameters: list[int]
-    embed_parameters: int
-    head_parameters: int
+    Raises:
+        ValueError: its kind is unknown.
+    """
+    shapes = trace(config, size)
+    kind, model = vision_kind(config), _on_meta(config)
+    by_module = _macs_by_module(model, config.num_channels, size)
+    blocks = kind.blocks(config)
 
-    @property
-    def total_macs(self) -> int:
-        return self.embed_macs + sum(self.block_macs) + self.head_macs
+    def macs(names: tuple[str, ...]) -> int:
+        return sum(by_module[module] for name in names for module in model.get_submodule(name).modules())
 
-    @classmethod
-    def of(cls, config: PreTrainedConfig, size: tuple[int, int]) -> "_Parts":
-        shapes = trace(config, size)
-        kind, model = vision_kind(config), _on_meta(config)
-        by_module = _macs_by_module(model, config.num_channels, size)
-        blocks = kind.blocks(config)
+    def parameters(names: tuple[str, ...]) -> int:
+        return sum(parameter_count(model.get_submodule(name)) for name in names)
 
-        def macs(names: tuple[str, ...]) -> int:
-            return sum(by_module[module] for name in names for module in model.get_submodule(name).modules())
-
-        def parameters(names: tuple[str, ...]) -> int:
-            return sum(parameter_count(model.get_submodule(name)) for name in names)
-
-        head = tuple(name for name in kind.head if _has(model, name))
-        return cls(
-            shapes=shapes,
-            block_macs=[macs(block.modules) for block in blocks],
-            embed_macs=macs(kind.embed),
-            head_macs=macs(head),
-            block_parameters=[parameters(block.modules) for block in blocks],
-            embed_parameters=parameters(kind.embed),
-            head_parameters=parameters(head),
-        )
+    head = tuple(name for name in kind.head if _has(model, name))
+    return AnchorCosts(
+        embed_macs=macs(kind.embed),
+        block_macs=[macs(block.modules) for block in blocks],
+        head_macs=macs(head),
+        embed_parameters=parameters(kind.embed),
+        block_parameters=[parameters(block.modules) for block in blocks],
+        head_parameters=parameters(head),
+        widths=[shape.channels for shape in shapes],
+        positions=[shape.height * shape.width + kind.prefix_tokens for shape in shapes],
+    )
 
 
 def _has(model: nn.Module, name: str) -> bool:

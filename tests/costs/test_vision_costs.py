@@ -1,5 +1,7 @@
 """Costs of image classifiers against published figures, counts by hooks, and the models themselves."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,11 @@ from tiny_vision import (
     images,
     outputs,
     possible,
+    sample_paths,
     tiny_classifier,
     tiny_config,
     tiny_pair,
+    tiny_path,
     tiny_stitched,
 )
 from torch import Tensor, nn
@@ -31,6 +35,8 @@ from transformers import (
 from transformers.models.levit.modeling_levit import LevitAttention, LevitAttentionSubsample
 
 from klas_hf import Stitch, measure_costs, measure_stitch_costs
+from klas_hf.costs.vision import anchor_costs
+from klas_hf.paths import Path
 from klas_hf.stitching.images import stitched_vision_config
 
 
@@ -320,3 +326,54 @@ def test_class_tokens_are_stitched_where_both_have_them() -> None:
         i, j = possible(source, target, images("vit"))[0]
         widths = 16 * (24 if kinds[1] == "swin" else 24)
         assert costs.stitch[i - 1, j] == (16 + PREFIX.get(kinds[1], 0)) * widths
+
+
+# ---- paths
+
+
+def counted_path(anchors: list[PreTrainedModel], path: Path, pixels: Tensor) -> tuple[int, int]:
+    """MACs and parameters of a path, from what hooks count in the whole anchors."""
+    counts = [macs_by_hooks(anchor, pixels) for anchor in anchors]
+    hidden = [outputs(anchor, pixels)[0] for anchor in anchors]
+    bounds = path.bounds([len(blocks(anchor)) for anchor in anchors])
+    first, last = anchors[bounds[0][0]], anchors[bounds[-1][0]]
+    tails = [module for block in blocks(last) for module in block] + [embedding(last)]
+    macs = counted(first, counts[bounds[0][0]], [embedding(first)])
+    macs += sum(counts[bounds[-1][0]].values()) - counted(last, counts[bounds[-1][0]], tails)
+    parameters = size([embedding(first)]) + size([last]) - size(tails)
+    for place, start, stop in bounds:
+        used = [module for block in blocks(anchors[place])[start:stop] for module in block]
+        macs, parameters = macs + counted(anchors[place], counts[place], used), parameters + size(used)
+    for (left, _, stop), (right, start, _) in pairwise(bounds):
+        x, y = hidden[left][stop], hidden[right][start]
+        positions = y[0, 0].numel() if y.ndim == 4 else y.shape[1]
+        widths = [one.shape[1 if one.ndim == 4 else -1] for one in (x, y)]
+        macs, parameters = macs + positions * widths[0] * widths[1], parameters + (widths[0] + 1) * widths[1]
+    return macs, parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_of_paths_are_those_of_their_parts_and_of_the_models(kind: str) -> None:
+    anchors = list(tiny_pair(kind))
+    for path in sample_paths(anchors, images(kind)):
+        expected = counted_path(anchors, path, images(kind, 1))
+        model = tiny_path(anchors, path, image_size=SIDE[kind])
+        cost = measure_costs(model)
+        assert (cost.macs, cost.parameters) == expected == (cost.macs, model.num_parameters())
+        assert measure_costs(model.config) == cost
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_of_an_anchors_parts_are_those_of_its_layers(kind: str) -> None:
+    model = tiny_classifier(kind, large=True)
+    found = anchor_costs(model.config, (SIDE[kind], SIDE[kind]))
+    counts = macs_by_hooks(model, images(kind, 1))
+    assert found.block_macs == [counted(model, counts, block) for block in blocks(model)]
+    assert found.block_parameters == [size(block) for block in blocks(model)]
+    assert found.embed_macs == counted(model, counts, [embedding(model)])
+    assert found.embed_parameters == size([embedding(model)])
+    assert found.total_macs == sum(counts.values())
+    assert found.embed_parameters + sum(found.block_parameters) + found.head_parameters == model.num_parameters()
+    hidden = outputs(model, images(kind, 1))[0]
+    assert found.widths == [one.shape[1 if one.ndim == 4 else -1] for one in hidden]
+    assert found.positions == [one[0, 0].numel() if one.ndim == 4 else one.shape[1] for one in hidden]

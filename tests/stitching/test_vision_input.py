@@ -39,7 +39,7 @@ def tiny_llama() -> LlamaForCausalLM:
         (
             (4, 0),
             ValueError,
-            r"path 0\[:4\] 1\[:\], out of range: 0\[:4\] of an anchor of 3 blocks; expected .* up to 3",
+            r"path 0\[:4\] 1\[:\], out of range: 0\[:4\] of an anchor of 3 blocks; expected",
         ),
         ((3, 5), ValueError, r"out of range: 1\[5:\] of an anchor of 4 blocks"),
         ((0, 1), ValueError, "source_stop >= 1"),
