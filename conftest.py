@@ -67,7 +67,7 @@ class _Pictures:
 
 
 def _data() -> dict[str, Any]:
-    """Token ids `(4, 16)` in four batches, the first eight lines to train on; images `(4, 3, 16, 16)` in five, likewise."""
+    """Four batches of token ids `(4, 16)`, five of images `(4, 3, 16, 16)`; of each the first eight to train on."""
     torch.manual_seed(1)
     batches = []
     for _ in range(4):
