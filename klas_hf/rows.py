@@ -104,10 +104,17 @@ class ResultRow:
 
 
 def by_model(rows: Iterable[ResultRow]) -> list[list[ResultRow]]:
-    """Rows in groups of one model each, in the order they come: its seeds, a row that several rules share once."""
-    groups: dict[tuple[str, int, str], dict[str, ResultRow]] = {}
+    """Rows in groups of one model each, in the order they come: its seeds, a row that several rules share once.
+
+    Rows that agree in all but the weights they were made from, and in the seed too, are of different models.
+    """
+    groups: dict[tuple[Any, int], dict[str, ResultRow]] = {}
+    alike: dict[tuple[Any, int], list[str]] = {}
     for row in rows:
-        groups.setdefault(row.model, {})[row.measurement] = row
+        of_seed = alike.setdefault((row.model, row.seed), [])
+        if row.measurement not in of_seed:
+            of_seed.append(row.measurement)
+        groups.setdefault((row.model, of_seed.index(row.measurement)), {})[row.measurement] = row
     return [list(group.values()) for group in groups.values()]
 
 
@@ -268,13 +275,13 @@ def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: 
         | klas | 0[:8] 1[14:] | 0.03         | 2.5    | 50%       | 3.5000 ± 0.5000 |
     """
     rows = list(rows)
-    groups: dict[tuple[Any, ...], list[ResultRow]] = {}
-    for row in rows:
-        groups.setdefault((row.macs, row.rule, row.model), []).append(row)
     share = ["of target"] if total_macs else []
     lines = [["rule", "path", "M parameters", "M MACs", *share, *metrics]]
     unfair = bool(untuned_beside_tuned(rows))
-    for (macs, rule, _), group in sorted(groups.items(), key=lambda item: item[0][:2]):
+    by_rule = {row.rule: [other for other in rows if other.rule == row.rule] for row in rows}
+    groups = [group for of_rule in by_rule.values() for group in by_model(of_rule)]
+    for group in sorted(groups, key=lambda group: (group[0].macs, group[0].rule)):
+        rule, macs = group[0].rule, group[0].macs
         cells = [
             f"{rule} (not tuned)" if unfair and group[0].training is None else rule,
             str(group[0].path or "–"),

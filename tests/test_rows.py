@@ -295,6 +295,9 @@ def test_rows_of_one_model_are_those_of_its_seeds() -> None:
     longer = dataclasses.replace(seeds[0], training={"steps": 8, "seed": 0})
     other = dataclasses.replace(seeds[0], path="1[:1] 1[2:]")
     assert by_model([seeds[0], other, shared, longer, seeds[1]]) == [[shared, seeds[1]], [other], [longer]]
+    again = [dataclasses.replace(one, made_from=["another"]) for one in seeds]  # the same of other weights
+    assert by_model([*seeds, *again]) == [seeds, again]
+    assert format_table([*seeds, *again], ["q"]).count("0.5000 ± 0.5000") == 2
 
 
 def test_means_have_the_standard_error_of_scipy() -> None:

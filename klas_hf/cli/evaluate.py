@@ -1,6 +1,5 @@
 """`klas-hf evaluate`: loss on text or accuracy on images, with costs, of stitched models and anchors; rows as JSONL."""
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from klas_hf.costs import measure_costs
 from klas_hf.evaluation import evaluate
 from klas_hf.models import StitchedConfig, StitchedVisionConfig
 from klas_hf.processes import process_state
-from klas_hf.rows import ResultRow, RowFile, format_table
+from klas_hf.rows import ResultRow, RowFile, format_table, untuned_beside_tuned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ def run(options: EvaluateOptions) -> int:
     for folder in options.folders:
         model = load_model(folder)
         row = _identity(options, folder, model, anchors)
-        known = _known([*done, *(rows or [])], row)
+        known = next((one for one in [*done, *(rows or [])] if _same(one, row)), None)
         if known is None:
             material = images or load_material(options, [folder], options.split)
             measured = evaluate(model, material.batches)
@@ -55,7 +54,7 @@ def run(options: EvaluateOptions) -> int:
     if options.json:
         say_json([asdict(row) for row in done])
     else:
-        say(format_table(done, list(done[0].metrics)))
+        say(format_table(done, list(done[0].metrics)) + _fair(done, options))
     return 0
 
 
@@ -65,12 +64,14 @@ def _shared(options: EvaluateOptions) -> dict[str, Any]:
     return {"command": "evaluate"} | {name: getattr(options, name) for name in names}
 
 
-def _anchors(folders: list[str]) -> dict[str, str]:
-    """Anchor → "source" or "target", of all stitched models among the folders."""
-    roles: dict[str, str] = {}
+def _anchors(folders: list[str]) -> dict[str, tuple[str, str]]:
+    """Anchor → its rule, "source" or "target", and its path, of all stitched models among the folders."""
+    roles: dict[str, tuple[str, str]] = {}
     for config in map(anchor_config, folders):
         if isinstance(config, StitchedConfig | StitchedVisionConfig):
-            roles |= {_place(config.source_name): "source", _place(config.target_name): "target"}
+            names = config.anchor_names or []
+            rules = ["source", *(f"anchor {place}" for place in range(1, len(names) - 1)), "target"]
+            roles |= {_place(name): (rule, f"{k}[:]") for k, (name, rule) in enumerate(zip(names, rules, strict=False))}
     return roles
 
 
@@ -79,34 +80,39 @@ def _place(name: str | None) -> str:
     return str(Path(name).resolve()) if name and Path(name).exists() else str(name)
 
 
-def _identity(options: EvaluateOptions, folder: str, model: PreTrainedModel, anchors: dict[str, str]) -> ResultRow:
+def _identity(
+    options: EvaluateOptions, folder: str, model: PreTrainedModel, anchors: dict[str, tuple[str, str]]
+) -> ResultRow:
     """The row of a model, still without metrics.
 
     A stitched model stands under the options' rule; its anchors as source and target; another model under its name.
     """
     cost = measure_costs(model, tokens=options.length)
-    details = {"folder": folder, "fingerprint": fingerprint(model), "kv_bytes_per_token": cost.kv_bytes_per_token}
-    rule, stitch = anchors.get(_place(folder), Path(folder).name), None
+    rule, path = anchors.get(_place(folder), (Path(folder).name, None))
     if isinstance(model.config, StitchedConfig | StitchedVisionConfig):
-        rule, stitch = options.rule, (model.config.source_stop, model.config.target_start)
-    return ResultRow(rule, stitch, 0, cost.macs, cost.parameters, {}, details)
+        rule, path = options.rule, model.config.path
+    return ResultRow(
+        rule, path, 0, cost.macs, cost.parameters, {},
+        {"folder": folder, "kv_bytes_per_token": cost.kv_bytes_per_token},
+        training=model.config.to_dict().get("training"), made_from=[fingerprint(model)],
+    )  # fmt: skip
 
 
-def _known(rows: Iterable[ResultRow], row: ResultRow) -> ResultRow | None:
-    """The same model's row, if it is there.
+def _same(one: ResultRow, other: ResultRow) -> bool:
+    """Whether two rows are of one model and rule."""
+    return (one.rule, one.measurement) == (other.rule, other.measurement)
 
-    Raises:
-        ValueError: another model's row is there under the same rule and stitch.
-    """
-    found = next((one for one in rows if one.key == row.key), None)
-    if found is not None and found.details["fingerprint"] != row.details["fingerprint"]:
-        what = "no stitch" if row.stitch is None else f"the stitch {row.stitch}"
-        raise ValueError(
-            f"got {row.details['folder']}, but {found.details['folder']}, of other weights, already has the row of the "
-            f"rule {row.rule!r} with {what}; expected one model for each. Measure this one apart with --rule, or into "
-            "another file"
-        )
-    return found
+
+def _fair(rows: list[ResultRow], options: EvaluateOptions) -> str:
+    """What to do about anchors that were not fine-tuned beside models that were; empty where all are alike."""
+    folders = [row.details["folder"] for row in untuned_beside_tuned(rows)]
+    commands = [f"  klas-hf train {one} --data {options.data} --output {Path(one).name}-tuned" for one in folders]
+    if not commands:
+        return ""
+    return (
+        "\nNot a fair comparison: models above were fine-tuned, anchors were not. Fine-tune these the same way, with "
+        "the settings and data of the others, and evaluate what comes out beside them:\n" + "\n".join(commands)
+    )
 
 
 COMMAND = Command("Measure models: loss on text (nats per token), accuracy on images, and costs.", EvaluateOptions, run)

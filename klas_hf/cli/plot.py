@@ -1,6 +1,5 @@
 """`klas-hf plot`: the heatmap of a file of scores, or the trade-off curves of a file of rows, as PNG and SVG."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,8 +7,8 @@ from klas_hf import plotting
 from klas_hf.cli.output import OVERWRITE, check_output, say
 from klas_hf.cli.parsing import Command, flag, positional
 from klas_hf.cli.select import load_scores
-from klas_hf.curves.tradeoff import TradeoffCurve, plot_curves
-from klas_hf.rows import ResultRow, RowFile
+from klas_hf.curves.tradeoff import curves_by_rule, plot_curves
+from klas_hf.rows import read_rows
 from klas_hf.scores.values import StitchScores
 
 
@@ -31,29 +30,10 @@ def run(options: PlotOptions) -> int:
     if Path(options.file).suffix == ".safetensors":
         _heatmap(load_scores(options.file), stem)
     else:
-        _curves(read_rows(options.file), options.metric, stem)
+        rows = read_rows(options.file)
+        plot_curves(curves_by_rule(rows, options.metric or next(iter(rows[0].metrics))), path=stem)
     say(f"Made {stem}.png and {stem}.svg")
     return 0
-
-
-def read_rows(path: str | Path) -> list[ResultRow]:
-    """The rows of any run.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no file of rows, or one without any.
-    """
-    with open(path, encoding="utf-8") as file:
-        try:
-            run = json.loads(file.readline())["run"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"got {path}, whose first line has no run settings; expected scores.safetensors or rows.jsonl"
-            ) from error
-    rows = list(RowFile(path, run))
-    if not rows:
-        raise ValueError(f"got {path} without a row; expected at least one measured model")
-    return rows
 
 
 def _heatmap(scores: StitchScores, stem: Path) -> None:
@@ -62,18 +42,6 @@ def _heatmap(scores: StitchScores, stem: Path) -> None:
         scores.plot(stem)
     else:
         plotting.heatmaps({scores.score: scores.values[:, 1:]}, "target block j", "source block i", stem)
-
-
-def _curves(rows: list[ResultRow], metric: str | None, stem: Path) -> None:
-    """One curve per rule, from the source to the target where both were measured."""
-    metric = metric or next(iter(rows[0].metrics))
-    anchors = [row for row in rows if row.stitch is None]
-    rules = dict.fromkeys(row.rule for row in rows if row.stitch is not None)
-    curves = [
-        TradeoffCurve([*anchors, *(row for row in rows if row.rule == rule and row.stitch)], metric, label=rule)
-        for rule in rules
-    ]
-    plot_curves(curves or [TradeoffCurve(anchors, metric, label="anchors")], path=stem)
 
 
 COMMAND = Command("Draw the heatmap of scores, or quality against MACs of measured models.", PlotOptions, run)

@@ -1,6 +1,6 @@
 """Trade-off curves: quality against cost, its area, its Pareto front, and how well a score foretells it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -152,13 +152,20 @@ def common_interval(curves: Sequence[TradeoffCurve]) -> tuple[float, float]:
     return low, high
 
 
-def plot_curves(curves: Sequence[TradeoffCurve], *, title: str = "", path: str | Path | None = None) -> "Figure":
+def plot_curves(
+    curves: Sequence[TradeoffCurve],
+    *,
+    points: Mapping[str, Sequence[MeasuredModel]] | None = None,
+    title: str = "",
+    path: str | Path | None = None,
+) -> "Figure":
     """Several curves in one figure, quality against millions of MACs.
 
     Anchors that were not fine-tuned are marked where other models were.
 
     Args:
         curves: at least one; each is named by its label, or else by its metric.
+        points: name → models that are marked; None marks none.
         title: above the figure.
         path: where PNG and SVG are written, whatever its suffix; None writes nothing.
 
@@ -178,10 +185,12 @@ def plot_curves(curves: Sequence[TradeoffCurve], *, title: str = "", path: str |
         raise ValueError("got no curves to plot; expected at least one TradeoffCurve")
     series = [plotting.Series(c.label or c.metric, list(c.macs / 1e6), list(c.values)) for c in curves]
     untuned = untuned_beside_tuned(row for curve in curves for row in curve.rows)
+    marked = dict(points or {})
     if untuned:
-        models = measured_models(untuned, curves[0].metric)
+        marked["anchors, not tuned"] = measured_models(untuned, curves[0].metric)
+    for name, models in marked.items():
         macs, values = [model.macs / 1e6 for model in models], [model.value for model in models]
-        series.append(plotting.Series("anchors, not tuned", macs, values, line=False))
+        series.append(plotting.Series(name, macs, values, line=False))
     return plotting.lines(series, "MACs (millions)", curves[0].metric, title, path)
 
 

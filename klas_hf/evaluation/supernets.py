@@ -73,7 +73,7 @@ def evaluate_supernet(
         for path, measured in zip(group, found, strict=True):
             row = replace(wanted[path], metrics=dict(measured.metrics), details=dict(measured.details))
             rows.append(row, to_disk=process_state().is_main_process)
-    return [found for row in wanted.values() if (found := rows.find(row)) is not None]
+    return [there for row in wanted.values() if (there := rows.find(row)) is not None]
 
 
 def _measured(

@@ -1,35 +1,31 @@
 """Measured rows on a model card: the model-index of the Hub, a table, and the curve as a picture."""
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
+from pathlib import Path as File
 from statistics import fmean
 
 from huggingface_hub import EvalResult
 
-from klas_hf import plotting
-from klas_hf.curves.tradeoff import TradeoffCurve
-from klas_hf.paths import Stitch
-from klas_hf.rows import ResultRow, format_table
+from klas_hf.curves.tradeoff import curves_by_rule, measured_models, plot_curves
+from klas_hf.paths import Path
+from klas_hf.rows import AnyPath, ResultRow, by_model, format_table
 
 
-def own_rows(rows: Sequence[ResultRow], stitches: Collection[Stitch]) -> dict[Stitch, list[ResultRow]]:
-    """The rows that measured a model with these stitches: those of each stitch, a row that several rules share once.
+def own_rows(rows: Sequence[ResultRow], paths: Collection[AnyPath]) -> dict[str, list[ResultRow]]:
+    """The rows that measured a model of these paths: those of each path, a row that several rules share once.
 
     Raises:
         ValueError: there are none.
     """
-    found: dict[Stitch, dict[int, ResultRow]] = {}
-    for row in rows:
-        for stitch in stitches:
-            if row.is_of(stitch):
-                found.setdefault(stitch, {})[row.seed] = row
-    if not found:
-        there = sorted({str(row.stitch) for row in rows if row.stitch is not None})
+    names = [str(Path.of(path)) for path in paths]
+    found = {name: [row for row in rows if row.path == name] for name in names}
+    if not any(found.values()):
+        there = sorted({str(row.path) for row in rows if row.joints})
         raise ValueError(
-            f"got rows of the stitches {', '.join(there) or '(none)'}; expected some of this model's own, "
-            f"{', '.join(map(str, sorted(stitches)[:5]))}. Pass the rows of the run that measured it"
+            f"got rows of the paths {', '.join(there) or '(none)'}; expected some of this model's own, "
+            f"{', '.join(names[:5])}. Pass the rows of the run that measured it"
         )
-    return {stitch: list(by_seed.values()) for stitch, by_seed in sorted(found.items())}
+    return {name: [row for group in by_model(of_path) for row in group] for name, of_path in found.items() if of_path}
 
 
 def metrics_of(rows: Sequence[ResultRow]) -> list[str]:
@@ -45,10 +41,10 @@ def metrics_of(rows: Sequence[ResultRow]) -> list[str]:
 
 
 def eval_results(
-    rows: Sequence[ResultRow], stitches: Collection[Stitch], task: str, dataset: str, split: str | None
+    rows: Sequence[ResultRow], paths: Collection[AnyPath], task: str, dataset: str, split: str | None
 ) -> list[EvalResult]:
     """The model's own figures, means over seeds, as the Hub's model-index has them."""
-    own = own_rows(rows, stitches)
+    own = own_rows(rows, paths)
     return [
         EvalResult(
             task_type=task,
@@ -56,21 +52,21 @@ def eval_results(
             dataset_name=dataset,
             dataset_split=split,
             metric_type=name,
-            metric_name=name if len(stitches) == 1 else f"{name}, stitch {stitch}",
+            metric_name=name if len(paths) == 1 else f"{name}, path {path}",
             metric_value=fmean(row.metrics[name] for row in measured),
         )
-        for stitch, measured in own.items()
+        for path, measured in own.items()
         for name in metrics_of(rows)
     ]
 
 
 def table(rows: Sequence[ResultRow]) -> str:
     """All rows as a Markdown table, with shares of the target's cost where the target was measured."""
-    whole = [row.macs for row in rows if row.rule == "target" and row.stitch is None]
+    whole = [row.macs for row in rows if row.rule == "target" and not row.joints]
     return format_table(rows, metrics_of(rows), whole[0] if whole else None)
 
 
-def draw_curve(rows: Sequence[ResultRow], metric: str | None, stitches: Collection[Stitch], path: Path) -> None:
+def draw_curve(rows: Sequence[ResultRow], metric: str | None, paths: Collection[AnyPath], file: File) -> None:
     """One line per rule between the anchors, and where on it the model is.
 
     Args:
@@ -80,13 +76,5 @@ def draw_curve(rows: Sequence[ResultRow], metric: str | None, stitches: Collecti
         ValueError: a row that lacks the metric, or none of the model.
     """
     metric = metric or metrics_of(rows)[0]
-    anchors = [row for row in rows if row.stitch is None]
-    rules = list(dict.fromkeys(row.rule for row in rows if row.stitch is not None))
-    series = []
-    for rule in rules:
-        curve = TradeoffCurve([*anchors, *(row for row in rows if row.rule == rule and row.stitch)], metric)
-        series.append(plotting.Series(rule, list(curve.macs / 1e6), list(curve.values)))
-    mine = TradeoffCurve([row for measured in own_rows(rows, stitches).values() for row in measured], metric)
-    series.append(plotting.Series("this model", list(mine.macs / 1e6), list(mine.values), line=False))
-    figure = plotting.lines(series, "MACs (millions)", metric)
-    figure.savefig(path, dpi=130)
+    mine = measured_models((row for measured in own_rows(rows, paths).values() for row in measured), metric)
+    plot_curves(curves_by_rule(rows, metric), points={"this model": mine}).savefig(file, dpi=130)

@@ -201,7 +201,7 @@ def test_rows_need_a_dataset_and_must_be_the_models_own(tmp_path: Path) -> None:
     model = stitched_lm(text_anchors(tmp_path))
     with pytest.raises(ValueError, match="expected dataset="):
         model_card(model, "me/x", rows=rows_of())
-    with pytest.raises(ValueError, match=r"got rows of the stitches \(1, 1\); expected some .* \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"got rows of the paths 0\[:1\] 1\[1:\]; expected some .* 0\[:2\] 1\[3:\]"):
         model_card(model, "me/x", rows=[rows_of()[4]], dataset="x")
     with pytest.raises(ValueError, match="expected none"):
         model_card(some_scores(tmp_path), "me/x", rows=rows_of(), dataset="x")
@@ -229,7 +229,7 @@ def test_metadata_of_a_supernet(tmp_path: Path) -> None:
     card = model_card(supernet, "me/x", rows=first[:3] + last[1:2], dataset="org/p", base_model=["a/b", "c/d"])
     assert card.data.base_model == ["a/b", "c/d"] and card.data.base_model_relation == "merge"
     results = {r.metric_name: r.metric_value for r in card.data.eval_results}
-    assert results["accuracy, stitch (1, 1)"] == 3.0 and results["accuracy, stitch (2, 2)"] == 2.5
+    assert results["accuracy, path 0[:1] 1[1:]"] == 3.0 and results["accuracy, path 0[:2] 1[2:]"] == 2.5
     assert f"{max(supernet.path_macs) / 1e6:,.1f} million" in card.text and str(len(supernet.paths)) in card.text
     assert "0. [a/b](https://huggingface.co/a/b)" in card.text
 
@@ -238,7 +238,7 @@ def test_a_supernet_of_language_models(tmp_path: Path) -> None:
     supernet = StitchedSupernet.from_anchors([str(folder) for folder in text_anchors(tmp_path)], [(1, 1), (2, 3)])
     card = model_card(supernet, "me/x", rows=rows_of(), dataset="x")
     assert {r.task_type for r in card.data.eval_results} == {"text-generation"}
-    assert [r.metric_name for r in card.data.eval_results][:2] == ["loss, stitch (1, 1)", "extra, stitch (1, 1)"]
+    assert [r.metric_name for r in card.data.eval_results][:2] == ["loss, path 0[:1] 1[1:]", "extra, path 0[:1] 1[1:]"]
     assert "random weights" in card.text and "small-lm" in card.text and card.data.license == "mit"
 
 
