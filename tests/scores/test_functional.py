@@ -1,7 +1,9 @@
 """Functional KL against a stitched model per pair, made by hand; groups and halving change nothing but cost."""
 
+import copy
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from klas_hf import (
     train_probes,
 )
 from klas_hf.maths.least_squares import RIDGE
+from klas_hf.scores import functional as functional_module
 
 IMAGES = ["vit", "swin", "resnet", "levit_teacher", "convnext"]
 DECODERS = ["llama", "gemma2", "granite", "qwen2", "gpt_neox"]
@@ -69,10 +72,12 @@ def naive(stitched: PreTrainedModel, target: PreTrainedModel, batches: list[dict
 def test_images_equal_a_stitched_model_per_pair(kind: str) -> None:
     source, target = tiny_vision.tiny_classifier(kind, seed=1), tiny_vision.tiny_classifier(kind, large=True, seed=2)
     calibration, data = image_batches(kind, 3, seed=10), image_batches(kind, 2, seed=20)
-    settings = FunctionalScoring(calibration=calibration, temperature=1.7)
+    costs = measure_stitch_costs(source, target, image_size=tiny_vision.SIDE[kind])
+    every = [Stitch(i + 1, j) for i, j in np.argwhere(costs.possible).tolist() if j > 0]
+    settings = FunctionalScoring(calibration=calibration, temperature=1.7, candidates=every)
     scores = score_stitches(source, target, data, score="functional", functional=settings)
     measured = np.isfinite(scores.statistics["functional"])
-    possible = scores.costs.possible[:, 1:]
+    possible = costs.possible[:, 1:]
     assert np.array_equal(measured[:, :-1], possible) and possible.any()
     for i, j in np.argwhere(measured):
         stitched = StitchedModel.from_anchors(
@@ -85,7 +90,7 @@ def test_images_equal_a_stitched_model_per_pair(kind: str) -> None:
             kl.std(ddof=1) / len(kl) ** 0.5, rel=1e-4, abs=1e-7
         )
         assert scores.statistics["stitched_loss"][i, j] == pytest.approx(loss.mean(), rel=1e-4)
-        assert scores.statistics["dm"][i, j] == pytest.approx(1 - stitched.config.stitch_fit["r2"], abs=1e-6)
+        assert scores.statistics["dm"][i, j] == pytest.approx(1 - stitched.config.joint_fits[0]["r2"], abs=1e-6)
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -112,17 +117,107 @@ def test_text_equals_a_stitched_model_per_pair(family: str) -> None:
             assert scores.statistics["stitched_loss"][i - 1, j - 1] == pytest.approx(float(next_loss), rel=1e-4)
 
 
+def with_another_head(anchor: PreTrainedModel) -> PreTrainedModel:
+    """The same blocks, as an anchor of other weights."""
+    twin = copy.deepcopy(anchor)
+    with torch.no_grad():
+        list(twin.classifier.parameters())[-1].add_(1)
+    return twin
+
+
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_an_anchor_stitched_to_itself_at_equal_depth_scores_zero(kind: str) -> None:
+def test_an_anchor_stitched_to_its_own_blocks_at_equal_depth_scores_zero(kind: str) -> None:
     anchor = tiny_vision.tiny_classifier(kind, seed=1)
     calibration = [{"pixel_values": pixels(kind, 60, seed)} for seed in (1, 2, 3)]
     data = image_batches(kind, 1, seed=9, labels=False)
-    scores = score_stitches(
-        anchor, anchor, data, score="functional", functional=FunctionalScoring(calibration=calibration, ridge=0.0)
-    )
+    costs = measure_stitch_costs(anchor, anchor, image_size=tiny_vision.SIDE[kind])
+    every = [Stitch(i + 1, j) for i, j in np.argwhere(costs.possible).tolist() if j > 0]
+    settings = FunctionalScoring(calibration=calibration, ridge=0.0, candidates=every)
+    scores = score_stitches(with_another_head(anchor), anchor, data, score="functional", functional=settings)
     functional = scores.statistics["functional"]
     diagonal = [functional[i, i] for i in range(len(functional) - 1)]
-    assert max(diagonal) < 1e-6 < np.nanmin(functional[~np.eye(len(functional), dtype=bool)])
+    assert min(diagonal) >= 0 and max(diagonal) < 1e-6 < np.nanmin(functional[~np.eye(len(functional), dtype=bool)])
+
+
+def test_rounding_makes_no_score_negative_and_none_of_its_root_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A perfect joint, of which fp32 sums may say slightly less than nothing."""
+    source, target = (tiny_vision.tiny_classifier("vit", large=large, seed=6) for large in (False, True))
+    data = image_batches("vit", 6, seed=7)
+    probes = train_probes(source, data), train_probes(target, data)
+    monkeypatch.setattr(functional_module, "kl_divergence", lambda log_p, log_q: torch.full(log_p.shape[:1], -1e-9))
+    found = score_stitches(source, target, data, probes=probes, score="functional_theta")
+    assert found.stitches and all(found.value_of(stitch) == 0 for stitch in found.stitches)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_by_default_stitches_between_the_anchors_costs_are_scored(text: bool) -> None:
+    """On anchors of which some stitches cost more than the target, or less than the source."""
+    if text:
+        source = tiny_models.tiny_model("llama", seed=1, intermediate_size=90)
+        target = tiny_models.tiny_model("llama", large=True, seed=2)
+        data: list = [{"input_ids": tiny_models.token_ids(8, 24, seed=seed)} for seed in (3, 4)]
+    else:
+        source, target = (tiny_vision.tiny_classifier("resnet", large=large, seed=1) for large in (False, True))
+        data = image_batches("resnet", 2, seed=1)
+    scores = score_stitches(source, target, data, tokens=24)
+    costs = scores.costs
+    inside = costs.possible & (costs.macs >= costs.source_total) & (costs.macs <= costs.target_total)
+    assert inside[:, 1:].any() and (costs.possible & ~inside)[:, 1:].any()
+    np.testing.assert_array_equal(np.isfinite(scores.values[:, 1:]), inside[:, 1:])
+    row, column = np.argwhere(costs.possible & ~inside & (np.arange(inside.shape[1]) > 0))[0]
+    named = FunctionalScoring(candidates=(Stitch(int(row) + 1, int(column)),))
+    assert score_stitches(source, target, data, tokens=24, functional=named).stitches == named.candidates
+    other = copy.deepcopy(source)
+    with torch.no_grad():
+        next(other.parameters()).mul_(2)
+    with pytest.raises(ValueError, match="got no stitch between the anchors' costs"):
+        score_stitches(source, other, data)
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)])
+def test_anchors_of_two_dtypes_are_stitched_in_the_targets(text: bool, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    def score(*of: torch.dtype) -> StitchScores:
+        if text:
+            pair = [tiny_models.tiny_model("llama", large=large, seed=1) for large in (False, True)]
+            data: list = [{"input_ids": tiny_models.token_ids(8, 24, seed=seed)} for seed in (3, 4)]
+        else:
+            pair = [tiny_vision.tiny_classifier("vit", large=large, seed=1) for large in (False, True)]
+            data = image_batches("vit", 2, seed=1)
+        return score_stitches(*(model.to(dtype) for model, dtype in zip(pair, of, strict=True)), data)
+
+    mixed, exact = score(*dtypes), score(torch.float32, torch.float32)
+    assert mixed.stitches == exact.stitches
+    np.testing.assert_allclose(mixed.values, exact.values, rtol=0.1, atol=1e-3)
+
+
+def test_few_calibration_rows_are_warned_of_once() -> None:
+    source, target = (tiny_models.tiny_model("llama", large=large, seed=1) for large in (False, True))
+    width = source.config.hidden_size
+    data = [{"input_ids": tiny_models.token_ids(8, 24, seed=5)}]
+
+    def heard(rows: int) -> list[str]:
+        calibration = [{"input_ids": tiny_models.token_ids(rows, 2, seed=3)}]  # the first token of two does not count
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            score_stitches(source, target, data, functional=FunctionalScoring(calibration))
+        return [str(warning.message) for warning in seen]
+
+    assert heard(4 * width) == []
+    (message,) = heard(2 * width)
+    assert f"got {2 * width} calibration rows for linear maps of {width} features, 2.0 per feature" in message
+
+
+@pytest.mark.parametrize("form", ["name", "model", "copy"])
+def test_one_anchor_with_itself_is_refused_before_any_work(form: str) -> None:
+    def unread() -> Iterator[dict]:
+        raise AssertionError("data were read")
+        yield {}
+
+    anchor = tiny_vision.tiny_classifier("vit", seed=1)
+    pair = {"name": ("no such folder", Path("no such folder/")), "model": (anchor, anchor)}
+    with pytest.raises(ValueError, match="as source and as target; expected two different anchors"):
+        score_stitches(*pair.get(form, (anchor, copy.deepcopy(anchor))), unread())
 
 
 def test_groups_and_smaller_rears_change_nothing_but_passes() -> None:

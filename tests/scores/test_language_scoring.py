@@ -1,5 +1,6 @@
 """Scores of all stitches against a float64 loop over tokens and pairs, and against what they must not depend on."""
 
+import copy
 import json
 import math
 import weakref
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from klas_hf.selection.klas import select_stitches
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +22,7 @@ from klas_hf.paths import Stitch
 from klas_hf.probes import ProbeConfig, ProbeNet, fit_probes
 from klas_hf.scores.driver import score_stitches
 from klas_hf.scores.values import StitchScores
+from klas_hf.selection.klas import select_stitches
 
 BOS = 1
 Batch = dict[str, Tensor]
@@ -223,8 +224,12 @@ def test_one_sequence_has_scores_but_no_errors(source: LlamaForCausalLM, target:
         assert np.isnan(error).all()
 
 
-def test_an_anchor_scored_against_itself(target: LlamaForCausalLM, probes: Any) -> None:
-    got = score_stitches(target, target, batches(3), probes=(probes[1], probes[1]), score="klas")
+def test_an_anchor_scored_against_its_own_blocks(target: LlamaForCausalLM, probes: Any) -> None:
+    twin = copy.deepcopy(target)
+    with torch.no_grad():
+        twin.model.embed_tokens.weight[0] += 1  # a token that no batch has: the same function, of other weights
+    data = batches(12, seed=9)
+    got = score_stitches(twin, target, batches(3), probes=(fit_probes(twin, data), probes[1]), score="klas")
     assert (got.cross >= 0).all() and got.cross.diagonal().max() < 1e-6
     np.testing.assert_allclose(got.cross.diagonal(1), got.capacity, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(got.gamma.diagonal(1), got.capacity[:-1] / got.capacity[1:], rtol=1e-4)
