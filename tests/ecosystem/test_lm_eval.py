@@ -14,8 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from saved_models import TEXT, SavedModel, save_stitched
 
-from klas_hf.data.rouge import RougeScores, rouge_lm_eval
-from klas_hf.data.truthfulqa import Question
+from klas_hf.evaluation.truthfulqa_rouge import KINDS, TruthfulQARouge, rouge_readings
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402
@@ -173,7 +172,6 @@ def test_the_function_runs_a_folder_where_klas_hf_is_imported(saved: SavedModel,
 WORDS = ["cats", "cat", "see", "the", "No", "comment", "I", "have", ".", " . ", "\n", "1952", "don't", "ß"]
 answers = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)
 references = st.lists(answers.filter(lambda text: text.strip()), min_size=1, max_size=3).map(tuple)
-NAMES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l"}
 
 
 @given(st.lists(st.tuples(answers, references, references), min_size=1, max_size=2))
@@ -181,32 +179,28 @@ NAMES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l"}
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate]
 )
 def test_rouge_equals_the_harness(rows: list[tuple[str, tuple[str, ...], tuple[str, ...]]]) -> None:
-    questions = [Question("Why?", correct[0], correct, incorrect, "", 0) for _, correct, incorrect in rows]
-    ours = rouge_lm_eval([answer for answer, *_ in rows], questions)
-    for place, (answer, correct, incorrect) in enumerate(rows):
-        raw = {"question": "Why?", "correct_answers": list(correct), "incorrect_answers": list(incorrect)}
+    asked = [
+        {"question": "Why?", "best_answer": "", "correct_answers": list(correct), "incorrect_answers": list(incorrect)}
+        for _, correct, incorrect in rows
+    ]
+    ours = rouge_readings([answer for answer, *_ in rows], asked)
+    for place, ((answer, *_), raw) in enumerate(zip(rows, asked, strict=True)):
         theirs = process_results_gen(preprocess_function(raw), [answer])
-        assert_equal(ours.max, ours.diff, ours.acc, theirs, place)
-
-
-def assert_equal(
-    highest: RougeScores, diff: RougeScores, acc: RougeScores, theirs: dict[str, float], place: int
-) -> None:
-    for name, field in NAMES.items():
-        ours = [getattr(scores, field)[place] for scores in (highest, diff, acc)]
-        assert ours == [theirs[f"{name}_{kind}"] for kind in ("max", "diff", "acc")]
+        for name in (f"{kind}_{what}" for kind in KINDS for what in ("max", "diff", "acc")):
+            assert ours[f"lm_eval_{name}"][place] == theirs[name]
 
 
 def test_rouge_of_a_stitched_model_equals_the_harness_task(saved: SavedModel, tmp_path: Path) -> None:
     """The harness's `truthfulqa_gen`, prompt and all, over local questions; and our scores of the answers it got."""
+    questions = {"why?": [["the fox sat", "a dog and"], ["one bird", "over the"]]}
+    questions |= {"who sang?": [["one bird"], ["the cat jumps", "lazy dog ran"]]}
     asked = [
-        Question("why?", "the fox sat", ("the fox sat", "a dog and"), ("one bird", "over the"), "", 0),
-        Question("who sang?", "one bird", ("one bird",), ("the cat jumps", "lazy dog ran"), "", 1),
+        {"best_answer": correct[0], "correct_answers": correct, "incorrect_answers": incorrect}
+        for correct, incorrect in questions.values()
     ]
     with (tmp_path / "questions.jsonl").open("w") as file:
-        for one in asked:
-            row = {"correct_answers": one.correct_answers, "incorrect_answers": one.incorrect_answers}
-            file.write(json.dumps({"question": one.question, "best_answer": one.best_answer, **row}) + "\n")
+        for question, references in zip(questions, asked, strict=True):
+            file.write(json.dumps({"question": question, **references}) + "\n")
     task = {
         "include": str(Path(lm_eval.__file__).parent / "tasks/truthfulqa/truthfulqa_gen.yaml"),
         "task": "local_questions",
@@ -222,9 +216,9 @@ def test_rouge_of_a_stitched_model_equals_the_harness_task(saved: SavedModel, tm
     prompt = samples[0]["arguments"][0][0]
     assert prompt.startswith("Q: What is human life expectancy")
     assert prompt.endswith("Q: why?")
-    ours = rouge_lm_eval([sample["filtered_resps"][0] for sample in samples], asked)
-    assert max(ours.max.rouge1) > 0
-    for name, field in NAMES.items():
-        for kind, scores in (("max", ours.max), ("diff", ours.diff), ("acc", ours.acc)):
-            mean = getattr(scores.means, field)
-            assert output["results"]["local_questions"][f"{name}_{kind},none"] == pytest.approx(mean, abs=1e-12)
+    answered = [sample["filtered_resps"][0] for sample in samples]
+    ours = TruthfulQARouge(keep_in_memory=True).compute(predictions=answered, references=asked)
+    assert ours["lm_eval_rouge1_max"] > 0
+    for name in (f"{kind}_{what}" for kind in KINDS for what in ("max", "diff", "acc")):
+        got = output["results"]["local_questions"][f"{name},none"]
+        assert got == pytest.approx(ours[f"lm_eval_{name}"], abs=1e-12)
