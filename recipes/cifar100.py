@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 
 from klas_hf import TrainingConfig, train_stitches
 from klas_hf.data.image_data import ImageDataArguments, load_task
+from klas_hf.files import write_folder_atomically
 from klas_hf.options import parse_options
 from klas_hf.processes import process_state
 
@@ -59,7 +60,7 @@ def fine_tuned(anchor: str, task: ImageTask, args: CifarArguments, training: Tra
     if list(AutoConfig.from_pretrained(anchor).id2label.values()) == list(names.values()):
         return anchor
     folder = Path(args.cache_dir) / Path(anchor).name
-    if not (folder / "model.safetensors").exists():
+    if not folder.exists():
         model = AutoModelForImageClassification.from_pretrained(
             anchor, num_labels=len(names), id2label=names, label2id={name: n for n, name in names.items()},
             ignore_mismatched_sizes=True,
@@ -70,9 +71,9 @@ def fine_tuned(anchor: str, task: ImageTask, args: CifarArguments, training: Tra
             sampling="uniform", mean=list(task.mean), std=list(task.std),
         )  # fmt: skip
         result = train_stitches(model, task.train, config, output_dir=Path(args.cache_dir) / f"{folder.name}-run")
-        process_state().print(f"{folder.name}: a new head, {result.steps} steps, loss {result.losses[-1]:.3f}")
+        process_state().print(f"{folder.name}: a new head, {result}")
         if process_state().is_main_process:
-            model.save_pretrained(folder)
+            write_folder_atomically(folder, model.save_pretrained)
         process_state().wait_for_everyone()
     return AutoModelForImageClassification.from_pretrained(folder)
 

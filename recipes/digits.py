@@ -25,6 +25,7 @@ from transformers import (
 from klas_hf import TrainingConfig, evaluate, train_stitches
 from klas_hf.data.digits import load_digits_split
 from klas_hf.data.images import image_batches
+from klas_hf.files import write_folder_atomically
 from klas_hf.options import parse_options
 from klas_hf.processes import process_state
 
@@ -144,9 +145,7 @@ def anchor(
             f"{name}: {result.steps} steps in {result.seconds:.0f} s, accuracy {measured.metrics['accuracy']:.4f}"
         )
         if process_state().is_main_process:
-            part = folder.with_suffix(".part")
-            model.save_pretrained(part)
-            part.rename(folder)
+            write_folder_atomically(folder, model.save_pretrained)
         process_state().wait_for_everyone()
     return AutoModelForImageClassification.from_pretrained(folder)
 

@@ -60,6 +60,7 @@ from klas_hf.data.text import (
     text_sequences,
     train_tokenizer,
 )
+from klas_hf.files import write_folder_atomically
 from klas_hf.processes import process_state
 
 LENGTH = 64  # tokens of a sequence
@@ -243,7 +244,7 @@ def anchors(
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """Both anchors and their tokenizer, from the cache or trained now."""
     cache = Path(args.cache_dir).expanduser() / f"steps-{args.small_steps}-{args.large_steps}-seed-{args.seed}"
-    if not (cache / "large" / "config.json").exists():
+    if not (cache / "large").exists():
         tokenizer = train_tokenizer(texts, VOCABULARY)
         examples = text_examples(text_sequences(texts, tokenizer, LENGTH))
         for name, shape, steps, rate in (
@@ -262,10 +263,14 @@ def anchors(
                 gradient_accumulation_steps=1, learning_rate=rate, weight_decay=0.1, seed=args.seed,
             )  # fmt: skip
             result = train_stitches(model, examples, training)
-            state.print(f"  trained the {name} one: {result.steps} steps in {result.seconds:.0f} s")
+            state.print(f"  trained the {name} one: {result}")
             if state.is_main_process:
-                tokenizer.save_pretrained(cache / name)
-                model.save_pretrained(cache / name)
+
+                def save(folder: Path, model: PreTrainedModel = model) -> None:
+                    tokenizer.save_pretrained(folder)
+                    model.save_pretrained(folder)
+
+                write_folder_atomically(cache / name, save)
             state.wait_for_everyone()
     else:
         state.print(f"  from the cache at {cache}")

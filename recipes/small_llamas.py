@@ -18,6 +18,7 @@ from transformers import (
 
 from klas_hf import TrainingConfig, train_stitches
 from klas_hf.data.text import held_out, python_documentation, text_examples, text_sequences, train_tokenizer
+from klas_hf.files import write_folder_atomically
 from klas_hf.processes import process_state
 
 LENGTH, VOCABULARY = 64, 1024
@@ -97,7 +98,7 @@ def _spread(sequences: list[list[int]], count: int = 4096) -> list[list[int]]:
 def _tokenizer(cache: Path, texts: list[str]) -> PreTrainedTokenizerBase:
     folder = cache / "tokenizer"
     if not folder.exists() and process_state().is_main_process:
-        train_tokenizer(texts, VOCABULARY).save_pretrained(folder)
+        write_folder_atomically(folder, train_tokenizer(texts, VOCABULARY).save_pretrained)
     process_state().wait_for_everyone()
     return AutoTokenizer.from_pretrained(folder)
 
@@ -132,7 +133,7 @@ def _train(
         weight_decay=0.1, distillation_weight=0.0 if teacher is None else 0.5,
     )  # fmt: skip
     result = train_stitches(model, examples, training, teacher=teacher)
-    process_state().print(f"  trained {folder.name} in {result.seconds:.0f} s, loss {result.losses[-1]:.3f}")
+    process_state().print(f"  trained {folder.name}: {result}")
     if process_state().is_main_process:
-        model.save_pretrained(folder)
+        write_folder_atomically(folder, model.save_pretrained)
     process_state().wait_for_everyone()
