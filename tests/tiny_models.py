@@ -4,7 +4,9 @@ The two anchors of a family differ in width, depth, heads, head_dim, KV heads an
 are set so that each matters within a dozen tokens. All weights are random, norms and biases too.
 """
 
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path as Folder
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from klas_hf import StitchedForCausalLM
+from klas_hf.paths import Path
 
 VOCABULARY = 67
 PAD, BOS, EOS = 0, 1, 2
@@ -140,16 +143,19 @@ def left_padded(ids: Tensor, lengths: list[int]) -> dict[str, Tensor]:
     return {"input_ids": torch.where(mask.bool(), ids, PAD), "attention_mask": mask}
 
 
-def randomise_stitch(model: StitchedForCausalLM, seed: int = 0) -> nn.Linear:
-    """Give the stitching layer weights that keep the scale of hidden states, and a bias."""
-    layer, generator = model.stitching_layer(), torch.Generator().manual_seed(seed)
+def randomise_joints(model: StitchedForCausalLM, seed: int = 0) -> list[nn.Module]:
+    """Give the stitching layers weights that keep the scale of hidden states, and biases."""
+    layers, generator = model.stitching_layers(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5)
-        layer.bias.copy_(0.3 * torch.randn(layer.bias.shape, generator=generator))
-    return layer
+        for layer in layers:
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5)
+            layer.bias.copy_(0.3 * torch.randn(layer.bias.shape, generator=generator))
+    return layers
 
 
-def save_with_tokenizer(model: PreTrainedModel, folder: Path, words: list[str] | None = None, **options: Any) -> Path:
+def save_with_tokenizer(
+    model: PreTrainedModel, folder: Folder, words: list[str] | None = None, **options: Any
+) -> Folder:
     """Save an anchor with a word-level tokenizer of its vocabulary's size; `words` replaces the first entries."""
     names = [f"word{number}" for number in range(model.config.vocab_size)]
     names[: len(words or [])] = words or []
@@ -166,31 +172,45 @@ def block_list(model: PreTrainedModel) -> nn.ModuleList:
 
 @torch.no_grad()
 def reference_logits(
-    source: PreTrainedModel, target: PreTrainedModel, stitch: tuple[int, int], layer: nn.Module, **inputs: Tensor
+    anchors: Sequence[PreTrainedModel],
+    path: str | tuple[int, int],
+    layers: Sequence[nn.Module],
+    **inputs: Tensor,
 ) -> Tensor:
-    """What the stitched model should give, from hooks on the two whole anchors: `(batch, tokens, vocabulary)`.
+    """What the model of a path should give, from hooks on the whole anchors: `(batch, tokens, vocabulary)`.
 
-    The source runs in full and the output of its block i is kept; the target runs in full, but the input of its
-    block j + 1 is replaced by the stitching layer's output.
+    For each slice its anchor runs in full, but the input of its block `start` is replaced by what the stitching layer
+    makes of the slice before (at the anchor's depth: the output of the last block), and the output of its block
+    `stop - 1` is kept.
     """
-    stop, start = stitch
-    kept: list[Tensor] = []
+    fed: Tensor | None = None
+    for number, one in enumerate(Path.of(path).slices):
+        blocks = block_list(anchors[one.anchor])
+        kept: list[Tensor] = []
+        handles = []
+        if number and one.start < len(blocks):
+            handles += [blocks[one.start].register_forward_pre_hook(partial(_feed, fed), with_kwargs=True)]
+        elif number:
+            handles += [blocks[-1].register_forward_hook(partial(_replace_output, fed))]
+        if one.stop is not None:
+            handles += [blocks[one.stop - 1].register_forward_hook(partial(_keep, kept))]
+        try:
+            logits = anchors[one.anchor](**inputs, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        if one.stop is not None:
+            fed = layers[number](kept[0])
+    return logits
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
 
-    def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            return (layer(kept[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": layer(kept[0])}
+def _keep(kept: list[Tensor], module: nn.Module, args: Any, output: Any) -> None:
+    kept.append(output[0] if isinstance(output, tuple) else output)
 
-    handles = [
-        block_list(source)[stop - 1].register_forward_hook(keep),
-        block_list(target)[start].register_forward_pre_hook(replace, with_kwargs=True),
-    ]
-    try:
-        source(**inputs, use_cache=False)
-        return target(**inputs, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def _feed(fed: Tensor, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return ((fed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": fed})
+
+
+def _replace_output(fed: Tensor, module: nn.Module, args: Any, output: Any) -> Any:
+    return (fed, *output[1:]) if isinstance(output, tuple) else fed

@@ -98,7 +98,7 @@ def test_a_damaged_index_is_named(kind: str, tmp_path: Path) -> None:
 def test_missing_tensors_are_not_made_up(kind: str, tmp_path: Path) -> None:
     stitched(kind).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    lost = [name for name in sorted(tensors) if "stitch" in name]
+    lost = [name for name in sorted(tensors) if "joints" in name]
     save_file({name: tensors[name] for name in tensors.keys() - lost}, tmp_path / "model.safetensors", {"format": "pt"})
     refused(kind, tmp_path, "2 tensors are missing", *lost)
 
@@ -112,26 +112,29 @@ def test_the_loading_info_is_handed_on(tmp_path: Path) -> None:
     assert StitchedTextModel.from_pretrained(tmp_path, output_loading_info=True)[1]["unexpected_keys"]
 
 
-@pytest.mark.parametrize("change", [{}, {"source_stop": "two"}, {"a_new_field": {"of": "unknown meaning"}}])
+@pytest.mark.parametrize("change", [{}, {"slices": "two"}, {"a_new_field": {"of": "unknown meaning"}}])
 @pytest.mark.parametrize("kind", LOADERS)
 def test_a_newer_format_is_refused(kind: str, change: dict, tmp_path: Path) -> None:
     stitched(kind).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["format_version"] == 1
-    (tmp_path / "config.json").write_text(json.dumps(written | change | {"format_version": 2}))
-    refused(kind, tmp_path, "format 2", "format 1", "newer klas_hf", "pip install -U klas_hf", error=ValueError)
+    assert written["format_version"] == 2
+    (tmp_path / "config.json").write_text(json.dumps(written | change | {"format_version": 3}))
+    refused(kind, tmp_path, "format 3", "format 2", "newer klas_hf", "pip install -U klas_hf", error=ValueError)
     with pytest.raises(ValueError, match="newer klas_hf"):
         AutoConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("named", [{"format_version": 1}, {}])
 @pytest.mark.parametrize("kind", LOADERS)
-def test_a_checkpoint_from_before_formats_is_read_and_saved_with_one(kind: str, tmp_path: Path) -> None:
+def test_the_format_of_two_anchors_and_one_joint_is_refused(kind: str, named: dict, tmp_path: Path) -> None:
     stitched(kind).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    del written["format_version"], written["auto_map"]
-    (tmp_path / "config.json").write_text(json.dumps(written))
-    StitchedModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["format_version"] == 1
+    del written["format_version"], written["slices"], written["path"]
+    old = written | named | {"source_stop": 2, "target_start": 3}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    refused(kind, tmp_path, "format 1", "expected format 2", "Stitch its anchors again", error=ValueError)
+    with pytest.raises(ValueError, match="format 1"):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 class Trap:
@@ -298,7 +301,7 @@ def test_the_old_checkpoint_survives_a_full_disk(kind: str, before: str, after: 
     held = contents(tmp_path)
     new.save_pretrained(tmp_path / "measured", max_shard_size=after)
     sizes = sorted(file.stat().st_size for file in (tmp_path / "measured").glob("*.safetensors"))
-    new.config.source_name = "another"  # config.json would be new too
+    new.config.anchor_names = ["another", "large"]  # config.json would be new too
     with full_disk(sizes[-1] - 1), pytest.raises(Exception, match="(?i)file too large|os error 27"):
         new.save_pretrained(tmp_path, max_shard_size=after)
     kept = {name: content for name, content in contents(tmp_path).items() if not name.startswith("measured")}

@@ -1,4 +1,4 @@
-"""Every family, alone and across families, against hooks on the two whole anchors (`tiny_models.reference_logits`)."""
+"""Paths of every family, alone and across families, against hooks on whole anchors (`tiny_models.reference_logits`)."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import FAMILIES, left_padded, randomise_stitch, reference_logits, tiny_model, token_ids
+from tiny_models import FAMILIES, left_padded, randomise_joints, reference_logits, tiny_model, token_ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,6 +27,15 @@ ACROSS = [
     ("phi3", "starcoder2"),
 ]
 PAIRS = [(family, family) for family in FAMILIES] + ACROSS
+# Of anchors of 3 and 5 blocks.
+STITCHES = ["0[:1] 1[:]", "0[:2] 1[3:]", "0[:3] 1[4:]"]
+PATHS = [
+    "0[:1] 1[1:3] 1[4:]",  # a stitch, then a block left out
+    "0[:1] 1[2:4] 0[2:]",  # small, large, small
+    "1[:4] 1[2:]",  # repeated blocks
+    "1[:1] 0[1:2] 1[1:2] 1[3:4] 0[3:]",  # an empty last slice
+    "1[:]",  # an anchor alone
+]
 
 
 def padded_inputs() -> dict[str, Tensor]:
@@ -35,11 +44,11 @@ def padded_inputs() -> dict[str, Tensor]:
 
 
 def largest_difference(
-    model: StitchedForCausalLM, source: PreTrainedModel, target: PreTrainedModel, stitch: tuple[int, int]
+    model: StitchedForCausalLM, source: PreTrainedModel, target: PreTrainedModel, path: str | tuple[int, int]
 ) -> float:
     """Over all tokens but padding, whose rows attend to nothing."""
     inputs = padded_inputs()
-    expected = reference_logits(source, target, stitch, randomise_stitch(model), **inputs)
+    expected = reference_logits([source, target], path, randomise_joints(model), **inputs)
     with torch.no_grad():
         logits = model(**inputs).logits
     assert expected.std() > 0.5
@@ -52,14 +61,18 @@ def test_every_family_of_the_table_is_tried() -> None:
 
 
 @pytest.mark.parametrize(("source_family", "target_family"), PAIRS)
-def test_equals_the_two_whole_anchors(source_family: str, target_family: str, tmp_path: Path) -> None:
+def test_equals_whole_anchors(source_family: str, target_family: str, tmp_path: Path) -> None:
     source = tiny_model(source_family, seed=1)
     target = tiny_model(target_family, large=True, seed=2)
     source.save_pretrained(tmp_path / "source")
     target.save_pretrained(tmp_path / "target")
-    for stitch in [(1, 0), (2, 3), (3, 4)]:
-        model = StitchedModel.from_anchors(source, target, stitch)
-        assert largest_difference(model, source, target, stitch) == 0.0
+    for path in STITCHES + PATHS:
+        model = StitchedModel.from_path([source, target], path)
+        assert model.config.path == path
+        assert largest_difference(model, source, target, path) == 0.0, path
+    folders = [tmp_path / "source", str(tmp_path / "target")]
+    model = StitchedModel.from_path(folders, PATHS[1])
+    assert largest_difference(model, source, target, PATHS[1]) == 0.0
     model = StitchedModel.from_anchors(tmp_path / "source", str(tmp_path / "target"), (2, 1))
     assert largest_difference(model, source, target, (2, 1)) == 0.0
 
@@ -101,19 +114,19 @@ def test_lists_with_an_entry_per_block_are_cut(family: str) -> None:
     source, target = tiny_model(family), tiny_model(family, large=True)
     model = StitchedModel.from_anchors(source, target, (2, 3))
     one, other = source.config.layer_types[:2], target.config.layer_types[3:]
-    assert model.model.source.config.layer_types == one
-    assert model.model.target.config.layer_types == other
+    assert model.model.slices[0].config.layer_types == one
+    assert model.model.slices[1].config.layer_types == other
     assert model.config.layer_types == one + other
     if family == "smollm3":
-        assert model.model.source.config.no_rope_layers == [1, 0]
-        assert model.model.target.config.no_rope_layers == [0, 1]
+        assert model.model.slices[0].config.no_rope_layers == [1, 0]
+        assert model.model.slices[1].config.no_rope_layers == [0, 1]
 
 
 def test_a_list_of_eos_tokens_as_long_as_the_anchor_is_deep_is_not_cut() -> None:
     source, target = tiny_model(eos_token_id=[2, 5, 7]), tiny_model(large=True, eos_token_id=[2, 5, 7, 8, 9])
     model = StitchedModel.from_anchors(source, target, (1, 3))
-    assert model.model.source.config.eos_token_id == [2, 5, 7]
-    assert model.model.target.config.eos_token_id == model.config.eos_token_id == [2, 5, 7, 8, 9]
+    assert model.model.slices[0].config.eos_token_id == [2, 5, 7]
+    assert model.model.slices[1].config.eos_token_id == model.config.eos_token_id == [2, 5, 7, 8, 9]
 
 
 def test_experts_are_stored_one_by_one_and_joined_when_read(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Generation: every way of caching gives the tokens that hooks on the two whole anchors give without a cache."""
+"""Generation: every way of caching gives the tokens that hooks on the whole anchors give without a cache."""
 
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import EOS, left_padded, randomise_stitch, reference_logits, tiny_model, token_ids
+from tiny_models import EOS, left_padded, randomise_joints, reference_logits, tiny_model, token_ids
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
 
@@ -23,13 +23,14 @@ PAIRS = [
     ("gpt_neox", "phi"),
 ]
 STITCH = (2, 2)
+PATHS = ["0[:2] 1[2:]", "0[:1] 1[1:3] 1[4:]", "0[:1] 1[2:4] 0[2:]", "1[:4] 1[2:]"]
 NEW_TOKENS = 8
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
 
 
-def stitched(source: PreTrainedModel, target: PreTrainedModel) -> StitchedForCausalLM:
-    model = StitchedModel.from_anchors(source, target, STITCH)
-    randomise_stitch(model)
+def stitched(source: PreTrainedModel, target: PreTrainedModel, path: str = PATHS[0]) -> StitchedForCausalLM:
+    model = StitchedModel.from_path([source, target], path)
+    randomise_joints(model)
     return model
 
 
@@ -38,22 +39,23 @@ def prompts() -> dict[str, Tensor]:
 
 
 def greedy_reference(model: StitchedForCausalLM, source: PreTrainedModel, target: PreTrainedModel) -> Tensor:
-    """The whole sequence runs through both whole anchors for every new token; EOS is not taken."""
+    """The whole sequence runs through whole anchors for every new token; EOS is not taken."""
     ids, mask = prompts().values()
     for _ in range(NEW_TOKENS):
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        logits = reference_logits(source, target, STITCH, model.stitching_layer(), **inputs)[:, -1]
+        logits = reference_logits([source, target], model.config.path, model.stitching_layers(), **inputs)[:, -1]
         logits[:, EOS] = -torch.inf
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
         mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], dim=1)
     return ids
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("source_family", "target_family"), PAIRS)
-def test_every_cache_gives_the_tokens_of_the_two_whole_anchors(source_family: str, target_family: str) -> None:
+def test_every_cache_gives_the_tokens_of_whole_anchors(source_family: str, target_family: str, path: str) -> None:
     source, target = tiny_model(source_family, seed=1), tiny_model(target_family, large=True, seed=2)
-    model = stitched(source, target)
+    model = stitched(source, target, path)
     expected = greedy_reference(model, source, target)
     assert len(expected[:, 9:].unique()) > 3
     ways: dict[str, dict[str, Any]] = {
@@ -68,36 +70,38 @@ def test_every_cache_gives_the_tokens_of_the_two_whole_anchors(source_family: st
     assert [name for name, ids in got.items() if not torch.equal(ids, expected)] == []
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("theta", [10.0, 100.0])
-def test_cached_forward_of_anchors_with_one_kv_shape(theta: float) -> None:
-    """Blocks of both sides with the same number would share a cache layer without an error."""
+def test_cached_forward_of_anchors_with_one_kv_shape(theta: float, path: str) -> None:
+    """Blocks of several slices with the same number would share a cache layer without an error."""
     shape = {"head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
     rope = {"rope_type": "default", "rope_theta": theta}
     source = tiny_model(seed=1, **shape, rope_parameters=rope).double()
     target = tiny_model(large=True, seed=2, **shape).double()
-    model = stitched(source, target)
+    model = stitched(source, target, path)
     ids, cache = token_ids(2, 9), None
-    expected = reference_logits(source, target, STITCH, model.stitching_layer(), input_ids=ids)
+    expected = reference_logits([source, target], path, model.stitching_layers(), input_ids=ids)
     for chunk in (slice(0, 4), slice(4, 8), slice(8, 9)):
         with torch.no_grad():
             output = model(ids[:, chunk], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         torch.testing.assert_close(output.logits, expected[:, chunk], rtol=1e-10, atol=1e-10)
-    assert [layer.get_seq_length() for layer in cache.layers] == [9] * 5
+    assert [layer.get_seq_length() for layer in cache.layers] == [9] * model.config.num_hidden_layers
 
 
-def test_a_cache_made_without_a_config_gets_the_layers_of_both_sides() -> None:
-    model = stitched(tiny_model("mistral", seed=1), tiny_model("llama", large=True, seed=2))
+def test_a_cache_made_without_a_config_gets_the_layers_of_all_slices() -> None:
+    model = stitched(tiny_model("mistral", seed=1), tiny_model("llama", large=True, seed=2), "0[:2] 1[2:4] 0[2:]")
     caches = [DynamicCache(), model(token_ids(1, 9)).past_key_values]
     model(token_ids(1, 9), past_key_values=caches[0])
     for cache in caches:
-        assert cache.is_sliding == [True, True, False, False, False]
-        assert [layer.keys.shape[-2] for layer in cache.layers] == [4 - 1] * 2 + [9] * 3
+        assert cache.is_sliding == [True, True, False, False, True]
+        assert [layer.keys.shape[-2] for layer in cache.layers] == [4 - 1] * 2 + [9] * 2 + [4 - 1]
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
-def test_a_left_padded_batch_gives_what_each_row_gives_alone(cache: dict[str, Any]) -> None:
-    model = stitched(tiny_model("gemma2", seed=1), tiny_model("gemma3_text", large=True, seed=2))
+def test_a_left_padded_batch_gives_what_each_row_gives_alone(cache: dict[str, Any], path: str) -> None:
+    model = stitched(tiny_model("gemma2", seed=1), tiny_model("gemma3_text", large=True, seed=2), path)
     batch, lengths = prompts(), [9, 5, 7]
     together = model.generate(**batch, **GREEDY, **cache)
     for row, length in enumerate(lengths):
@@ -105,11 +109,12 @@ def test_a_left_padded_batch_gives_what_each_row_gives_alone(cache: dict[str, An
         assert torch.equal(together[row, -length - NEW_TOKENS :], alone[0])
 
 
+@pytest.mark.parametrize("path", PATHS[:3])
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
-def test_beam_search(cache: dict[str, Any]) -> None:
+def test_beam_search(cache: dict[str, Any], path: str) -> None:
     """As without a cache; and the score of a beam is the mean log-probability of its tokens by the whole anchors."""
     source, target = tiny_model("mistral", seed=1), tiny_model("llama", large=True, seed=2)
-    model = stitched(source, target)
+    model = stitched(source, target, path)
     ids = token_ids(1, 6)
     beams = {"num_beams": 3, "num_return_sequences": 3, "return_dict_in_generate": True, "output_scores": True}
     output = model.generate(ids, **GREEDY, **beams, **cache)
@@ -117,14 +122,15 @@ def test_beam_search(cache: dict[str, Any]) -> None:
     assert torch.equal(output.sequences, plain.sequences)
     assert len(output.sequences.unique(dim=0)) == 3
     sequences = output.sequences
-    logits = reference_logits(source, target, STITCH, model.stitching_layer(), input_ids=sequences)[:, 5:-1]
+    logits = reference_logits([source, target], path, model.stitching_layers(), input_ids=sequences)[:, 5:-1]
     log_p = logits.log_softmax(-1).gather(-1, sequences[:, 6:, None]).squeeze(-1)
     torch.testing.assert_close(output.sequences_scores, log_p.mean(1), rtol=1e-4, atol=1e-4)
 
 
-def test_assisted_generation_both_ways_and_prompt_lookup() -> None:
+@pytest.mark.parametrize("path", PATHS[:3])
+def test_assisted_generation_both_ways_and_prompt_lookup(path: str) -> None:
     source, target = tiny_model("gemma2", seed=1), tiny_model("llama", large=True, seed=2)
-    model, ids = stitched(source, target), token_ids(1, 6)
+    model, ids = stitched(source, target, path), token_ids(1, 6)
     expected = model.generate(ids, **GREEDY)
     assert torch.equal(model.generate(ids, **GREEDY, assistant_model=source), expected)
     assert torch.equal(model.generate(ids, **GREEDY, prompt_lookup_num_tokens=2), expected)
@@ -153,9 +159,9 @@ def test_logits_to_keep() -> None:
 
 
 def test_hidden_states_are_the_inputs_of_every_block_and_the_normed_output() -> None:
-    model = stitched(tiny_model(seed=1), tiny_model(large=True, seed=2))
+    model = stitched(tiny_model(seed=1), tiny_model(large=True, seed=2), "0[:2] 1[1:3] 1[4:]")
     inputs: list[Tensor] = []
-    blocks = [*model.model.source.layers, *model.model.target.layers]
+    blocks = [block for part in model.model.slices for block in part.layers]
     for block in blocks:
         block.register_forward_pre_hook(
             lambda module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
@@ -183,14 +189,14 @@ def test_attentions_in_eager() -> None:
     assert attentions[0][0, 0, 8, 0] > 0  # the source has none
 
 
-def test_each_side_can_have_its_own_attention() -> None:
+def test_each_slice_can_have_its_own_attention() -> None:
     source, target = tiny_model(seed=1), tiny_model(large=True, seed=2)
-    sides = {"source_config": "eager", "target_config": "sdpa"}
-    model = StitchedModel.from_anchors(source, target, STITCH, attn_implementation=sides)
-    assert model.model.source.config._attn_implementation == "eager"
-    assert model.model.target.config._attn_implementation == "sdpa"
+    slices = {"slice_0": "eager", "slice_1": "sdpa"}
+    model = StitchedModel.from_anchors(source, target, STITCH, attn_implementation=slices)
+    assert model.model.slices[0].config._attn_implementation == "eager"
+    assert model.model.slices[1].config._attn_implementation == "sdpa"
     same = stitched(source, target)
-    randomise_stitch(model)
+    randomise_joints(model)
     with torch.no_grad():
         torch.testing.assert_close(model(token_ids(2, 9)).logits, same(token_ids(2, 9)).logits, rtol=1e-4, atol=1e-4)
 

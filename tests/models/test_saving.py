@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, randomise_stitch, tiny_model, token_ids
+from tiny_models import VOCABULARY, randomise_joints, tiny_model, token_ids
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -24,12 +24,15 @@ PAIRS = [
     ("smollm3", "granite"),
 ]
 STITCH = (2, 3)
+PATHS = ["0[:2] 1[3:]", "0[:2] 1[1:3] 1[4:]", "0[:1] 1[2:4] 0[2:]", "1[:4] 1[2:]", "1[:]"]
 
 
-def stitched(source_family: str = "llama", target_family: str = "llama", **options: Any) -> StitchedForCausalLM:
-    source, target = tiny_model(source_family, seed=1), tiny_model(target_family, large=True, seed=2)
-    model = StitchedModel.from_anchors(source, target, STITCH, **options)
-    randomise_stitch(model)
+def stitched(
+    source_family: str = "llama", target_family: str = "llama", path: str = PATHS[0], **options: Any
+) -> StitchedForCausalLM:
+    anchors = tiny_model(source_family, seed=1), tiny_model(target_family, large=True, seed=2)
+    model = StitchedModel.from_path(anchors, path, **options)
+    randomise_joints(model)
     return model
 
 
@@ -51,12 +54,13 @@ def assert_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
     assert torch.equal(outputs(model), outputs(other))
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize(("source_family", "target_family"), PAIRS)
 def test_every_loader_gives_the_saved_model(
-    source_family: str, target_family: str, sharded: bool, tmp_path: Path
+    source_family: str, target_family: str, sharded: bool, path: str, tmp_path: Path
 ) -> None:
-    model = stitched(source_family, target_family)
+    model = stitched(source_family, target_family, path)
     model.save_pretrained(tmp_path, max_shard_size="20KB" if sharded else "1GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == sharded
     for loader in (StitchedModel, StitchedForCausalLM, AutoModelForCausalLM):
@@ -72,7 +76,7 @@ def test_a_model_without_its_head_is_saved_and_loaded(tmp_path: Path) -> None:
         loaded = loader.from_pretrained(tmp_path)
         assert isinstance(loaded, StitchedTextModel)
         assert_same(model.model, loaded)
-    assert torch.equal(loaded.stitching_layer().weight, model.stitching_layer().weight)
+    assert torch.equal(loaded.stitching_layers()[0].weight, model.stitching_layers()[0].weight)
 
 
 def test_a_device_map_is_followed() -> None:
@@ -105,12 +109,11 @@ def test_config_survives_json_with_its_derived_fields(source_family: str, target
         "num_key_value_heads": 2 if source_family == "gpt_neox" else None,  # elsewhere they differ
         "max_position_embeddings": 128,
         "tie_word_embeddings": False,
-        "source_stop": 2,
-        "target_start": 3,
-        "source_blocks": 3,
-        "target_blocks": 5,
+        "format_version": 2,
+        "path": "0[:2] 1[3:]",
+        "slices": [[0, 0, 2], [1, 3, 5]],
+        "anchor_blocks": [3, 5],
         "eos_token_id": 2,
-        "stitch_fit": None,
     }
     if source_family == target_family == "llama":
         expected |= {"layer_types": ["full_attention"] * 4, "sliding_window": None, "head_dim": None}
@@ -121,7 +124,7 @@ def test_config_survives_json_with_its_derived_fields(source_family: str, target
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, StitchedConfig)
     assert loaded.to_dict() | {"_name_or_path": ""} == model.config.to_dict()
-    assert type(loaded.source_config) is type(model.config.source_config)
+    assert [type(one) for one in loaded.slice_configs] == [type(one) for one in model.config.slice_configs]
     assert StitchedConfig.from_dict(loaded.to_dict()).to_dict() == loaded.to_dict()
     assert copy.deepcopy(loaded).to_dict() == loaded.to_dict()
 
@@ -170,7 +173,7 @@ def test_resized_vocabulary(size: int, tmp_path: Path) -> None:
     model = stitched("gemma2", "phi")
     before = outputs(stitched("gemma2", "phi"))
     model.resize_token_embeddings(size)
-    assert (model.config.vocab_size, model.config.source_config.vocab_size) == (size, size)
+    assert (model.config.vocab_size, model.config.slice_configs[0].vocab_size) == (size, size)
     model.save_pretrained(tmp_path)
     loaded = StitchedModel.from_pretrained(tmp_path)
     ids = token_ids(2, 9).clamp_max(size - 1)
@@ -214,8 +217,8 @@ def test_deepcopy_is_independent() -> None:
     twin = copy.deepcopy(model)
     assert_same(model, twin)
     with torch.no_grad():
-        twin.stitching_layer().weight.zero_()
-    assert model.stitching_layer().weight.abs().sum() > 0
+        twin.stitching_layers()[0].weight.zero_()
+    assert model.stitching_layers()[0].weight.abs().sum() > 0
     assert not torch.equal(outputs(model), outputs(twin))
 
 
@@ -228,10 +231,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 ) -> None:
     model = stitched(source_family, target_family).train()
     model.requires_grad_(trained == "all")
-    model.stitching_layer().requires_grad_(True)
+    model.stitching_layers()[0].requires_grad_(True)
     ids = token_ids(2, 9)
     runs: list[int] = []
-    for side in (model.model.source, model.model.target):
+    for side in (model.model.slices[0], model.model.slices[1]):
         side.layers[0].self_attn.register_forward_pre_hook(lambda *_: runs.append(1))
 
     def gradients() -> dict[str, Tensor]:
