@@ -50,6 +50,7 @@ class ImageParts(SupernetParts):
             raise ValueError(f"got anchors for images of {sorted(sizes)} pixels; expected one size. Pass image_size")
         (self.size,) = sizes
         for stitch in stitches:
+            stitch.check(*(self.anchors[place].num_blocks for place in (stitch.source, stitch.target)))
             check_grids([model.config for model in self.models], stitch.path, self.size)
 
     def settings(self) -> dict[str, Any]:

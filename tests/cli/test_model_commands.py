@@ -31,10 +31,10 @@ from klas_hf import (
     train_stitches,
 )
 from klas_hf.cli import main
-from klas_hf.cli.plot import read_rows
 from klas_hf.data.images import common_processing, image_batches, load_images
 from klas_hf.data.text import TextBatches, text_examples, text_sequences
 from klas_hf.hub import model_card
+from klas_hf.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 FULL = ("--trainable", "full", "--per_device_batch_size", "4", "--gradient_accumulation_steps", "1")
@@ -158,7 +158,9 @@ def test_training_of_a_language_model_is_that_of_the_function(language: Path, st
     _same_weights(trained, expected)
     assert AutoTokenizer.from_pretrained(tmp_path / "trained")("word5")["input_ids"] == [5]
     assert not (tmp_path / "trained" / "checkpoints").exists()
-    assert not torch.equal(_parameters(stitched)["model.joints.0.weight"], trained.state_dict()["model.joints.0.weight"])
+    assert not torch.equal(
+        _parameters(stitched)["model.joints.0.weight"], trained.state_dict()["model.joints.0.weight"]
+    )
 
 
 def test_training_of_a_classifier_from_a_teacher(vision: Path, classifier: Path, tmp_path: Path) -> None:
@@ -259,12 +261,12 @@ def test_losses_rows_and_curve(language: Path, stitched: Path, tmp_path: Path, c
     assert [row["metrics"]["loss"] for row in printed] == [evaluate(model, batches).metrics["loss"] for model in models]
     assert [row["macs"] for row in printed] == [measure_costs(model, tokens=12).macs for model in models]
     assert [row["parameters"] for row in printed] == [measure_costs(model).parameters for model in models]
-    assert [(row["rule"], row["stitch"]) for row in printed] == [
-        ("source", None), ("stitched", [1, 2]), ("target", None)
+    assert [(row["rule"], row["path"]) for row in printed] == [
+        ("source", "0[:]"), ("stitched", "0[:1] 1[2:]"), ("target", "1[:]")
     ]  # fmt: skip
     before = rows.read_text()
     assert main(words) == 0
-    assert rows.read_text() == before and "| stitched | (1, 2) |" in capsys.readouterr().out
+    assert rows.read_text() == before and "| stitched | 0[:1] 1[2:] |" in capsys.readouterr().out
     assert [row.metrics for row in read_rows(rows)] == [row["metrics"] for row in printed]
     assert main(["plot", str(rows), "--output", str(tmp_path / "curve")]) == 0
     assert b"stitched" in (tmp_path / "curve.svg").read_bytes() or (tmp_path / "curve.svg").stat().st_size > 5000
@@ -278,14 +280,30 @@ def test_two_models_under_one_name_are_told_apart(
     assert _stitch(language, "text", other, "--length", "12", "--samples", "25") == 0
     rows = tmp_path / "rows.jsonl"
     words = ["--data", str(language / "text"), "--samples", "10", "--length", "12", "--batch_size", "5"]
-    assert main(["evaluate", str(stitched), str(other), *words]) == 2
-    assert "Measure this one apart with --rule" in capsys.readouterr().err
-    assert main(["evaluate", str(stitched), *words, "--rows", str(rows)]) == 0
-    assert main(["evaluate", str(other), *words, "--rows", str(rows)]) == 2
+    assert main(["evaluate", str(stitched), str(other), *words, "--rows", str(rows)]) == 0
+    assert capsys.readouterr().out.count("| stitched | 0[:1] 1[2:] |") == 2
+    assert main(["evaluate", str(other), *words, "--rows", str(rows)]) == 0
     assert main(["evaluate", str(other), *words, "--rows", str(rows), "--rule", "few"]) == 0
-    assert [row.rule for row in read_rows(rows)] == ["stitched", "few"]
+    first, second, few = read_rows(rows)
+    assert [first.rule, second.rule, few.rule] == ["stitched", "stitched", "few"]
+    assert first.made_from != second.made_from == few.made_from and second.metrics == few.metrics
     assert main(["evaluate", str(other), *words[:-1], "4", "--rows", str(rows), "--rule", "x", "--length", "9"]) == 2
     assert "holds the rows of another run" in capsys.readouterr().err
+
+
+def test_untuned_anchors_beside_a_tuned_model_are_marked(
+    language: Path, stitched: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tuned, words = shutil.copytree(stitched, tmp_path / "tuned"), ["--data", str(language / "text"), "--length", "12"]
+    config = json.loads((tuned / "config.json").read_text()) | {"training": {"settings": {"max_steps": 3}}}
+    (tuned / "config.json").write_text(json.dumps(config))
+    folders = [str(language / "small"), str(tuned), str(language / "large")]
+    assert main(["evaluate", *folders, *words]) == 0
+    printed = capsys.readouterr().out
+    assert "| source (not tuned) |" in printed and "| target (not tuned) |" in printed
+    assert f"klas-hf train {language / 'large'} --data {language / 'text'} --output large-tuned" in printed
+    assert main(["evaluate", folders[0], str(stitched), folders[2], *words]) == 0
+    assert "not tuned" not in (printed := capsys.readouterr().out) and "klas-hf train" not in printed
 
 
 def test_accuracies(vision: Path, classifier: Path, capsys: pytest.CaptureFixture) -> None:
@@ -328,13 +346,13 @@ def test_what_is_no_file_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture) 
 def test_a_metric_that_the_rows_lack(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     row = {
         "rule": "klas",
-        "stitch": [1, 1],
+        "path": "0[:1] 1[1:]",
         "seed": 0,
         "macs": 5,
         "parameters": 5,
         "metrics": {"loss": 1.0, "bleu": 2.0},
     }
-    lines = ({"run": {}}, row, row | {"macs": 9, "stitch": [1, 2]})
+    lines = ({"run": {}, "versions": {}}, row, row | {"macs": 9, "path": "0[:1] 1[2:]"})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["plot", str(tmp_path / "rows.jsonl"), "--output"]
     assert main([*words, str(tmp_path / "a"), "--metric", "rouge"]) == 2

@@ -152,7 +152,7 @@ def test_the_reader_s_own_language_models(ran: Callable[[str], tuple[Page, Path]
     page = execute(LANGUAGE, tmp_path, ("ANCHORS = None", anchors), KLAS_HF_SMOKE="1", OMP_NUM_THREADS="1")
     assert not list(tmp_path.glob("outputs/llama-*"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "outputs/stitched")
-    assert [model.config.source_config.hidden_size, model.config.target_config.hidden_size] == [64, 128]
+    assert [one.hidden_size for one in model.config.slice_configs] == [64, 128]
     assert re.findall("^source: .*", printed(page), re.MULTILINE) == re.findall(
         "^source: .*", printed(ran(LANGUAGE)[0]), re.MULTILINE
     )

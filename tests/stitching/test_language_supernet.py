@@ -57,8 +57,7 @@ def test_every_path_is_what_hooks_on_the_whole_anchors_give(family: str) -> None
     for place, model in enumerate(models):
         assert torch.equal(supernet(**given, path=place).logits[real], model(**given).logits[real])
     for path in supernet.paths[2:]:
-        ends = path.source_stop, path.target_start
-        expected = reference_logits(*models, ends, supernet.layer_of(path), **given)
+        expected = reference_logits(models, str(path.path), [supernet.layer_of(path)], **given)
         torch.testing.assert_close(supernet(**given, path=path).logits[real], expected[real], rtol=0, atol=0)
 
 
@@ -71,9 +70,9 @@ def test_layers_start_as_those_of_stitched_models(family: str) -> None:
     for number, stitch in enumerate(STITCHES):
         alone = StitchedModel.from_anchors(*models, stitch, calibration=calibration, ridge=1e-3)
         layer = supernet.layer_of(Stitch(*stitch))
-        torch.testing.assert_close(layer.weight, alone.stitching_layer().weight, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(layer.bias, alone.stitching_layer().bias, rtol=1e-4, atol=1e-4)
-        assert supernet.config.layer_fits[number]["r2"] == pytest.approx(alone.config.stitch_fit["r2"], abs=1e-5)
+        torch.testing.assert_close(layer.weight, alone.stitching_layers()[0].weight, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.bias, alone.stitching_layers()[0].bias, rtol=1e-4, atol=1e-4)
+        assert supernet.config.layer_fits[number]["r2"] == pytest.approx(alone.config.joint_fits[0]["r2"], abs=1e-5)
 
 
 def test_loss_is_that_of_the_next_tokens_and_the_last_anchor_is_the_default_path() -> None:
@@ -170,10 +169,10 @@ def test_gradients_are_those_of_the_stitched_model_with_checkpointing_and_withou
             supernet.gradient_checkpointing_enable({"use_reentrant": False})
         supernet(ids, labels=ids, path=Stitch(2, 2)).loss.backward()
         layer = supernet.layer_of(Stitch(2, 2))
-        torch.testing.assert_close(layer.weight.grad, alone.stitching_layer().weight.grad)
+        torch.testing.assert_close(layer.weight.grad, alone.stitching_layers()[0].weight.grad)
         for mine, other in (
-            (supernet.anchors[0].model.layers[1], alone.model.source.layers[1]),
-            (supernet.anchors[1].model.layers[2], alone.model.target.layers[0]),
+            (supernet.anchors[0].model.layers[1], alone.model.slices[0].layers[1]),
+            (supernet.anchors[1].model.layers[2], alone.model.slices[1].layers[0]),
         ):
             for one, expected in zip(mine.parameters(), other.parameters(), strict=True):
                 torch.testing.assert_close(one.grad, expected.grad)
@@ -248,7 +247,7 @@ def test_rows_are_the_losses_of_extracted_models(tmp_path: Path) -> None:
     batches = [padded, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
     rows = evaluate_supernet(supernet.train(), batches, rule="every", rows=RowFile(tmp_path / "rows.jsonl", {}), seed=4)
     assert supernet.training
-    assert [row.stitch for row in rows] == [None, None, *STITCHES]
+    assert [row.stitch for row in rows] == [None, None, *map(Stitch.of, STITCHES)]
     for row in rows:
         model = supernet.anchors[row.anchors[0]] if row.stitch is None else supernet.extract(row.stitch)
         assert row.metrics["loss"] == pytest.approx(evaluate(model, batches).metrics["loss"], rel=1e-5)
@@ -266,8 +265,7 @@ def test_three_anchors_and_shared_layers() -> None:
     real = given["attention_mask"].bool()
     with torch.no_grad():
         for path in supernet.paths[3:]:
-            pair = models[path.source], models[path.target]
-            expected = reference_logits(*pair, (path.source_stop, path.target_start), supernet.layer_of(path), **given)
+            expected = reference_logits(models, str(path.path), [supernet.layer_of(path)], **given)
             assert torch.equal(supernet(**given, path=path).logits[real], expected[real])
 
 

@@ -70,7 +70,7 @@ def test_stitching_layers_start_at_their_least_squares_map(source: str, target: 
     extracted = supernet.extract(stitches[-1])
     for name, tensor in alone.state_dict().items():
         torch.testing.assert_close(extracted.state_dict()[name], tensor, rtol=1e-9, atol=1e-9, msg=name)
-    assert extracted.config.stitch_fit == pytest.approx(alone.config.stitch_fit)
+    assert extracted.config.joint_fits[0] == pytest.approx(alone.config.joint_fits[0])
 
 
 def test_a_ridge_is_handed_on() -> None:
@@ -78,7 +78,7 @@ def test_a_ridge_is_handed_on() -> None:
     alone = StitchedModel.from_anchors(*pair, (1, 1), calibration=calibration, ridge=0.1)
     supernet = StitchedSupernet.from_anchors(pair, [(1, 1)], calibration=calibration, ridge=0.1)
     weight = supernet.stitches[0].projection.weight
-    torch.testing.assert_close(weight, alone.stitching_layer().weight, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(weight, alone.stitching_layers()[0].weight, rtol=1e-9, atol=1e-9)
     plain = StitchedSupernet.from_anchors(pair, [(1, 1)], calibration=calibration)
     assert not torch.allclose(weight, plain.stitches[0].projection.weight, rtol=1e-2)
     assert supernet.config.layer_fits[0]["ridge"] == 0.1
@@ -138,7 +138,7 @@ def test_without_calibration_layers_are_random_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="the stitching layer is random") as caught:
         supernet = StitchedSupernet.from_anchors(pair, [(1, 1), (2, 1)])
     assert [Path(one.filename).name for one in caught] == [Path(__file__).name]
-    assert supernet.config.layer_fits is None and supernet.extract((1, 1)).config.stitch_fit is None
+    assert supernet.config.layer_fits is None and supernet.extract((1, 1)).config.joint_fits is None
     assert all(layer.projection.weight.any() for layer in supernet.stitches)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -173,7 +173,7 @@ def test_folders_are_loaded_and_named(tmp_path: Path) -> None:
     assert supernet.dtype == torch.float32
     assert supernet.config.anchor_names == [str(folder) for folder in folders]
     config = supernet.extract((1, 1)).config
-    assert (config.source_name, config.target_name) == tuple(str(folder) for folder in folders)
+    assert config.anchor_names == [str(folder) for folder in folders]
     for place, model in enumerate(pair):
         assert all(torch.equal(t, model.state_dict()[n]) for n, t in supernet.anchors[place].state_dict().items())
 
@@ -216,7 +216,7 @@ MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "too far in the target": (VIT, [(1, 3)], {}, r"out of range for a source of 2 and a target of 3 blocks"),
     "no such anchor": (VIT, [(1, 1, 0, 2)], {}, "got a stitch between the anchors 0 and 2 of 2; expected positions"),
     "no such source": (VIT, [(1, 1, -1, 1)], {}, "got a stitch between the anchors -1 and 1 of 2"),
-    "other grids": (SWIN, [(1, 3)], {}, "stitches are possible between equal grids only"),
+    "other grids": (SWIN, [(1, 3)], {}, "joints are possible between equal grids only"),
     "reversed": (VIT[::-1], TWO, {}, "reversed; expected the cheaper anchor as the source"),
     "reversed positions": (VIT, [(1, 1, 1, 0)], {}, "reversed; expected the cheaper anchor as the source"),
     "class tokens": ([SWIN[0], VIT[1]], [(1, 1)], {}, "got a source with 0 class tokens and a target with 1"),
