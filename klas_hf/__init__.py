@@ -6,17 +6,10 @@ Public names load on first use, so `import klas_hf` costs little more than `impo
 registers stitched models with the Auto classes.
 """
 
+import sys
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-
-from klas_hf.models import (
-    StitchedBackbone,
-    StitchedConfig,
-    StitchedForCausalLM,
-    StitchedForImageClassification,
-    StitchedModel,
-    StitchedVisionConfig,
-)
 
 if TYPE_CHECKING:
     from klas_hf.cli.examination import examine_anchors
@@ -34,14 +27,22 @@ if TYPE_CHECKING:
     )
     from klas_hf.hub import model_card, publish
     from klas_hf.hub.delta import merge_delta, save_delta
+    from klas_hf.models import (
+        StitchedBackbone,
+        StitchedConfig,
+        StitchedForCausalLM,
+        StitchedForImageClassification,
+        StitchedModel,
+        StitchedVisionConfig,
+    )
     from klas_hf.models.configuration_supernet import StitchedSupernetConfig
     from klas_hf.paths import Path, Slice, Stitch, StitchCosts
     from klas_hf.probes import ImageProbeConfig, ImageProbeNet, ProbeConfig, ProbeNet
     from klas_hf.probes.training import train_probes
     from klas_hf.rows import ResultRow, RowFile, format_table
+    from klas_hf.scores.compared import ImageScoring
     from klas_hf.scores.driver import score_stitches
     from klas_hf.scores.functional import FunctionalScoring
-    from klas_hf.scores.compared import ImageScoring
     from klas_hf.scores.values import StitchScores
     from klas_hf.selection.anchor_distances import select_anchors
     from klas_hf.selection.anchors import AnchorSelection
@@ -76,6 +77,14 @@ _PLACES = {
     ),
     "klas_hf.hub": ("model_card", "publish"),
     "klas_hf.hub.delta": ("merge_delta", "save_delta"),
+    "klas_hf.models": (
+        "StitchedBackbone",
+        "StitchedConfig",
+        "StitchedForCausalLM",
+        "StitchedForImageClassification",
+        "StitchedModel",
+        "StitchedVisionConfig",
+    ),
     "klas_hf.models.configuration_supernet": ("StitchedSupernetConfig",),
     "klas_hf.paths": ("Path", "Slice", "Stitch", "StitchCosts"),
     "klas_hf.probes": ("ImageProbeConfig", "ImageProbeNet", "ProbeConfig", "ProbeNet"),
@@ -104,22 +113,20 @@ _PLACES = {
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
-__all__ = [
-    "StitchedBackbone",
-    "StitchedConfig",
-    "StitchedForCausalLM",
-    "StitchedForImageClassification",
-    "StitchedModel",
-    "StitchedVisionConfig",
-    *sorted(_MODULE_OF),
-]
+__all__ = sorted(_MODULE_OF)
+
+
+if "klas_hf_command" not in sys.modules:  # a command that touches models has them registered when it loads them
+    import_module("klas_hf.models")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("klas_hf")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'klas_hf' has no attribute {name!r}")
     return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return ["__version__", *__all__]

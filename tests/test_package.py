@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import klas_hf
@@ -18,6 +19,10 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert "no_such_name" in str(error)
     else:
         raise AssertionError("an unknown name was found")
+
+
+def test_the_version_is_that_of_the_installation() -> None:
+    assert klas_hf.__version__ == version("klas_hf")
 
 
 def test_importing_loads_nothing_heavy_and_registers_the_auto_classes() -> None:

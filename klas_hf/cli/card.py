@@ -4,13 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer
-
-from klas_hf.anchors.vision import is_vision
 from klas_hf.cli.data import load_model
 from klas_hf.cli.output import OVERWRITE, check_output, say
 from klas_hf.cli.parsing import Command, flag, positional, two
-from klas_hf.cli.plot import read_rows
+from klas_hf.rows import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +56,10 @@ def run(options: CardCommandOptions) -> int:
 
 def saved_processor(folder: str) -> Any:
     """The tokenizer or image processor that was saved with a model, or None."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    from klas_hf.anchors.vision import is_vision
+
     if is_vision(folder):
         present = (Path(folder) / "preprocessor_config.json").exists()
         return AutoImageProcessor.from_pretrained(folder) if present else None

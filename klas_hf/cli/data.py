@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-from klas_hf.anchors.language import anchor_config, explained_access
-from klas_hf.anchors.vision import is_vision
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".xlsx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,25 +59,30 @@ def load_material(options: DataOptions, models: Sequence[str], split: str) -> Ma
         OSError: data, tokenizer or image processor are not to be had.
         ValueError: no data, or data that do not fit the models.
     """
+    import klas_hf.models  # noqa: F401 - registers stitched models with the Auto classes
+    from klas_hf.anchors.vision import is_vision
+
     if is_vision(models[-1]):
         return _images(options, models, split)
     return _text(options, models[-1])
 
 
 def _text(options: DataOptions, model: str) -> Material:
-    from klas_hf.data.text import TextBatches, text_examples, text_sequences
+    from klas_hf.anchors.language import anchor_config
+    from klas_hf.data.text import TextBatches, check_vocabulary, text_sequences
 
     texts = read_texts(options.data)
     tokenizer = tokenizer_of(model)
     sequences = text_sequences(texts, tokenizer, options.length)
     if not sequences:
         raise ValueError(f"got {options.data} with no text of two tokens or more; expected text")
-    if options.samples is not None and options.samples < len(sequences):
-        sequences = [sequences[n * len(sequences) // options.samples] for n in range(options.samples)]
-    return Material(TextBatches(sequences, options.batch_size), text_examples(sequences), tokenizer)
+    check_vocabulary(sequences, anchor_config(model).get_text_config().vocab_size)
+    batches = TextBatches(sequences, options.batch_size, count=options.samples)
+    return Material(batches, batches.examples, tokenizer)
 
 
 def _images(options: DataOptions, models: Sequence[str], split: str) -> Material:
+    from klas_hf.anchors.language import anchor_config
     from klas_hf.data.image_data import class_labels
     from klas_hf.data.images import common_processing, image_batches, load_images, map_labels, subset
 
@@ -97,9 +102,13 @@ def read_texts(data: str) -> list[str]:
 
     Raises:
         FileNotFoundError: neither file nor folder, or a folder without .txt files.
-        ValueError: a file that is not UTF-8.
+        ValueError: a table such as CSV, or a file that is not UTF-8.
     """
     path = Path(data).expanduser()
+    if path.suffix.lower() in _TABLES:
+        raise ValueError(
+            f"got {data}, a table; expected plain text, a text per .txt file. Write the column with the texts into such"
+        )
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files or not files[0].exists():
         raise FileNotFoundError(f"got {data}; expected a text file, or a folder with .txt files in it")
@@ -112,12 +121,14 @@ def read_texts(data: str) -> list[str]:
     return texts
 
 
-def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: str) -> "PreTrainedTokenizerBase":
     """The tokenizer that lies with a model.
 
     Raises:
         OSError: there is none.
     """
+    from transformers import AutoTokenizer
+
     from klas_hf.anchors.vocabularies import tokenizer_vocabulary
 
     if tokenizer_vocabulary(model) is None:
@@ -136,9 +147,17 @@ def load_model(model: str, dtype: str = "auto") -> Any:
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
+    import klas_hf.models  # noqa: F401 - registers stitched models with the Auto classes
+    from klas_hf.anchors.language import explained_access
+    from klas_hf.anchors.vision import is_vision
     from klas_hf.processes import process_state
 
     auto_class = AutoModelForImageClassification if is_vision(model) else AutoModelForCausalLM
     with explained_access(model):
         loaded = auto_class.from_pretrained(model, dtype=dtype, use_safetensors=True)
     return loaded.eval().to(process_state().device)
+
+
+def place(name: str | None) -> str:
+    """A folder by its whole path, a Hub id as it is."""
+    return str(Path(name).resolve()) if name and Path(name).exists() else str(name)

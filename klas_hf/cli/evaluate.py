@@ -2,20 +2,15 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-from klas_hf.anchors.language import anchor_config
-from klas_hf.anchors.vision import is_vision
-from klas_hf.anchors.weights import fingerprint
-from klas_hf.cli.data import DataOptions, load_material, load_model
-from klas_hf.cli.output import say, say_json
+
+from klas_hf.cli.data import DataOptions, load_material, load_model, place
+from klas_hf.cli.output import check_writable, is_main_process, say, say_json
 from klas_hf.cli.parsing import Command, flag, positional
-from klas_hf.costs import measure_costs
-from klas_hf.evaluation import evaluate
-from klas_hf.models import StitchedConfig, StitchedVisionConfig
-from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile, format_table, untuned_beside_tuned
 
 
@@ -35,6 +30,11 @@ class EvaluateOptions(DataOptions):
 
 
 def run(options: EvaluateOptions) -> int:
+    from klas_hf.anchors.vision import is_vision
+    from klas_hf.evaluation import evaluate
+
+    if options.rows is not None:
+        check_writable(Path(options.rows).expanduser())
     rows = None if options.rows is None else RowFile(options.rows, _shared(options))
     # Images are decoded once for all models, which must process them alike; a text is cut by each model's tokenizer.
     images = load_material(options, options.folders, options.split) if is_vision(options.folders[-1]) else None
@@ -49,7 +49,7 @@ def run(options: EvaluateOptions) -> int:
             measured = evaluate(model, material.batches)
             known = replace(row, metrics=measured.metrics, details={**row.details, **measured.details})
             if rows is not None:
-                rows.append(known, to_disk=process_state().is_main_process)
+                rows.append(known, to_disk=is_main_process())
         done.append(known)
     if options.json:
         say_json([asdict(row) for row in done])
@@ -66,29 +66,31 @@ def _shared(options: EvaluateOptions) -> dict[str, Any]:
 
 def _anchors(folders: list[str]) -> dict[str, tuple[str, str]]:
     """Anchor → its rule, "source" or "target", and its path, of all stitched models among the folders."""
+    from klas_hf.anchors.language import anchor_config
+    from klas_hf.models import StitchedConfig, StitchedVisionConfig
+
     roles: dict[str, tuple[str, str]] = {}
     for config in map(anchor_config, folders):
         if isinstance(config, StitchedConfig | StitchedVisionConfig):
             names = config.anchor_names or []
             rules = ["source", *(f"anchor {place}" for place in range(1, len(names) - 1)), "target"]
-            roles |= {_place(name): (rule, f"{k}[:]") for k, (name, rule) in enumerate(zip(names, rules, strict=False))}
+            roles |= {place(name): (rule, f"{k}[:]") for k, (name, rule) in enumerate(zip(names, rules, strict=False))}
     return roles
 
 
-def _place(name: str | None) -> str:
-    """A folder by its whole path, a Hub id as it is."""
-    return str(Path(name).resolve()) if name and Path(name).exists() else str(name)
-
-
 def _identity(
-    options: EvaluateOptions, folder: str, model: PreTrainedModel, anchors: dict[str, tuple[str, str]]
+    options: EvaluateOptions, folder: str, model: "PreTrainedModel", anchors: dict[str, tuple[str, str]]
 ) -> ResultRow:
     """The row of a model, still without metrics.
 
     A stitched model stands under the options' rule; its anchors as source and target; another model under its name.
     """
+    from klas_hf.anchors.weights import fingerprint
+    from klas_hf.costs import measure_costs
+    from klas_hf.models import StitchedConfig, StitchedVisionConfig
+
     cost = measure_costs(model, tokens=options.length)
-    rule, path = anchors.get(_place(folder), (Path(folder).name, None))
+    rule, path = anchors.get(place(folder), (Path(folder).name, None))
     if isinstance(model.config, StitchedConfig | StitchedVisionConfig):
         rule, path = options.rule, model.config.path
     return ResultRow(

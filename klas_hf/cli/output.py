@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
+import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from klas_hf.processes import process_state
 
 OVERWRITE = "replace what is at the output"
 
@@ -15,25 +16,57 @@ def check_output(output: str | Path, overwrite: bool, *, resumable: str | None =
     """The path, if nothing is there that would be replaced unasked.
 
     Args:
-        resumable: name in a folder that an interrupted run leaves, and that alone is no hindrance.
+        resumable: name in a folder that an interrupted run leaves; beside it other things are no hindrance, for the run
+            may have been interrupted while it saved them.
 
     Raises:
         FileExistsError: a file or a folder with something in it.
         NotADirectoryError: a parent that is a file.
+        PermissionError: nothing can be written there.
     """
     path = Path(output).expanduser()
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise NotADirectoryError(f"got the output {path}, but {folder} is a file; expected a folder")
-    content = {one.name for one in path.iterdir()} - {resumable} if path.is_dir() else path.exists()
-    if content and not overwrite:
+    check_writable(path)
+    content = {one.name for one in path.iterdir()} if path.is_dir() else path.exists()
+    is_unfinished = isinstance(content, set) and resumable in content
+    if content and not is_unfinished and not overwrite:
         raise FileExistsError(f"got the output {path}, which exists; name another one, or add --overwrite")
     return path
 
 
+def check_writable(output: Path) -> None:
+    """Find out before the work whether a file or folder can be made.
+
+    Raises:
+        NotADirectoryError: a parent that is a file.
+        PermissionError: nothing can be written there.
+    """
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"got the output {output}, but {folder} is a file; expected a folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"got the output {output}, but nothing can be written in {folder} ({error.strerror}); name another one"
+        ) from error
+
+
+def is_main_process() -> bool:
+    """Whether this is the main one of the launch's processes; answered without torch where nothing has loaded it."""
+    if "accelerate" not in sys.modules:
+        return os.environ.get("RANK", "0") == "0"
+
+    from klas_hf.processes import process_state
+
+    return process_state().is_main_process
+
+
 def save_model(model: Any, processor: Any, output: Path) -> None:
     """Save a model with its tokenizer or image processor; the model comes last, so that a folder with it is whole."""
-    if process_state().is_main_process:
+    from klas_hf.processes import process_state
+
+    if is_main_process():
         output.mkdir(parents=True, exist_ok=True)
         processor.save_pretrained(output)
         model.save_pretrained(output)
@@ -42,7 +75,8 @@ def save_model(model: Any, processor: Any, output: Path) -> None:
 
 def say(text: str) -> None:
     """Print, on the main process only."""
-    process_state().print(text, flush=True)
+    if is_main_process():
+        print(text, flush=True)
 
 
 def say_json(value: Any) -> None:

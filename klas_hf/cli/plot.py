@@ -18,7 +18,7 @@ class PlotOptions:
 
     file: str = positional("scores (.safetensors) of `score`, or rows (.jsonl) of `evaluate` or a recipe")
     output: str = field(metadata={"metavar": "PICTURE", "help": "where PNG and SVG go, with or without an ending"})
-    metric: str | None = field(default=None, metadata={"help": "of the rows; without it, the first row's first"})
+    metric: str | None = field(default=None, metadata={"help": "of the rows, or score; without it, the first"})
     overwrite: bool = flag(OVERWRITE)
 
 
@@ -28,7 +28,7 @@ def run(options: PlotOptions) -> int:
     for suffix in (".png", ".svg"):
         check_output(stem.with_name(stem.name + suffix), options.overwrite)
     if Path(options.file).suffix == ".safetensors":
-        _heatmap(load_scores(options.file), stem)
+        _heatmap(load_scores(options.file), options.metric, stem)
     else:
         rows = read_rows(options.file)
         plot_curves(curves_by_rule(rows, options.metric or next(iter(rows[0].metrics))), path=stem)
@@ -36,12 +36,13 @@ def run(options: PlotOptions) -> int:
     return 0
 
 
-def _heatmap(scores: StitchScores, stem: Path) -> None:
-    """Θ and Γ where probes were used, else the score that the file is ranked by."""
-    if "klas" in scores.available:
+def _heatmap(scores: StitchScores, metric: str | None, stem: Path) -> None:
+    """The score asked for; else Θ and Γ where probes were used, or the score that the file is ranked by."""
+    if metric is None and "klas" in scores.available:
         scores.plot(stem)
     else:
-        plotting.heatmaps({scores.score: scores.values[:, 1:]}, "target block j", "source block i", stem)
+        chosen = scores if metric is None else scores.with_score(metric)
+        plotting.heatmaps({chosen.score: chosen.values[:, 1:]}, "target block j", "source block i", stem)
 
 
 COMMAND = Command("Draw the heatmap of scores, or quality against MACs of measured models.", PlotOptions, run)

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import ModelCard
-
 from klas_hf.cli.card import CardOptions, saved_processor
 from klas_hf.cli.data import load_model
 from klas_hf.cli.output import say
@@ -23,6 +21,8 @@ class PushOptions(CardOptions):
 
 
 def run(options: PushOptions) -> int:
+    from huggingface_hub import ModelCard
+
     from klas_hf.hub import publish
 
     about = options.about()

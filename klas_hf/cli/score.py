@@ -3,12 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from klas_hf.anchors.vision import is_vision
-from klas_hf.cli.data import DataOptions, load_material, load_model
-from klas_hf.cli.output import OVERWRITE, check_output, say, say_json
+from klas_hf.cli.data import DataOptions, load_material, load_model, place
+from klas_hf.cli.output import OVERWRITE, check_output, is_main_process, say, say_json
 from klas_hf.cli.parsing import Command, flag, positional, two
 from klas_hf.cli.select import described, table
-from klas_hf.processes import process_state
 from klas_hf.scores.values import NEEDED, SCORES, STITCHED
 
 
@@ -31,18 +29,21 @@ class ScoreOptions(DataOptions):
 
 
 def run(options: ScoreOptions) -> int:
+    if options.score not in SCORES:
+        raise ValueError(f"got score={options.score!r}; expected one of {sorted(SCORES)}")
+    if place(options.source) == place(options.target):
+        raise ValueError(f"got {options.source} as the source and as the target; expected two different anchors")
+    output = check_output(options.output, options.overwrite)
+
     from klas_hf.scores.driver import score_stitches
     from klas_hf.selection.klas import select_stitches
 
-    if options.score not in SCORES:
-        raise ValueError(f"got score={options.score!r}; expected one of {sorted(SCORES)}")
-    output = check_output(options.output, options.overwrite)
     material = load_material(options, [options.source, options.target], options.split)
     given = None if options.probes is None else [_saved_probes(folder, options) for folder in options.probes]
     anchors = load_model(options.source, options.dtype), load_model(options.target, options.dtype)
     probes = _trained_probes(options, anchors) if given is None else [one.to(anchors[0].device) for one in given]
     scores = score_stitches(*anchors, material.batches, probes=probes, score=options.score, tokens=options.length)
-    if process_state().is_main_process:
+    if is_main_process():
         scores.save(output)
     best = select_stitches(scores).best_per_bucket()
     if options.json:
@@ -60,6 +61,7 @@ def _saved_probes(folder: str, options: ScoreOptions) -> Any:
     Raises:
         OSError: there are none.
     """
+    from klas_hf.anchors.vision import is_vision
     from klas_hf.probes import ImageProbeNet, ProbeNet
 
     try:
@@ -70,6 +72,7 @@ def _saved_probes(folder: str, options: ScoreOptions) -> Any:
 
 def _trained_probes(options: ScoreOptions, anchors: tuple[Any, Any]) -> list[Any] | None:
     """Probes that learnt from images of the train split; None: none are needed, or text, where scoring makes them."""
+    from klas_hf.anchors.vision import is_vision
     from klas_hf.probes.training import train_probes
 
     if not is_vision(options.source) or set(NEEDED[options.score]) <= set(STITCHED):

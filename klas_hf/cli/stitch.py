@@ -6,7 +6,6 @@ from klas_hf.cli.data import DataOptions, load_material
 from klas_hf.cli.output import OVERWRITE, check_output, human_count, save_model, say
 from klas_hf.cli.parsing import Command, flag, positional, two
 from klas_hf.paths import Stitch
-from klas_hf.processes import process_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +19,9 @@ class StitchOptions(DataOptions):
     )
     output: str = field(metadata={"metavar": "FOLDER", "help": "where the model goes"})
     split: str = field(default="train", metadata={"help": "images that the stitching layer is fitted on"})
+    samples: int | None = field(
+        default=256, metadata={"metavar": "N", "help": "fit on at most so many sequences or images"}
+    )
     dtype: str = field(default="auto", metadata={"help": "of the stitched model; auto: the target's"})
     overwrite: bool = flag(OVERWRITE)
 
@@ -27,6 +29,7 @@ class StitchOptions(DataOptions):
 def run(options: StitchOptions) -> int:
     from klas_hf.costs import measure_costs
     from klas_hf.models import StitchedModel
+    from klas_hf.processes import process_state
 
     stitch = Stitch(*options.stitch)
     output = check_output(options.output, options.overwrite)

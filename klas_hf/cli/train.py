@@ -1,7 +1,6 @@
 """`klas-hf train`: fine-tuning with the settings of the recipes; an interrupted run is resumed."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from klas_hf.cli.data import DataOptions, Material, load_material, load_model
 from klas_hf.cli.output import OVERWRITE, check_output, is_main_process, save_model, say
 from klas_hf.cli.parsing import Command, flag, positional
-from klas_hf.files import write_atomically
+from klas_hf.files import remove_folder, write_atomically
 from klas_hf.options import filled
 
 CHECKPOINTS = "checkpoints"
@@ -66,7 +65,8 @@ def _finish(model: Any, material: Material, output: Path, record: Mapping[str, A
     save_model(model, material.processor, output)
     if is_main_process():
         write_atomically(output / RECORD, lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        if (output / CHECKPOINTS).is_dir():
+            remove_folder(output / CHECKPOINTS)
 
 
 def _settings() -> type:

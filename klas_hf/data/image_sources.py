@@ -12,6 +12,7 @@ from torch import Tensor
 
 from klas_hf.data.image_processing import Processing
 
+_VALIDATION = ("validation", "valid", "val")  # names of one split
 _DEEPER_MODES = ("I", "F")  # Pillow's modes of more than 8 bits, whose conversion to RGB clips
 
 
@@ -82,7 +83,7 @@ def open_split(
     labels, names = _labels(rows, source, label_column)
     if not is_image_folder:
         return rows, labels, names
-    ordered = _class_names(folder, split)
+    ordered = _class_names(folder, str(_same_split(split, _folders(folder))))
     place = [ordered.index(name) for name in names]
     return rows, [place[label] for label in labels], ordered
 
@@ -91,8 +92,9 @@ def _image_folder(folder: Path, split: str) -> Any:
     import datasets
 
     splits = _folders(folder)
-    if split not in splits:
+    if _same_split(split, splits) is None:
         raise ValueError(f"got split {split!r} of {folder}; expected one of its folders {splits}")
+    split = str(_same_split(split, splits))
     if not _folders(folder / split):
         raise ValueError(f"got {folder / split}, which has no class folders; expected <split>/<class>/<image>")
     # Our own pattern: left to itself, datasets reads split names out of any part of a path, a class "train" too.
@@ -125,12 +127,20 @@ def _table(data: str | Path, path: Path, split: str) -> Any:
         return datasets.load_dataset(str(data), split=split)
     where = {"data_dir": str(path)} if path.is_dir() else {"data_files": str(path)}
     splits = datasets.load_dataset("parquet", **where)
-    if split not in splits:
+    name = _same_split(split, sorted(splits))
+    if name is None:
         raise ValueError(
             f"got split {split!r} of {data}; expected one of {sorted(splits)} (datasets names splits after the files "
             "of a folder; a single file is the split 'train')"
         )
-    return splits[split]
+    return splits[name]
+
+
+def _same_split(split: str, splits: list[str]) -> str | None:
+    """The split's name among those there are; the validation split has several."""
+    if split in splits or split not in _VALIDATION:
+        return split if split in splits else None
+    return next((name for name in splits if name in _VALIDATION), None)
 
 
 def _undecoded(rows: Any, source: str, image_column: str, label_column: str) -> Any:

@@ -3,6 +3,7 @@
 import ast
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -20,10 +21,17 @@ def text_sequences(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, len
     """Cut texts into sequences of at most `length` tokens, each beginning with BOS where the tokenizer has one.
 
     A text never shares a sequence with another. Pieces shorter than two tokens are left out.
+
+    Raises:
+        TypeError: one string in place of several texts, or a text that is none.
     """
+    if isinstance(texts, str):
+        raise TypeError("got one string; expected several texts: put it in a list, [text]")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     sequences = []
     for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"got a text of type {type(text).__name__}; expected strings")
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         step = length - len(bos)
         pieces = (bos + ids[start : start + step] for start in range(0, len(ids), step))
@@ -40,12 +48,23 @@ class TextBatches:
     """Padded batches of sequences; iterates as often as one likes.
 
     Args:
-        sequences: token ids.
+        sequences: token ids, as `text_sequences` makes them.
         batch_size: sequences per batch.
+        count: at most so many, evenly spread over all; None: all.
+
+    Raises:
+        TypeError: sequences of anything but integers, such as texts.
+        ValueError: no sequences, an empty one, or numbers below 1.
     """
 
-    def __init__(self, sequences: Iterable[Sequence[int]], batch_size: int = 16):
-        self.examples = text_examples(sequences)
+    def __init__(self, sequences: Iterable[Sequence[int]], batch_size: int = 16, *, count: int | None = None):
+        if batch_size < 1 or (count is not None and count < 1):
+            raise ValueError(f"got batch_size={batch_size} and count={count}; expected at least 1")
+        listed = list(sequences)
+        if count is not None and count < len(listed):
+            listed = [listed[n * len(listed) // count] for n in range(count)]
+        _check_sequences(listed)
+        self.examples = text_examples(listed)
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -55,6 +74,30 @@ class TextBatches:
         """Mappings with `input_ids`, `attention_mask` and `labels`, each `(batch, tokens)`."""
         for start in range(0, len(self.examples), self.batch_size):
             yield collate(self.examples[start : start + self.batch_size])
+
+
+def _check_sequences(sequences: Sequence[Sequence[int]]) -> None:
+    if not sequences:
+        raise ValueError("got no sequences; expected at least one. text_sequences(texts, tokenizer, length) makes them")
+    for number, sequence in enumerate(sequences):
+        ids = sequence.tolist() if isinstance(sequence, Tensor) else sequence
+        if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(isinstance(one, Integral) for one in ids):
+            raise TypeError(
+                f"got the sequence {number} of type {type(sequence).__name__}; expected token ids, integers. "
+                "text_sequences(texts, tokenizer, length) makes them of texts"
+            )
+        if not ids:
+            raise ValueError(f"got the sequence {number} without a token; expected at least one")
+
+
+def check_vocabulary(sequences: Iterable[Sequence[int]], vocabulary: int) -> None:
+    """Raise ValueError for token ids that a model of so many does not have."""
+    most = max((max(sequence) for sequence in sequences), default=0)
+    if most >= vocabulary:
+        raise ValueError(
+            f"got the token id {most} for a model of {vocabulary} ids; expected ids below that: use the tokenizer that "
+            "the model was trained with"
+        )
 
 
 def python_documentation() -> list[str]:

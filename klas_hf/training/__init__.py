@@ -1,14 +1,28 @@
-"""Training through Accelerate: stitched models, supernets and tuned probes. The only place that drives an optimiser."""
+"""Training through Accelerate: stitched models, supernets and tuned probes. The only place that drives an optimiser.
 
-from klas_hf.training.augmentation import Augmentation
-from klas_hf.training.batch_norm import recalibrate_batch_norm
-from klas_hf.training.config import TrainingConfig
-from klas_hf.training.loop import TrainingResult, train_stitches
+Names load on first use: the settings alone need neither torch nor transformers.
+"""
 
-__all__ = [
-    "Augmentation",
-    "TrainingConfig",
-    "TrainingResult",
-    "recalibrate_batch_norm",
-    "train_stitches",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from klas_hf.training.batch_norm import recalibrate_batch_norm
+    from klas_hf.training.config import Augmentation, TrainingConfig
+    from klas_hf.training.loop import TrainingResult, train_stitches
+
+_MODULE_OF = {
+    "Augmentation": "config",
+    "TrainingConfig": "config",
+    "TrainingResult": "loop",
+    "recalibrate_batch_norm": "batch_norm",
+    "train_stitches": "loop",
+}
+
+__all__ = ["Augmentation", "TrainingConfig", "TrainingResult", "recalibrate_batch_norm", "train_stitches"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'klas_hf.training' has no attribute {name!r}")
+    return getattr(import_module(f"klas_hf.training.{_MODULE_OF[name]}"), name)

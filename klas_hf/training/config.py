@@ -2,14 +2,63 @@
 
 from dataclasses import dataclass, field
 
-from klas_hf.training.augmentation import Augmentation
-
 TRAINABLE = ("stitch", "lora", "full")
 PRECISIONS = ("no", "bf16")
 OPTIMIZERS = ("adamw", "sgd")
 DISTILLATIONS = ("soft", "hard")
 SAMPLINGS = ("uniform", "bucket")
 BATCH_NORMS = ("frozen", "train")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Which augmentations are applied, in the order of the fields. The defaults apply none.
+
+    Attributes:
+        crop_padding: black pixels added on each side before a random crop of the old size; 0: none.
+        crop_scale: least and greatest share of the area that a random resized crop keeps; None: none.
+        horizontal_flip: half of the images are mirrored.
+        randaugment: number of operations per image and their magnitude, above 0 and below 30; None: none.
+        erasing: probability that a rectangle of an image is erased to the mean colour.
+        mixup: α of the Beta distribution of mixup's λ; 0: none.
+        cutmix: the same for CutMix. Where both are given, each batch gets one of them, by a fair coin.
+        label_smoothing: share of a target that is spread over all labels.
+    """
+
+    crop_padding: int = 0
+    crop_scale: tuple[float, float] | None = None
+    horizontal_flip: bool = False
+    randaugment: tuple[int, int] | None = None
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "randaugment"):  # YAML gives lists, which cannot be hashed
+            value = getattr(self, name)
+            if value is not None and len(value) != 2:
+                raise ValueError(f"got {name}={value}; expected two numbers, or None")
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        if self.crop_padding < 0:
+            raise ValueError(f"got crop_padding={self.crop_padding}; expected 0 (none) or a number of pixels")
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"got crop_scale={self.crop_scale}; expected a range within (0, 1], such as (0.35, 1.0)")
+        if self.crop_padding and self.crop_scale is not None:
+            raise ValueError(
+                f"got crop_padding={self.crop_padding} and crop_scale={self.crop_scale}; expected one of them"
+            )
+        if self.randaugment is not None and not (self.randaugment[0] >= 1 and 0 < self.randaugment[1] < 30):
+            raise ValueError(
+                f"got randaugment={self.randaugment}; expected (operations, magnitude) with at least one operation "
+                "and a magnitude above 0 and below 30, such as (2, 9)"
+            )
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected 0 (none) or the α of a Beta distribution")
+        for name in ("erasing", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected a number from 0 to 1")
 
 
 @dataclass(frozen=True)

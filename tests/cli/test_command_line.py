@@ -34,8 +34,8 @@ def test_the_settings_of_training_are_named_and_explained(
     main(["train", "--help"])
     assert names <= set(capsys.readouterr().out.split())
     assert main(["train", "--settings"]) == 0
-    explained = capsys.readouterr().out
-    assert all(f"--{name}" in explained for name in names) and "peak learning rate (default: 0.0001)" in explained
+    explained = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{name}" in explained for name in names) and "(default: 0.0001)" in explained
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,19 @@ def test_the_settings_of_training_are_named_and_explained(
         (["doctor", "one"], "required: target"),
         (["doctor", "one", "two", "--stitch", "1"], "expected 2 arguments"),
         (["doctor", "one", "two", "--jso"], "unrecognized arguments: --jso"),
-        (["stitch", "a", "b", "--data", "d", "--output", "o", "--stitch", "1", "x"], "invalid int value: 'x'"),
+        (
+            ["stitch", "a", "b", "--data", "d", "--output", "o", "--stitch", "1", "x"],
+            "Got value: x",
+        ),
         (["select", "nothing.safetensors"], "nothing.safetensors, which is no file"),
         (["plot", "nothing.jsonl", "--output", "x"], "No such file"),
+        (["plot", "nothing.jsonl", "--output", "/proc/nowhere/x"], "nothing can be written in /proc"),
+        (["score", "one", "one", "--data", "d", "--output", "o"], "as the source and as the target"),
+        (
+            ["stitch", "a", "b", "--data", "d", "--output", "o", "--stitch", "1", "2", "--length", "1"],
+            "got --length 1;",
+        ),
+        (["score", "a", "b", "--data", "d", "--output", "o", "--score", "best"], "got --score 'best'"),
     ],
 )
 def test_bad_usage_ends_with_two(words: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
@@ -84,3 +94,37 @@ def test_a_full_disk_is_a_failure(language: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "klas-hf: error:" in done.stderr and "Traceback" not in done.stderr and "too large" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"] and kept.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        *((([command] if command else []) + ["--help"], 0) for command in [None, *_COMMANDS]),
+        (["select", "nothing.safetensors"], 2),
+        (["score", "one", "one", "--data", "d", "--output", "o"], 2),
+    ],
+)
+def test_what_touches_no_model_loads_no_library_of_models(words: list[str], code: int) -> None:
+    """They take seconds to load; without them a command answers at once."""
+    check = (
+        "import sys, klas_hf_command\n"
+        "try: klas_hf_command.main()\n"
+        "except SystemExit as end: code = end.code\n"
+        f"heavy = {{'torch', 'transformers', 'accelerate', 'datasets', 'scipy', 'matplotlib'}} & set(sys.modules)\n"
+        f"assert (code, heavy) == ({code}, set()), (code, heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", check, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_models_are_registered_where_a_command_loads_one() -> None:
+    check = (
+        "import klas_hf_command\n"
+        "from klas_hf.cli.data import load_model\n"
+        "try: load_model('/nothing')\n"
+        "except OSError: pass\n"
+        "from transformers import AutoConfig\n"
+        "print(type(AutoConfig.for_model('stitched')).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "StitchedConfig", done.stderr
