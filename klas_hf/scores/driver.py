@@ -93,6 +93,7 @@ def score_stitches(
     probing = probes is not None or needs_probes
     compared = None
     if probing and isinstance(anchors, ClassifierPair):
+        assert first is not None  # or there were no costs
         compared = ComparedSums(anchors, probes, images or ImageScoring(), costs, first.labels is not None)
     check_score(
         score,

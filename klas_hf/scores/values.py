@@ -165,7 +165,7 @@ class StitchScores:
         Raises:
             ValueError: another quantity, or a score that no standard error is known of.
         """
-        measured = {}
+        measured: dict[str, tuple[Array, Array]] = {}
         if set(PROBED) <= self._gathered:
             measured |= {name: (getattr(self, name), getattr(self, f"{name}_error")) for name in (*PROBED, "gamma")}
         if "functional" in self.statistics:
