@@ -50,7 +50,7 @@ def model_card(
         dataset, split: what it was measured on, a Hub id or any name; needed with rows.
         licence: identifier of the Hub's list; None takes the anchors', which must agree.
         base_model: Hub ids of the anchors, source first, where they were read from folders.
-        training: how it was fine-tuned: the `TrainingConfig`, or a text.
+        training: how it was fine-tuned: the `TrainingConfig`, or a text; None takes what `train_stitches` has kept.
         tags: for the Hub, beside our own and the model's.
         picture: file name in the repo of the curve or heatmap.
         processor: whether the repo holds the tokenizer or image processor, which the code then loads.
@@ -88,7 +88,7 @@ def model_card(
         "Use": f"{_needs(subject)}\n\n```python\n{subject.code(repo_id, processor).strip()}\n```",
         "What it is": facts_table(subject.facts),
         "Results": _results(rows, dataset, split, picture),
-        "How it was made": "\n\n".join(part for part in (subject.origin, _training(training)) if part),
+        "How it was made": f"{subject.origin}\n\n{_training(training or _recorded(what))}",
         "Limits": "\n".join(f"- {sentence}" for sentence in subject.limits),
         "Licence": _licence_text(licence_held, licences),
         "Citing": _CITATION.strip(),
@@ -169,7 +169,25 @@ def _results(
     return "\n\n".join(parts) or None
 
 
-def _training(training: Any) -> str | None:
+def _recorded(what: PreTrainedModel | StitchScores) -> str | None:
+    """What `train_stitches` has kept in the model's config, one training after the other."""
+    record = getattr(what.config, "training", None) if isinstance(what, PreTrainedModel) else None
+    parts: list[str] = []
+    while record:
+        data, teacher = record["data"], record["teacher"]
+        facts = {
+            "data": f"{data['examples']:,} examples of {data['kind']}",
+            "optimiser steps": f"{record['steps']:,} on {record['processes']} process(es)",
+            "loss of the first and last step": f"{record['first_loss']:.4f}, {record['last_loss']:.4f} nats per label",
+        }
+        facts |= {"teacher": teacher} if teacher else {}
+        facts |= {name: f"`{value}`" for name, value in record["settings"].items()}
+        parts.append("Then fine-tuned with:\n\n" + facts_table(facts))
+        record = record.get("before")
+    return "\n\n".join(reversed(parts)) or None
+
+
+def _training(training: Any) -> str:
     if training is None:
         return "Whether and how it was fine-tuned after that was not given."
     if isinstance(training, str):

@@ -1,12 +1,11 @@
 """Training checkpoints: the trained tensors, the optimiser's state and the place in the run, in safetensors.
 
-A checkpoint is complete or absent: it is written beside the last one and renamed. Only what trains is stored; the
-frozen weights come from the anchors again.
+A checkpoint is complete or absent, the last one stays until the next is whole. Only what trains is stored; the frozen
+weights come from the anchors again.
 """
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
+
+from klas_hf.files import remove_folder, write_folder_atomically
 
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 # Without the offload every process gets the state, not the first one alone.
@@ -50,18 +51,18 @@ class Checkpoints:
         self.run = json.loads(json.dumps(dict(run)))
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint.
+        """The newest checkpoint.
 
         Raises:
-            ValueError: it belongs to another run.
+            ValueError: it belongs to another run, or a folder of such a name is none of ours.
         """
-        if self.folder is None or not self.folder.exists():
-            return None
-        numbered = {
-            int(match[1]): path
-            for path in self.folder.iterdir()
-            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-        }
+        numbered = self._numbered()
+        for path in numbered.values():
+            if not (path / "state.json").exists():
+                raise ValueError(
+                    f"got {path} without a state.json; expected a checkpoint of this training. It was written by "
+                    "something else: name another output folder, or move it away"
+                )
         if not numbered:
             return None
         path = numbered[max(numbered)]
@@ -100,21 +101,29 @@ class Checkpoints:
 
     def _write(self, weights: Mapping[str, Any], state: Mapping[str, Any], progress: Progress) -> None:
         assert self.folder is not None
-        final = self.folder / f"checkpoint-{progress.step}"
-        part = self.folder / f".{final.name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
         once = {tensor.data_ptr(): name for name, tensor in weights.items()}.values()  # tied weights have two names
-        save_file({name: weights[name].contiguous() for name in once}, part / "weights.safetensors")
         moments = {f"{name}.{k}": v.contiguous() for name, named in state["state"].items() for k, v in named.items()}
-        save_file(moments, part / "optimizer.safetensors")
         content = {"run": self.run, "step": progress.step, "losses": list(progress.losses)}
-        (part / "state.json").write_text(json.dumps(content), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        for older in self.folder.glob("checkpoint-*"):
-            if older != final:
-                shutil.rmtree(older)
+
+        def fill(part: Path) -> None:
+            save_file({name: weights[name].contiguous() for name in once}, part / "weights.safetensors")
+            save_file(moments, part / "optimizer.safetensors")
+            (part / "state.json").write_text(json.dumps(content), encoding="utf-8")
+
+        write_folder_atomically(self.folder / f"checkpoint-{progress.step}", fill)
+        for step, older in self._numbered().items():
+            if step != progress.step:
+                remove_folder(older)
+
+    def _numbered(self) -> dict[int, Path]:
+        """Folders of checkpoints by step."""
+        if self.folder is None or not self.folder.exists():
+            return {}
+        return {
+            int(match[1]): path
+            for path in self.folder.iterdir()
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        }
 
 
 def _forget_others(optimizer: Optimizer, groups: list[dict[str, Any]], moments: Mapping[str, Any]) -> None:

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from klas_hf.errors import TrainingDiverged
-from klas_hf.processes import process_state
+from klas_hf.processes import ProgressBar, process_state
 from klas_hf.training.checkpoints import Checkpoints, Progress
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import EpochOrder
@@ -30,9 +29,9 @@ from klas_hf.training.objectives import Objective
 from klas_hf.training.trainables import made_trainable, optimizer_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingResult:
-    """What a run did.
+    """What a run did; prints as its steps, time, first and last loss.
 
     Attributes:
         steps: optimiser steps.
@@ -52,6 +51,10 @@ class TrainingResult:
     seconds: float
     processes: int
 
+    def __repr__(self) -> str:
+        steps = f"{self.steps:,} step{'' if self.steps == 1 else 's'} in {self.seconds:.1f} s"
+        return f"{steps}, loss {self.losses[0]:.4f} → {self.losses[-1]:.4f}" if self.losses else steps
+
 
 def train_stitches(
     model: PreTrainedModel,
@@ -64,7 +67,8 @@ def train_stitches(
     """Train a stitched model or a supernet in place. With trainable="full", any language model or image classifier.
 
     A supernet runs one of its paths per forward and process, drawn at random (SN-Net). For the losses see KLAS Sec. 5.5
-    and App. H.
+    and App. H. What was done is kept in the model's config as `training`, for its model card: the settings, the amount
+    of data, steps, first and last loss, the teacher; of a model trained before, what came `before`.
 
     Args:
         model: the model; LoRA updates are merged into it at the end.
@@ -121,7 +125,26 @@ def train_stitches(
             progress = run.train(steps, progress, total, checkpoints)
         finally:
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    return TrainingResult(progress.step, progress.losses, time.perf_counter() - begun, accelerator.num_processes)
+    result = TrainingResult(progress.step, progress.losses, time.perf_counter() - begun, accelerator.num_processes)
+    if result.steps:
+        model.config.training = _record(result, config, objective, len(data), getattr(model.config, "training", None))
+    return result
+
+
+def _record(
+    result: TrainingResult, config: TrainingConfig, objective: Objective, examples: int, before: Any
+) -> dict[str, Any]:
+    """What a model's config keeps of its training: plain JSON."""
+    made = {
+        "settings": asdict(config),
+        "data": {"kind": objective.kind, "examples": examples},
+        "teacher": objective.teacher_name(),
+        "steps": result.steps,
+        "processes": result.processes,
+        "first_loss": result.losses[0],
+        "last_loss": result.losses[-1],
+    }
+    return made if before is None else made | {"before": before}
 
 
 def _objective(model: PreTrainedModel, data: Any, config: TrainingConfig, teacher: PreTrainedModel | None) -> Objective:
@@ -149,20 +172,15 @@ class _Run:
         self, steps: Iterator[list[dict[str, Tensor]]], progress: Progress, total: int, checkpoints: Checkpoints
     ) -> Progress:
         """Take optimiser steps until `total`, writing checkpoints."""
-        bar = tqdm(
-            total=total, initial=progress.step, desc="training", unit="step", leave=False,
-            disable=not self.accelerator.is_main_process,
-        )  # fmt: skip
         losses = list(progress.losses)
-        for batches in steps:
-            loss = self._step(batches, seed=self.config.seed * 1_000_003 + len(losses))
-            losses.append(loss)
-            progress = Progress(len(losses), tuple(losses))
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}")
-            if progress.step % self.config.save_steps == 0 or progress.step == total:
-                checkpoints.save(self.accelerator, self.model, self.optimizer.optimizer, progress)
-        bar.close()
+        with ProgressBar("training", "step", total, done=progress.step) as bar:
+            for batches in steps:
+                loss = self._step(batches, seed=self.config.seed * 1_000_003 + len(losses))
+                losses.append(loss)
+                progress = Progress(len(losses), tuple(losses))
+                bar.update(f"loss={loss:.3f}")
+                if progress.step % self.config.save_steps == 0 or progress.step == total:
+                    checkpoints.save(self.accelerator, self.model, self.optimizer.optimizer, progress)
         return progress
 
     def _step(self, batches: list[dict[str, Tensor]], seed: int) -> float:

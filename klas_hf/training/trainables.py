@@ -4,6 +4,7 @@ A stitching layer that learns at a low rank (SN-Net v2) stays at its least-squar
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -126,7 +127,9 @@ def _prepared(model: PreTrainedModel, config: TrainingConfig) -> nn.Module:
     rank = config.low_rank_stitches
     prepared: nn.Module = model
     if config.trainable == "lora" or rank:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # PEFT asks transformers by a name that is going.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             torch.manual_seed(config.seed)
             prepared = get_peft_model(model, lora_config(model, config))
     if config.trainable == "lora":

@@ -27,6 +27,7 @@ from klas_hf import (
     TrainingConfig,
     measure_costs,
     train_probes,
+    train_stitches,
 )
 from klas_hf.hub import model_card
 from klas_hf.hub.licences import Licence, carried_licence, check_name, is_legal_file
@@ -103,6 +104,19 @@ def test_a_text_says_how_it_was_trained_and_silence_is_named(tmp_path: Path) -> 
     assert "was not given" in model_card(model, "me/x").text
     with pytest.raises(TypeError, match="got training of int"):
         model_card(model, "me/x", training=3)
+
+
+def test_the_trainings_that_the_model_keeps_are_shown(tmp_path: Path) -> None:
+    model = stitched_lm(text_anchors(tmp_path))
+    examples = [{"input_ids": [1, 5, 6, 7], "labels": [1, 5, 6, 7]}]
+    settings = {"trainable": "full", "gradient_accumulation_steps": 1, "save_steps": 7}
+    train_stitches(model, examples, TrainingConfig(**settings, max_steps=3))
+    result = train_stitches(model, examples, TrainingConfig(max_steps=1, augmentation=None))
+    text = model_card(model, "me/x").text
+    assert text.count("Then fine-tuned with:") == 2 and text.count("1 examples of text") == 2
+    assert text.index("`full`") < text.index("`lora`") and "3 on 1 process" in text
+    assert f"{result.losses[0]:.4f}, {result.losses[0]:.4f} nats per label" in text and "was not given" not in text
+    assert "By candlelight." in model_card(model, "me/x", training="By candlelight.").text
 
 
 def test_anchors_without_hub_ids_are_not_base_models_and_their_folders_stay_private(tmp_path: Path) -> None:

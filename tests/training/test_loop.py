@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from tiny_models import tiny_model
 from training_examples import anchors, examples, token_batch_list
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from klas_hf import StitchedModel, TrainingConfig, TrainingDiverged, train_stitches
+from klas_hf import StitchedModel, TrainingConfig, TrainingDiverged, TrainingResult, train_stitches
 from klas_hf.training import loop, objectives
 from klas_hf.training.data import batches_of, collate
 from klas_hf.training.language import LanguageObjective
 from klas_hf.training.losses import cross_entropy_sum
 
+CPU = torch.device("cpu")
 QUICK = TrainingConfig(
     trainable="full",
     max_steps=6,
@@ -317,3 +320,145 @@ def test_bad_settings_are_refused(model: PreTrainedModel) -> None:
         train_stitches(model, examples(), replace(QUICK, distillation_weight=0.5))
     with pytest.raises(ValueError, match="no stitching layer"):
         train_stitches(tiny_model(), examples(), replace(QUICK, trainable="stitch"))
+
+
+def test_hard_distillation_of_text(stitched: PreTrainedModel) -> None:
+    _, target = anchors()
+    data = examples(4)
+    batch = collate(data)
+    kept = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        best = target(**inputs).logits[:, :-1].argmax(-1)
+        log_q = stitched(**inputs).logits[:, :-1].log_softmax(-1)
+        expected = 0.75 * stitched(**batch).loss - 0.25 * log_q.gather(-1, best[..., None])[..., 0][kept].mean()
+    config = replace(QUICK, max_steps=1, distillation_weight=0.25, distillation="hard")
+    result = train_stitches(copy.deepcopy(stitched), data, config, teacher=target)
+    assert result.losses[0] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_step_of_sgd_follows_the_gradient(model: PreTrainedModel, stitched: PreTrainedModel) -> None:
+    data = examples(4)
+    other = copy.deepcopy(stitched)
+    other(**collate(data)).loss.backward()
+    config = replace(QUICK, max_steps=1, optimizer="sgd", learning_rate=0.5, warmup_ratio=0.0, max_grad_norm=1e9)
+    train_stitches(model, data, config)
+    for found, given in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(found, given - 0.5 * given.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_stitching_layers_of_text_learn_at_a_low_rank(model: PreTrainedModel, stitched: PreTrainedModel) -> None:
+    train_stitches(model, examples(), replace(QUICK, trainable="stitch", low_rank_stitches=2))
+    assert changed(model, stitched) == {"model.joints.0.weight"}
+    update = (model.model.joints[0].weight - stitched.model.joints[0].weight).double()
+    assert torch.linalg.matrix_rank(update, rtol=1e-4) == 2
+
+
+def test_workers_load_the_same_text(stitched: PreTrainedModel) -> None:
+    found = [
+        train_stitches(copy.deepcopy(stitched), examples(), replace(QUICK, max_steps=1, num_workers=workers)).losses
+        for workers in (0, 1)
+    ]
+    assert found[0] == found[1]
+
+
+def test_a_teacher_of_other_tokens_or_of_shared_weights_is_refused(model: PreTrainedModel) -> None:
+    config = replace(QUICK, distillation_weight=0.5)
+    with pytest.raises(ValueError, match="teacher of 9 classes for a model of"):
+        train_stitches(model, examples(), config, teacher=tiny_model(vocab_size=9, bos_token_id=1))
+    with pytest.raises(ValueError, match="shares parameters.*deepcopy"):
+        train_stitches(model, examples(), config, teacher=model)
+
+
+def test_dtypes_and_layers_come_back_when_peft_raises() -> None:
+    model = StitchedModel.from_anchors(*anchors(), (2, 2), calibration=token_batch_list(), dtype=torch.bfloat16)
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="dropout"):  # after some layers have got their updates
+        train_stitches(model, examples(), replace(QUICK, trainable="lora", lora_dropout=2.0))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
+    assert_same(model, before)
+
+
+def test_a_teacher_goes_back_where_it_was(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, target = anchors()
+    places = [torch.device("cuda", 3)]  # stands for another device than the model's
+    monkeypatch.setattr(type(target), "device", property(lambda self: places[-1] if self is target else CPU))
+    monkeypatch.setattr(target, "to", lambda device: places.append(device))
+    objective = LanguageObjective(model, examples(), replace(QUICK, distillation_weight=0.5), target)
+    with pytest.raises(Interrupt), objective.while_training(CPU):
+        assert target.device == CPU
+        raise Interrupt
+    assert places == [torch.device("cuda", 3), CPU, torch.device("cuda", 3)]
+
+
+def test_a_folder_of_another_program_is_named_and_stays(model: PreTrainedModel, tmp_path: Path) -> None:
+    foreign = tmp_path / "checkpoint-5"
+    foreign.mkdir()
+    (foreign / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"checkpoint-5 without a state.json.*another output folder"):
+        train_stitches(model, examples(), QUICK, output_dir=tmp_path)
+    assert [one.name for one in foreign.iterdir()] == ["trainer_state.json"]
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("klas_hf.training.checkpoints", "save_file"),
+        ("klas_hf.training.checkpoints", "remove_folder"),
+        ("shutil", "rmtree"),
+    ],
+)
+def test_a_run_killed_while_saving_is_resumed(
+    stitched: PreTrainedModel, place: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, broken, resumed = (copy.deepcopy(stitched) for _ in range(3))
+    expected = train_stitches(whole, examples(), QUICK)
+    module = sys.modules[place]
+    real = getattr(module, name)
+
+    def killed(*given: object, **options: object) -> object:
+        if list(tmp_path.glob("checkpoint-[4-9]")) or (name == "save_file" and list(tmp_path.glob("checkpoint-2"))):
+            raise Interrupt
+        return real(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, killed)
+        with pytest.raises(Interrupt):
+            train_stitches(broken, examples(), QUICK, output_dir=tmp_path)
+    result = train_stitches(resumed, examples(), QUICK, output_dir=tmp_path)
+    assert result.losses == expected.losses
+    assert_same(resumed, whole)
+    assert [one.name for one in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_the_training_stays_with_the_model(model: PreTrainedModel, tmp_path: Path) -> None:
+    _, target = anchors()
+    train_stitches(model, examples(), replace(QUICK, max_steps=0))
+    assert model.config.training is None
+    first = train_stitches(model, examples(), replace(QUICK, distillation_weight=0.5), teacher=target)
+    second = train_stitches(model, examples(7), replace(QUICK, trainable="stitch", max_steps=1))
+    model.save_pretrained(tmp_path)
+    record = AutoModelForCausalLM.from_pretrained(tmp_path).config.training
+    assert TrainingConfig(**record["settings"]) == replace(QUICK, trainable="stitch", max_steps=1)
+    assert record["data"] == {"kind": "text", "examples": 7} and record["teacher"] is None
+    assert (record["steps"], record["first_loss"], record["last_loss"]) == (1, second.losses[0], second.losses[0])
+    before = record["before"]
+    assert before["teacher"] == "LlamaForCausalLM" and before["settings"]["distillation_weight"] == 0.5
+    assert (before["first_loss"], before["last_loss"]) == (first.losses[0], first.losses[-1])
+    assert "before" not in before
+
+
+def test_a_result_prints_in_one_line() -> None:
+    result = TrainingResult(600, tuple(2 - number / 600 for number in range(600)), 12.34, 2)
+    assert repr(result) == str(result) == "600 steps in 12.3 s, loss 2.0000 → 1.0017"
+    assert str(TrainingResult(0, (), 0.0, 1)) == "0 steps in 0.0 s"
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_training_warns_of_nothing(model: PreTrainedModel, trainable: str, tmp_path: Path) -> None:
+    config = replace(QUICK, trainable=trainable, gradient_checkpointing=trainable == "full")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_stitches(model, examples(), config, output_dir=tmp_path)
