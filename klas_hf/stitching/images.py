@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.checkpoints import ClassifierCheckpoint, UnreadTensor
@@ -71,10 +72,13 @@ def stitch_classifiers(
         model = load_parts(
             StitchedForImageClassification, config, state, dtype=dtype, device_map=device_map, **options
         ).eval()
+        embedding = path.slices[0].anchor
+        if not isinstance(anchors[embedding], PreTrainedModel):
+            model.image_processor_from = str(anchors[embedding]), with_revision(hub, revisions[embedding])
         if path.joints and batches is None:
             warn_of_random_stitches()
         elif batches is not None:
-            fit_joints(model, opened, batches, ridge, dtype=dtype, device_map=device_map)
+            fit_joints(model, opened, batches, ridge, dtype=dtype)
     return model
 
 
@@ -183,7 +187,7 @@ def fit_joints(
 
     Args:
         calibration: batches of images; read once for every joint, so more than one joint keeps them in memory.
-        loading: `dtype` and `device_map` of the anchors' first blocks.
+        loading: `dtype` of the anchors' first blocks.
 
     Raises:
         ValueError: no image, or activations that are not finite.
@@ -193,7 +197,7 @@ def fit_joints(
     fits = []
     for number, layer in enumerate(model.stitching_layers()):
         place, start, _ = config.slices[number + 1]
-        wanted = _prefix(anchors[place], start, config, **loading)
+        wanted = _prefix(anchors[place], start, config, **loading).to(_device(layer))
         fit = _fit_joint(model, number, wanted, batches, ridge)
         write_parameter(layer, "weight", fit.weight.reshape(layer.weight.shape))
         if layer.bias is not None:
@@ -239,6 +243,12 @@ def _prefix(anchor: ClassifierCheckpoint, stop: int, config: StitchedVisionConfi
         anchor_configs=[copy.deepcopy(anchor.config)], slices=[[0, 0, stop]], image_size=config.image_size
     )
     return load_parts(StitchedBackbone, alone, _slice_state(anchor, 0), **loading)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a stitching layer runs, also where accelerate has offloaded it."""
+    weight = layer.weight
+    return torch.device(layer._hf_hook.execution_device) if weight.is_meta else weight.device
 
 
 def _state(anchors: Mapping[int, ClassifierCheckpoint], config: StitchedVisionConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_vision import PREFIX, called, images, tiny_classifier, tiny_pair, tiny_stitched
+from tiny_vision import PREFIX, called, images, tiny_classifier, tiny_pair, tiny_path, tiny_stitched
 from torch import Tensor, nn
 from transformers import (
     AutoBackbone,
@@ -115,6 +115,39 @@ def test_maps_of_families_that_norm_them_are_normed(
     names = model.config.stage_names
     assert set(backbone_of(model, out_features=names).norms) == with_norm
     assert set(backbone_of(model, out_features=names[:2]).norms) == with_norm & set(names[:2])
+
+
+# kinds, path, (channels, stride in pixels) of the stem and of every stage
+PATHS: list[tuple[tuple[str, str], str, list[tuple[int, int]]]] = [
+    (("resnet", "resnet"), "1[:1] 0[1:3] 1[3:]", [(8, 4), (8, 4), (24, 8)]),
+    (("resnet", "swin"), "1[:1] 0[1:2] 1[2:]", [(12, 4), (12, 4), (24, 8)]),  # the last joint ends the first stage
+    (("swin", "resnet"), "0[:1] 1[2:3] 0[3:]", [(8, 4), (12, 4), (16, 8)]),  # an empty last slice ends the path
+    (("swin", "convnext"), "0[:1] 1[1:3] 0[2:]", [(8, 4), (12, 4), (16, 8)]),
+    (("swin", "swin"), "1[:]", [(12, 4), (12, 4), (24, 8)]),
+]
+
+
+@pytest.mark.parametrize(("kinds", "path", "expected"), PATHS)
+def test_maps_of_paths_are_the_last_hidden_states_of_each_grid(
+    kinds: tuple[str, str], path: str, expected: list[tuple[int, int]]
+) -> None:
+    model = tiny_path(list(tiny_pair(*kinds)), path, image_size=32)
+    names = ["stem", *(f"stage{number}" for number in range(1, len(expected)))]
+    backbone = backbone_of(model, out_features=names)
+    found = maps(backbone, images("swin"))
+    assert backbone.stage_names == names
+    assert backbone.num_features == [channels for channels, _ in expected]
+    with torch.no_grad():
+        states = model(images("swin"), output_hidden_states=True).hidden_states
+    by_grid: dict[int, Tensor] = {}
+    for state in states:
+        grid = state.shape[-1] if state.ndim == 4 else round(state.shape[1] ** 0.5)
+        by_grid[grid] = to_map(state, grid, 0)
+    assert list(by_grid) == [32 // stride for _, stride in expected[1:]]
+    torch.testing.assert_close(found[0], to_map(states[0], 32 // expected[0][1], 0), rtol=1e-12, atol=1e-12)
+    for name, one, last in zip(names[1:], found[1:], by_grid.values(), strict=True):
+        wanted = normed(last, backbone.norms[name]) if name in backbone.norms else last
+        torch.testing.assert_close(one, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_every_block_of_a_vit_is_a_stage() -> None:

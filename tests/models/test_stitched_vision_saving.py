@@ -17,6 +17,8 @@ from tiny_vision import (
     middle,
     reference_logits,
     tensors_in,
+    tiny_pair,
+    tiny_path,
     tiny_stitched,
 )
 from transformers import (
@@ -137,6 +139,39 @@ def test_the_pipeline_takes_a_saved_folder(kind: str, tmp_path: Path) -> None:
     }
     by_name = pipeline("image-classification", model=str(tmp_path), device="cpu")  # the processor is in the folder
     assert by_name(image, top_k=1)[0] == answers[0]
+
+
+@pytest.mark.parametrize("path", ["0[:1] 1[1:]", "1[:1] 0[1:]"])
+def test_the_image_processor_of_the_anchor_that_embeds_is_saved(path: str, tmp_path: Path) -> None:
+    anchors = []
+    for number, anchor in enumerate(tiny_pair("vit")):
+        anchors.append(tmp_path / str(number))
+        anchor.save_pretrained(anchors[-1])
+        ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.1 * number] * 3).save_pretrained(
+            anchors[-1]
+        )
+    model = tiny_path(anchors, path)
+    model.save_pretrained(tmp_path / "stitched")
+    found = json.loads((tmp_path / "stitched" / "preprocessor_config.json").read_text())
+    assert found["image_mean"] == [0.1 * int(path[0])] * 3
+    classify = pipeline("image-classification", model=str(tmp_path / "stitched"), device="cpu")
+    image = Image.fromarray(np.zeros((40, 40, 3), dtype=np.uint8))
+    assert len(classify(image, top_k=2)) == 2
+
+
+def test_anchors_without_an_image_processor_or_in_memory_save_none(tmp_path: Path) -> None:
+    pair = tiny_pair("vit")
+    for number, anchor in enumerate(pair):
+        anchor.save_pretrained(tmp_path / str(number))
+    for name, anchors in (("folders", [tmp_path / "0", tmp_path / "1"]), ("memory", list(pair))):
+        tiny_path(anchors, "0[:1] 1[1:]").save_pretrained(tmp_path / name)
+        assert not (tmp_path / name / "preprocessor_config.json").exists()
+
+
+def test_the_commit_of_anchors_in_memory_is_kept() -> None:
+    pair = tiny_pair("vit")
+    pair[0].config._commit_hash = "0" * 40
+    assert tiny_path(list(pair), "0[:1] 1[1:]").config.anchor_revisions == ["0" * 40, None]
 
 
 def test_a_deep_copy_is_a_model_of_its_own() -> None:

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from tiny_vision import (
     blocks,
     images,
     logits,
+    maps_of,
     outputs,
+    path_outputs,
     sized,
     tiny_classifier,
     tiny_pair,
@@ -26,6 +28,7 @@ from transformers import (
 )
 
 from klas_hf import Stitch, StitchedModel
+from klas_hf.paths import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore:the stitching layer is random")
 
@@ -86,7 +89,7 @@ def test_calibrated_self_stitch_is_the_anchor(kind: str) -> None:
         assert model.config.joint_fits[0]["r2"] == pytest.approx(1.0)
 
 
-def test_calibration_from_folders_equals_calibration_from_models(tmp_path: Path) -> None:
+def test_calibration_from_folders_equals_calibration_from_models(tmp_path: FilePath) -> None:
     source, target = tiny_pair("levit")
     source.save_pretrained(tmp_path / "source")
     target.save_pretrained(tmp_path / "target")
@@ -141,6 +144,83 @@ def test_without_calibration_the_layer_is_random_and_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         StitchedModel.from_anchors(source, target, (1, 1), calibration=[images("vit", 16)])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "path"),
+    [
+        (("vit", "vit"), "0[:1] 1[1:2] 1[3:]"),  # the last joint feeds the head
+        (("deit", "deit_teacher"), "1[:1] 0[:1] 1[1:]"),
+        (("swin", "swin"), "1[:1] 0[1:3] 1[3:]"),
+        (("resnet", "swin"), "0[:1] 1[1:3] 0[3:]"),
+        (("levit", "levit"), "0[:2] 1[3:4] 0[2:]"),
+    ],
+)
+def test_every_joint_is_fitted_on_what_the_path_before_it_gives(kinds: tuple[str, str], path: str) -> None:
+    """To what the next slice's anchor has there, in order; data that can be read only once will do."""
+    anchors, way = tiny_pair(*kinds), Path.parse(path)
+    pixels = images(kinds[0], 40)
+    model = StitchedModel.from_path(
+        anchors, path, calibration=iter([pixels[:15], pixels[15:]]), image_size=pixels.shape[-1]
+    )
+    bounds = way.bounds([len(blocks(anchor)) for anchor in anchors])
+    assert len(model.config.joint_fits) == way.joints == 2
+    for number, fitted in enumerate(model.config.joint_fits):
+        left, (right, start, _) = bounds[number][0], bounds[number + 1]
+        # the joints before are the model's own: an error in one would not show in the next
+        x = path_outputs(anchors, way, maps_of(model)[:number], pixels)[0][number]
+        y = outputs(anchors[right], pixels)[0][start]
+        bare = anchors[right].config.model_type not in PREFIX
+        x = as_rows(anchors[left], x, bare=bare).flatten(0, 1).numpy()
+        y = as_rows(anchors[right], y, bare=False).flatten(0, 1).numpy()
+        design = np.column_stack([x, np.ones(len(x))])
+        solution, *_ = np.linalg.lstsq(design, y, rcond=None)
+        r2 = 1 - ((y - design @ solution) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
+        layer = model.stitching_layers()[number]
+        assert fitted == {"r2": pytest.approx(r2, abs=1e-6), "ridge": pytest.approx(0, abs=1e-5), "rows": len(x)}
+        found = design[:, :-1] @ layer.weight.detach().flatten(1).T.numpy() + layer.bias.detach().numpy()
+        np.testing.assert_allclose(found, design @ solution, rtol=1e-4, atol=1e-4)
+
+
+def test_a_path_without_joints_needs_no_calibration() -> None:
+    anchors = tiny_pair("vit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = StitchedModel.from_path(anchors, "1[:]")
+    assert torch.equal(logits(model, images("vit")), logits(anchors[1], images("vit")))
+
+
+# ---- a model in parts
+
+
+@pytest.mark.parametrize(
+    "placed",
+    [
+        {"joints": "disk"},
+        {"joints.0.projection": "disk"},
+        {"slices.0": "disk"},
+        {"slices.1": "disk", "joints.1": "disk"},
+        {"slices": "disk", "joints": "disk"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_offloaded_parts_are_fitted_and_run(kind: str, placed: dict[str, str], tmp_path: FilePath) -> None:
+    anchors = tiny_pair(kind)
+    anchors[0].save_pretrained(tmp_path / "0")
+    anchors[1].save_pretrained(tmp_path / "1")
+    folders, path = [tmp_path / "0", tmp_path / "1"], "1[:1] 0[1:2] 1[3:]" if kind == "vit" else "1[:1] 0[1:2] 1[2:]"
+    options = {"calibration": [images(kind, 40)], **sized(kind)}
+    whole = StitchedModel.from_path(folders, path, **options)
+    device_map = {name: "cpu" for name in whole.state_dict() if not name.startswith(tuple(placed))} | placed
+    split = StitchedModel.from_path(
+        folders, path, device_map=device_map, offload_folder=str(tmp_path / "offload"), **options
+    )
+    assert any(parameter.is_meta for parameter in split.parameters())
+    assert split.config.joint_fits == [
+        {name: pytest.approx(value) for name, value in fit.items()} for fit in whole.config.joint_fits
+    ]
+    torch.testing.assert_close(logits(split, images(kind)), logits(whole, images(kind)), rtol=1e-9, atol=1e-9)
 
 
 def no_images() -> list[Tensor]:
