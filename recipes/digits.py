@@ -76,6 +76,10 @@ class DigitsArguments:
     anchor_steps: int = field(default=400, metadata={"help": "training steps of each anchor"})
     smoke: bool = field(default=False, metadata={"help": "a few steps, one seed, one family: no result"})
 
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.families) - set(FAMILIES)):
+            raise ValueError(f"got the families {unknown}; expected some of {sorted(FAMILIES)}")
+
 
 @dataclass
 class DigitsSettings(ComparisonSettings):
@@ -102,8 +106,6 @@ def main() -> None:
     args, settings, training = parse_options(
         DigitsArguments, DigitsSettings, DigitsTraining, description=__doc__.split("\n")[0]
     )
-    if unknown := sorted(set(args.families) - set(FAMILIES)):
-        raise ValueError(f"got the families {unknown}; expected some of {sorted(FAMILIES)}")
     if args.smoke:
         args.families, args.anchor_steps = args.families[:1], 3
         settings = replace(settings, seeds=[0], probe_epochs=2, buckets=2)

@@ -21,7 +21,6 @@ from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -61,6 +60,7 @@ from klas_hf.data.text import (
     train_tokenizer,
 )
 from klas_hf.files import write_folder_atomically
+from klas_hf.options import parse_options
 from klas_hf.processes import process_state
 
 LENGTH = 64  # tokens of a sequence
@@ -88,7 +88,7 @@ class QuickstartArguments:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses()
+    (args,) = parse_options(QuickstartArguments, description=__doc__.split("\n")[0])
     if args.smoke:
         args.stitches, args.small_steps, args.large_steps, args.steps = 2, 10, 20, 2
     run = Quickstart(args)

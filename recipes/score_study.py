@@ -33,9 +33,9 @@ from experiments.study import (
 )
 
 from klas_hf import TrainingConfig
-from klas_hf.curves.tradeoff import spearman
 from klas_hf.data.digits import load_digits_split
 from klas_hf.data.image_data import ImageDataArguments, load_task
+from klas_hf.maths.correlations import spearman
 from klas_hf.options import parse_options
 from klas_hf.plotting import Series, lines
 from klas_hf.processes import process_state
@@ -73,10 +73,12 @@ class StudyArguments:
     anchor_steps: int | None = field(default=None, metadata={"help": "training steps of each small anchor"})
     smoke: bool = field(default=False, metadata={"help": "two families, two short lengths: no result"})
 
+    def __post_init__(self) -> None:
+        check(self)
+
 
 def main() -> None:
     (args,) = parse_options(StudyArguments, description=__doc__.split("\n")[0])
-    check(args)
     if args.smoke:
         args.families, args.lengths, args.seeds, args.adapted_steps = args.families[:2], [0, 2], [0], [1]
         args.anchor_steps, args.alone = 3, min(args.alone, 1)

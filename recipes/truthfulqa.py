@@ -70,11 +70,13 @@ class TruthfulQAArguments:
     dtype: str = field(default="auto", metadata={"help": "dtype that anchors are loaded in"})
     smoke: bool = field(default=False, metadata={"help": "one seed, one size, 40 questions, two steps: no result"})
 
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.rules) - set(RULES)):
+            raise ValueError(f"got the rules {unknown}; expected some of {RULES}")
+
 
 def main() -> None:
     args, training = parse_options(TruthfulQAArguments, TrainingConfig, description=__doc__.split("\n")[0])
-    if unknown := sorted(set(args.rules) - set(RULES)):
-        raise ValueError(f"got the rules {unknown}; expected some of {RULES}")
     if args.smoke:
         args.sizes, args.seeds, args.questions, args.max_new_tokens = 1, args.seeds[:1], 40, 8
         training = replace(training, max_steps=2, gradient_accumulation_steps=1)

@@ -39,7 +39,7 @@ def run(options: StitchOptions) -> int:
         device_map={"": process_state().device},
     )  # fmt: skip
     save_model(model, material.processor, output)
-    cost, fit = measure_costs(model, tokens=options.length), model.config.stitch_fit
+    cost, fit = measure_costs(model, tokens=options.length), model.config.joint_fits[0]
     say(
         f"stitch {stitch}: {human_count(cost.parameters)} parameters, {human_count(cost.macs)} MACs; the stitching "
         f"layer explains {fit['r2']:.1%} of the target's block {stitch.target_start}. Saved in {output}"

@@ -214,7 +214,7 @@ def test_an_interrupted_run_goes_on(language: Path, stitched: Path, tmp_path: Pa
     ("words", "expected"),
     [
         (("--mixup", "0.5"), "got the settings ['mixup'] for a language model"),
-        (("--trainable", "nothing"), "got trainable='nothing'"),
+        (("--trainable", "nothing"), "got --trainable 'nothing'"),
         (("--distillation_weight", "0.5"), "no teacher"),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
     ],
@@ -336,7 +336,7 @@ def test_heatmaps(language: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
 
 
 def test_what_is_no_file_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for content, expected in (("hello\n", "no run settings"), ('{"run": {}}\n', "without a row")):
+    for content, expected in (("hello\n", "which is not JSONL"), ('{"run": {}}\n', "without a row")):
         (tmp_path / "rows.jsonl").write_text(content)
         assert main(["plot", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "curve")]) == 2
         assert expected in capsys.readouterr().err

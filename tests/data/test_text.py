@@ -1,10 +1,12 @@
 """Text as sequences: nothing is lost, nothing is shared between texts, every sequence begins with BOS."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from klas_hf.data.text import (
     TextBatches,
+    check_vocabulary,
     held_out,
     python_documentation,
     text_examples,
@@ -56,3 +58,32 @@ def test_python_carries_its_documentation() -> None:
     train, test = held_out(texts)
     assert len(test) == -(-len(texts) // 10)
     assert sorted(train + test) == sorted(texts)
+
+
+def test_what_is_no_text_or_no_sequences_is_refused() -> None:
+    tokenizer = train_tokenizer(["some text", "and more of it"], 300)
+    with pytest.raises(TypeError, match=r"got one string; expected several texts"):
+        text_sequences("one text", tokenizer, 8)
+    with pytest.raises(TypeError, match="type int; expected strings"):
+        text_sequences([3], tokenizer, 8)  # type: ignore[list-item]
+    for wrong in (["a text"], [[0.5, 1.0]], [3, 4]):
+        with pytest.raises(TypeError, match=r"sequence 0 of type .*text_sequences"):
+            TextBatches(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no sequences"):
+        TextBatches([])
+    with pytest.raises(ValueError, match="sequence 1 without a token"):
+        TextBatches([[1, 2], []])
+    with pytest.raises(ValueError, match="batch_size=0"):
+        TextBatches([[1, 2]], 0)
+
+
+def test_at_most_so_many_sequences_evenly_spread() -> None:
+    batches = TextBatches([[n, n] for n in range(10)], batch_size=2, count=4)
+    assert [example["input_ids"][0] for example in batches.examples] == [0, 2, 5, 7] and len(batches) == 2
+    assert len(TextBatches([[1, 2]], count=4).examples) == 1
+
+
+def test_ids_beyond_the_vocabulary() -> None:
+    check_vocabulary([[0, 9]], 10)
+    with pytest.raises(ValueError, match="token id 10 for a model of 10 ids"):
+        check_vocabulary([[0], [10]], 10)
