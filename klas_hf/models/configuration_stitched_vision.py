@@ -55,7 +55,7 @@ class StitchedVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     anchor_configs: Any = None
     slices: Any = None
     anchor_blocks: list[int] | None = None
-    joint_channels: list[list[int]] | None = None
+    joint_channels: Any = None
     image_size: list[int] | None = None
     joint_bias: bool = True
     joint_fits: list[dict[str, Any]] | None = None
@@ -116,7 +116,7 @@ class StitchedVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         """Width of what the head takes."""
-        return trace(self.slice_config(-1), (self.image_size[0], self.image_size[1]))[-1].channels
+        return trace(self.slice_config(-1), image_size(self))[-1].channels
 
     def slice_config(self, number: int) -> PreTrainedConfig:
         """The configuration of the anchor that a slice is of."""

@@ -96,8 +96,8 @@ class _StitchedVision(StitchedModel):
         self.slices = nn.ModuleList(classifier(one) for one in configs)
         kinds = [vision_kind(one) for one in configs]
         self.joints = nn.ModuleList(
-            StitchingLayer(*ends, *channels, config.joint_bias)
-            for ends, channels in zip(pairwise(kinds), config.joint_channels or (), strict=True)
+            StitchingLayer(one, other, channels[0], channels[1], config.joint_bias)
+            for (one, other), channels in zip(pairwise(kinds), config.joint_channels, strict=True)
         )
         for number, (part, (_, start, stop)) in enumerate(zip(self.slices, config.slices, strict=True)):
             last = number == len(config.slices) - 1

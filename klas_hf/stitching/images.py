@@ -216,15 +216,16 @@ def _fit_joint(
     """Least-squares map from what enters a joint to what a backbone gives, in one pass."""
     kinds = [vision_kind(model.config.slice_config(place)) for place in (number, number + 1)]
     dropped = dropped_prefix(*kinds)
+    source, target = model.config.joint_channels[number]
     equations: LeastSquares | None = None
     for batch in progress(shared_out(image_batches(calibration)), "calibrating the stitching layer"):
         if not len(batch):
             continue
         x, y = (_last_features(one, batch, count) for one, count in ((model, number + 1), (wanted, None)))
-        equations = equations or LeastSquares(*model.config.joint_channels[number], x.hidden.device)
+        equations = equations or LeastSquares(source, target, x.hidden.device)
         equations.update(rows(x, kinds[0], dropped), rows(y, kinds[1]).to(x.hidden.device))
     if equations is None:  # other processes have read all there is
-        equations = LeastSquares(*model.config.joint_channels[number], torch.device("cpu"))
+        equations = LeastSquares(source, target, torch.device("cpu"))
     equations.combine(sum_over_processes)
     return equations.solve(ridge)
 
@@ -257,8 +258,8 @@ def _state(anchors: Mapping[int, ClassifierCheckpoint], config: StitchedVisionCo
     for number, (place, _, _) in enumerate(config.slices):
         state |= _slice_state(anchors[place], number)
     kinds = [vision_kind(anchors[place].config) for place, _, _ in config.slices]
-    for number, (ends, channels) in enumerate(zip(pairwise(kinds), config.joint_channels or (), strict=True)):
-        layer = StitchingLayer(*ends, *channels, config.joint_bias)
+    for number, ((one, other), channels) in enumerate(zip(pairwise(kinds), config.joint_channels, strict=True)):
+        layer = StitchingLayer(one, other, channels[0], channels[1], config.joint_bias)
         state |= {f"joints.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
     return state
 
