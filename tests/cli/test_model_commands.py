@@ -103,7 +103,7 @@ def test_other_options_of_stitch(language: Path, vision: Path, tmp_path: Path, c
     assert _stitch(language, "text", tmp_path / "half", *words, stitch=(2, 3)) == 0
     assert "stitch (2, 3): " in capsys.readouterr().out
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
-    assert half.dtype == torch.bfloat16 and half.config.joint_fits[0]["tokens"] == 30 * 8
+    assert half.dtype == torch.bfloat16 and half.config.joint_fits[0]["rows"] == 30 * 8
     assert _stitch(vision, "images", tmp_path / "held", "--split", "validation") == 0
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "held").config
     assert config.joint_fits[0]["rows"] == 30 * 17  # class token and 4 × 4 positions
@@ -161,6 +161,31 @@ def test_training_of_a_language_model_is_that_of_the_function(language: Path, st
     assert not torch.equal(
         _parameters(stitched)["model.joints.0.weight"], trained.state_dict()["model.joints.0.weight"]
     )
+
+
+def test_a_run_killed_while_saving_its_model_goes_on(
+    language: Path, stitched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*FULL, "--max_steps", "2", "--length", "12")
+    data, output, whole = language / "text", tmp_path / "trained", tmp_path / "whole"
+    assert _train(stitched, data, whole, *words) == 0
+    model = AutoModelForCausalLM.from_pretrained(stitched)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert _train(stitched, data, output, *words) != 0
+    assert (output / "tokenizer_config.json").exists() and (output / "checkpoints").exists()
+    assert _train(stitched, data, output, *words) == 0
+    _same_weights(AutoModelForCausalLM.from_pretrained(output), AutoModelForCausalLM.from_pretrained(whole))
+
+
+def test_no_steps_save_the_model_as_it_was(
+    language: Path, stitched: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "trained"
+    assert _train(stitched, language / "text", output, *FULL, "--max_steps", "0", "--length", "12") == 0
+    assert "0 steps" in capsys.readouterr().out
+    model, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in (output, stitched))
+    _same_weights(model, before)
 
 
 def test_training_of_a_classifier_from_a_teacher(vision: Path, classifier: Path, tmp_path: Path) -> None:
@@ -383,3 +408,25 @@ def test_a_card(language: Path, stitched: Path, tmp_path: Path, capsys: pytest.C
     assert main([*words, "--overwrite"]) == 0
     plain = (model / "README.md").read_text()
     assert "my text" not in plain and "AutoTokenizer" not in plain and "AutoTokenizer" in expected.content
+
+
+def test_a_finished_run_again_says_so(
+    stitched: Path, language: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["train", str(stitched), "--data", str(language / "text"), "--length", "12", "--samples", "8"]
+    words += ["--output", str(tmp_path / "trained"), "--trainable", "stitch"]
+    assert main([*words, "--max_steps", "1"]) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "trained").iterdir()}
+    capsys.readouterr()
+    assert main([*words, "--max_steps", "1"]) == 0
+    assert "which is finished; nothing to do" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "trained").iterdir()} == before
+    assert main([*words, "--max_steps", "2"]) == 2  # another run, which would replace it
+    assert "which exists" in capsys.readouterr().err
+
+
+def test_a_table_is_no_text(language: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "texts.csv").write_text("text\nhello\n")
+    words = ["stitch", str(language / "small"), str(language / "large"), "--stitch", "1", "2"]
+    assert main([*words, "--data", str(tmp_path / "texts.csv"), "--output", str(tmp_path / "out")]) == 2
+    assert "a table; expected plain text" in capsys.readouterr().err

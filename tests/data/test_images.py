@@ -530,3 +530,11 @@ def test_a_seed_gives_batches_a_random_order_that_stays() -> None:
     assert order[1].tolist() != order[2].tolist()
     assert [batch["labels"].tolist() for batch in mixed] == [batch["labels"].tolist() for batch in mixed]
     assert all(0 < batch["labels"].sum() < 8 for batch in mixed)
+
+
+@pytest.mark.parametrize(("asked", "there"), [("validation", "val"), ("val", "validation"), ("valid", "val")])
+def test_the_validation_split_has_several_names(asked: str, there: str) -> None:
+    from klas_hf.data.image_sources import _same_split
+
+    assert _same_split(asked, ["test", "train", there]) == there
+    assert _same_split(asked, ["test", "train"]) is None and _same_split("test", [there]) is None
