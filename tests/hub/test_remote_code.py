@@ -28,7 +28,8 @@ from klas_hf import StitchedForCausalLM, StitchedModel
 from klas_hf.hub.delta import save_delta
 
 pytestmark = pytest.mark.filterwarnings("ignore:the stitching layer is random")
-IMAGES = ["swin", "resnet"]
+PATHS = {"swin": "1[:1] 0[1:3] 1[3:]", "resnet": "0[:1] 1[1:]"}
+IMAGES = list(PATHS)
 
 # Runs where `import klas_hf` fails as if it were not installed; prints what it found as JSON.
 WITHOUT_KLAS_HF = """
@@ -107,7 +108,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save((ids, output(model.model, ids)), root / "body.pt")
     torch.save((ids, model.generate(ids, max_new_tokens=5, do_sample=False)), root / "generated.pt")
     for kind in IMAGES:
-        classifier = tiny_vision.tiny_stitched(*tiny_vision.middle(kind))
+        classifier = tiny_vision.tiny_path(tiny_vision.tiny_pair(kind), PATHS[kind], **tiny_vision.sized(kind))
         classifier.save_pretrained(root / kind)
         pixels = tiny_vision.images(kind)
         torch.save((pixels, output(classifier, pixels)), root / f"{kind}.pt")
