@@ -82,7 +82,7 @@ class _Explanation(argparse.Action):
     """Print what every setting means, and exit."""
 
     def __init__(self, *args: Any, kind: type, **kwargs: Any):
-        super().__init__(*args, nargs=0, default=argparse.SUPPRESS, **kwargs)
+        super().__init__(*args, **kwargs | {"nargs": 0, "default": argparse.SUPPRESS})
         self.kind = kind
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
