@@ -88,8 +88,8 @@ def test_training_lowers_the_loss_of_the_paths(kind: str, options: dict[str, Any
 def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     data = Normalised(kind)
     config = TrainingConfig(
-        trainable="full", gradient_accumulation_steps=1, max_steps=6, per_device_batch_size=8, learning_rate=5e-3, save_steps=2,
-        **options
+        trainable="full", gradient_accumulation_steps=1, max_steps=6, per_device_batch_size=8,
+        learning_rate=5e-3, save_steps=2, **options
     )  # fmt: skip
     whole, parts = trained_supernet(kind, data), trained_supernet(kind, data)
     expected = train_stitches(whole, data, config)
