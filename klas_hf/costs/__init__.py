@@ -1,17 +1,20 @@
 """What models cost, counted, not estimated."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.vision import is_vision
 from klas_hf.costs.counting import Cost
-from klas_hf.costs.language import decoder_costs, decoder_stitch_costs
-from klas_hf.costs.vision import classifier_costs, classifier_stitch_costs
+from klas_hf.costs.language import decoder_costs, decoder_part_costs, decoder_stitch_costs
+from klas_hf.costs.paths import PathCosts
+from klas_hf.costs.vision import anchor_costs, classifier_costs, classifier_stitch_costs
 from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
 from klas_hf.models.vision_features import image_size as size_of
 from klas_hf.paths import StitchCosts
 
-__all__ = ["Cost", "measure_costs", "measure_stitch_costs"]
+__all__ = ["Cost", "PathCosts", "measure_costs", "measure_path_costs", "measure_stitch_costs"]
 
 Size = int | tuple[int, int] | None
 
@@ -81,6 +84,34 @@ def measure_stitch_costs(
     if is_vision(first):
         return classifier_stitch_costs(first, last, _pair(image_size, last), positions)
     return decoder_stitch_costs(first, last, tokens)
+
+
+def measure_path_costs(
+    anchors: Sequence[PreTrainedModel | PreTrainedConfig],
+    *,
+    tokens: int = 128,
+    image_size: Size = None,
+) -> PathCosts:
+    """Costs of every path through some anchors, from one counted forward of each.
+
+    Args:
+        anchors: models or configurations; no weight is allocated or run.
+        tokens, image_size: as for `measure_costs`; None takes the last anchor's image size.
+
+    Raises:
+        ValueError: a family is unknown, or anchors for text and for images.
+    """
+    configs = [_config(anchor) for anchor in anchors]
+    images = {is_vision(config) for config in configs}
+    if len(images) != 1:
+        raise ValueError(f"got {len(configs)} anchors, for text and for images; expected one or more, all of one kind")
+    if True in images:
+        size = _pair(image_size, configs[-1])
+        parts = [anchor_costs(config, size) for config in configs]
+        return PathCosts(parts, image_height=size[0], image_width=size[1])
+    last = anchors[-1]
+    dtype = last.dtype if isinstance(last, PreTrainedModel) else configs[-1].dtype or torch.float32
+    return PathCosts([decoder_part_costs(config, dtype, tokens) for config in configs], tokens)
 
 
 def _config(model: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:

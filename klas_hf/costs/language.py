@@ -1,7 +1,6 @@
 """Costs of causal language models, stitched or not."""
 
 import copy
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.families import decoder_family
 from klas_hf.costs.counting import Cost, macs_by_module, parameter_count
+from klas_hf.costs.paths import AnchorCosts
 from klas_hf.models.configuration_stitched import StitchedConfig, kv_shape
 from klas_hf.paths import StitchCosts
 
@@ -23,47 +23,42 @@ def decoder_costs(config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> 
 
 def decoder_stitch_costs(source: PreTrainedConfig, target: PreTrainedConfig, tokens: int) -> StitchCosts:
     """Costs of every stitch between two causal language models, from one counted forward of each."""
-    first, last = _Parts.of(source, tokens), _Parts.of(target, tokens)
+    first, last = (decoder_part_costs(config, torch.float32, tokens) for config in (source, target))
     widths = source.hidden_size, target.hidden_size
     return StitchCosts(
         tokens=tokens,
         source_blocks=np.array(first.block_macs, dtype=np.int64),
         target_blocks=np.array(last.block_macs, dtype=np.int64),
         stitch=tokens * widths[0] * widths[1],
-        source_total=sum(first.block_macs) + first.head_macs,
-        target_total=sum(last.block_macs) + last.head_macs,
+        source_total=first.total_macs,
+        target_total=last.total_macs,
         ends=last.head_macs,
         source_parameters=np.array(first.block_parameters, dtype=np.int64),
         target_parameters=np.array(last.block_parameters, dtype=np.int64),
         stitch_parameters=widths[0] * widths[1] + widths[1],
-        ends_parameters=first.embedding_parameters + last.head_parameters,
+        ends_parameters=first.embed_parameters + last.head_parameters,
     )
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """One anchor, taken apart: embedding, blocks, head with final norm."""
-
-    block_macs: list[int]
-    head_macs: int
-    block_parameters: list[int]
-    embedding_parameters: int
-    head_parameters: int
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, tokens: int) -> "_Parts":
-        family = decoder_family(config)
-        model = _on_meta(config)
-        by_module = _macs_by_module(model, tokens)
-        blocks = model.base_model.get_submodule(family.blocks)
-        norm, head = model.base_model.get_submodule(family.norm), model.get_output_embeddings()
-        return cls(
-            block_macs=[sum(by_module.get(module, 0) for module in block.modules()) for block in blocks],
-            head_macs=by_module.get(head, 0),
-            block_parameters=[parameter_count(block) for block in blocks],
-            embedding_parameters=parameter_count(model.get_input_embeddings()),
-            head_parameters=parameter_count(norm) + parameter_count(head),
-        )
+def decoder_part_costs(config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> AnchorCosts:
+    """Costs of a causal language model's parts, for one sequence of so many tokens, from one counted forward."""
+    family = decoder_family(config)
+    model = _on_meta(config)
+    by_module = _macs_by_module(model, tokens)
+    blocks = model.base_model.get_submodule(family.blocks)
+    norm, head = model.base_model.get_submodule(family.norm), model.get_output_embeddings()
+    heads, width = kv_shape(config)
+    return AnchorCosts(
+        embed_macs=0,
+        block_macs=[sum(by_module.get(module, 0) for module in block.modules()) for block in blocks],
+        head_macs=by_module.get(head, 0),
+        embed_parameters=parameter_count(model.get_input_embeddings()),
+        block_parameters=[parameter_count(block) for block in blocks],
+        head_parameters=parameter_count(norm) + parameter_count(head),
+        widths=[config.hidden_size] * (len(blocks) + 1),
+        positions=[tokens] * (len(blocks) + 1),
+        block_kv_bytes=[2 * heads * width * dtype.itemsize] * len(blocks),
+    )
 
 
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:

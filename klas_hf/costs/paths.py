@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from klas_hf.costs.counting import Cost
+from klas_hf.paths import Path, Stitch
+
 
 @dataclass(frozen=True)
 class AnchorCosts:
@@ -14,6 +17,7 @@ class AnchorCosts:
         embed_parameters, block_parameters, head_parameters: parameters of the same parts.
         widths: n + 1 widths, at the input of each block and after the last.
         positions: n + 1 numbers of positions there, class tokens included. A joint runs at those of what it maps to.
+        block_kv_bytes: bytes that a cached token takes in each block; nothing for images.
     """
 
     embed_macs: int
@@ -24,8 +28,54 @@ class AnchorCosts:
     head_parameters: int
     widths: Sequence[int]
     positions: Sequence[int]
+    block_kv_bytes: Sequence[int] = ()
 
     @property
     def total_macs(self) -> int:
         """MACs of the whole anchor."""
         return self.embed_macs + sum(self.block_macs) + self.head_macs
+
+
+@dataclass(frozen=True)
+class PathCosts:
+    """Costs of every path through some anchors, without building one.
+
+    Attributes:
+        anchors: what the parts of each cost.
+        tokens: length of the sequence that the MACs are for; 0 for images.
+        image_height, image_width: pixels of the image that they are for; 0 for sequences.
+
+    Example:
+        >>> costs = measure_path_costs([source, target], tokens=16)
+        >>> model = StitchedModel.from_path([source, target], "1[:1] 0[1:2] 1[3:]", calibration=batches)
+        >>> costs.of("1[:1] 0[1:2] 1[3:]") == measure_costs(model, tokens=16)
+        True
+    """
+
+    anchors: Sequence[AnchorCosts]
+    tokens: int = 0
+    image_height: int = 0
+    image_width: int = 0
+
+    def of(self, path: Path | Stitch | str | Sequence[int]) -> Cost:
+        """What the model of a path costs, its stitching layers (with biases) included.
+
+        Raises:
+            ValueError: the path is out of range.
+        """
+        bounds = Path.of(path).bounds([len(one.block_macs) for one in self.anchors])
+        first, last = self.anchors[bounds[0][0]], self.anchors[bounds[-1][0]]
+        macs, parameters, kv_bytes = (
+            first.embed_macs + last.head_macs, first.embed_parameters + last.head_parameters, 0
+        )  # fmt: skip
+        width = None
+        for place, start, stop in bounds:
+            anchor = self.anchors[place]
+            if width is not None:
+                macs += anchor.positions[start] * width * anchor.widths[start]
+                parameters += (width + 1) * anchor.widths[start]
+            macs += sum(anchor.block_macs[start:stop])
+            parameters += sum(anchor.block_parameters[start:stop])
+            kv_bytes += sum(anchor.block_kv_bytes[start:stop])
+            width = anchor.widths[stop]
+        return Cost(macs, parameters, kv_bytes, self.tokens, self.image_height, self.image_width)

@@ -6,7 +6,7 @@ import torch
 from tiny_models import FAMILIES, tiny_config, tiny_model
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from klas_hf import Stitch, StitchedModel, measure_costs, measure_stitch_costs
+from klas_hf import Stitch, StitchedModel, measure_costs, measure_path_costs, measure_stitch_costs
 
 pytestmark = pytest.mark.filterwarnings("ignore:the stitching layer is random")
 
@@ -169,3 +169,14 @@ def test_configs_and_models_are_left_as_they_were() -> None:
     after = [anchor.config.to_dict() | {"attention": anchor.config._attn_implementation} for anchor in (source, target)]
     assert before == after
     assert {parameter.device.type for parameter in (*source.parameters(), *target.parameters())} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    "path", ["0[:2] 1[3:]", "0[:1] 1[1:3] 1[4:]", "1[:1] 0[1:2] 1[3:]", "1[:4] 1[2:]", "0[:2] 1[5:]"]
+)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_paths_cost_what_their_models_cost(family: str, path: str) -> None:
+    anchors = [tiny_model(family, large=large) for large in (False, True)]
+    model = StitchedModel.from_path(anchors, path)
+    assert measure_path_costs(anchors, tokens=9).of(path) == measure_costs(model, tokens=9)
+    assert measure_costs(model, tokens=9).parameters == sum(p.numel() for p in model.parameters())

@@ -25,6 +25,7 @@ from klas_hf import (
     measure_costs,
     train_stitches,
 )
+from klas_hf.paths import Path as AnchorPath
 
 pytestmark = pytest.mark.filterwarnings("ignore:the stitching layer", "ignore:.*do not determine")
 
@@ -249,7 +250,8 @@ def test_rows_are_the_losses_of_extracted_models(tmp_path: Path) -> None:
     assert supernet.training
     assert [row.stitch for row in rows] == [None, None, *map(Stitch.of, STITCHES)]
     for row in rows:
-        model = supernet.anchors[row.anchors[0]] if row.stitch is None else supernet.extract(row.stitch)
+        place = AnchorPath.parse(row.path).anchors[0]
+        model = supernet.anchors[place] if row.stitch is None else supernet.extract(row.stitch)
         assert row.metrics["loss"] == pytest.approx(evaluate(model, batches).metrics["loss"], rel=1e-5)
         assert row.seed == 4 and row.rule == "every"
     with pytest.raises(ValueError, match="leave them out"):
