@@ -92,7 +92,8 @@ def _results(source: Any, target: Any) -> dict[str, Any]:
     measured = [ResultRow("source", None, 0, costs.source_total, 4000, {"loss": 4.0})]
     for stitch in scores.stitches:
         macs, size = costs.of(stitch)
-        loss = 4.0 - macs / costs.target_total + scores.value_of(stitch) / 10
-        measured.append(ResultRow("all", (stitch.source_stop, stitch.target_start), 0, macs, size, {"loss": loss}))
+        if costs.source_total <= macs <= costs.target_total:
+            loss = 4.0 - macs / costs.target_total + scores.value_of(stitch) / 10
+            measured.append(ResultRow("all", (stitch.source_stop, stitch.target_start), 0, macs, size, {"loss": loss}))
     measured.append(ResultRow("target", None, 0, costs.target_total, 9000, {"loss": 3.0}))
     return {"scores": scores, "costs": costs, "rows": sorted(measured, key=lambda row: row.macs)}
