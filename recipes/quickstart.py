@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +51,7 @@ from klas_hf import (
     train_probes,
     train_stitches,
 )
+from klas_hf.anchors.weights import fingerprint
 from klas_hf.data.text import (
     TextBatches,
     held_out,
@@ -117,6 +118,10 @@ class Quickstart:
         self.models: dict[Stitch, PreTrainedModel] = {}
         settings = {name: getattr(args, name) for name in ("small_steps", "large_steps", "steps", "stitches")}
         self.rows = RowFile(self.output / "rows.jsonl", {"recipe": "quickstart", **settings})
+        self.training = TrainingConfig(
+            trainable="full", max_steps=args.steps, per_device_batch_size=8 // self.state.num_processes or 1,
+            gradient_accumulation_steps=1, learning_rate=2e-3, seed=args.seed,
+        )  # fmt: skip
         self.evaluation = {"rows": self.rows, "seed": args.seed, "tokens": LENGTH}
         self.say(f"klas_hf quickstart: {self.state.num_processes} process(es) on {self.state.device}")
 
@@ -133,8 +138,8 @@ class Quickstart:
         self.fitting = TextBatches(train[:: max(1, len(train) // 1024)], 32)
         self.validation, self.test = TextBatches(validation, 32), TextBatches(test, 32)
         self.ends = [
-            evaluate_anchor(model, self.measure, rule=name, **self.evaluation)
-            for name, model in (("source", self.source), ("target", self.target))
+            evaluate_anchor(model, self.measure, rule=name, position=place, **self.evaluation)
+            for place, (name, model) in enumerate({"source": self.source, "target": self.target}.items())
         ]
         for row in self.ends:
             size, loss = row.parameters / 1e6, row.metrics["loss"]
@@ -173,8 +178,9 @@ class Quickstart:
     def stitch(self, chosen: dict[str, StitchSelection]) -> dict[str, list[ResultRow]]:
         """Make, train and measure every chosen stitch."""
         self.say(f"\n[4/5] Stitching (least-squares start) and {self.args.steps} steps of fine-tuning each")
+        made = {"anchors": [fingerprint(self.source), fingerprint(self.target)], "training": asdict(self.training)}
         by_rule = {
-            rule: evaluate_stitches(stitches, self.make, self.measure, rule=rule, **self.evaluation)
+            rule: evaluate_stitches(stitches, self.make, self.measure, rule=rule, **made, **self.evaluation)
             for rule, stitches in chosen.items()
         }
         self.clock.lap("stitches")
@@ -182,12 +188,8 @@ class Quickstart:
 
     def make(self, stitch: Stitch) -> PreTrainedModel:
         """One stitched model, fine-tuned."""
-        training = TrainingConfig(
-            trainable="full", max_steps=self.args.steps, per_device_batch_size=8 // self.state.num_processes or 1,
-            gradient_accumulation_steps=1, learning_rate=2e-3, seed=self.args.seed,
-        )  # fmt: skip
         model = StitchedModel.from_anchors(self.source, self.target, stitch, calibration=self.fitting)
-        train_stitches(model.to(self.state.device), self.examples, training)
+        train_stitches(model.to(self.state.device), self.examples, self.training)
         self.models[stitch] = model
         return model
 
@@ -211,7 +213,7 @@ class Quickstart:
         """Save the best stitched model, load it as anyone would, and let it go on with a sentence."""
         self.say("\n[5/5] The best stitched model, saved, loaded through AutoModelForCausalLM and writing")
         best = min((row for chosen in by_rule.values() for row in chosen), key=lambda row: row.metrics["loss"])
-        stitch, folder = Stitch(*best.stitch), self.output / "model"
+        stitch, folder = best.stitch, self.output / "model"
         model = self.models.get(stitch) or self.make(stitch)  # a resumed run has rows, but no models
         if self.state.is_main_process:
             model.save_pretrained(folder)

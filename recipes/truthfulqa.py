@@ -35,6 +35,7 @@ from klas_hf import (
     train_stitches,
 )
 from klas_hf.anchors import load_anchor
+from klas_hf.anchors.weights import fingerprint
 from klas_hf.data.answering import encode_completion, measure_answers
 from klas_hf.data.text import TextBatches
 from klas_hf.data.truthfulqa import Question, degenerate_answers, load_truthfulqa, split_questions
@@ -102,6 +103,7 @@ class Experiment:
         self.output = Path(args.output_dir)
         self.source = load_anchor(args.source, dtype=args.dtype).model.to(self.state.device)
         self.target = load_anchor(args.target, dtype=args.dtype).model.to(self.state.device)
+        self.fingerprints = [fingerprint(self.source), fingerprint(self.target)]
         self.tokenizer = AutoTokenizer.from_pretrained(args.target)
         self.state.print(f"{self.state.num_processes} process(es) on {self.state.device}")
 
@@ -126,13 +128,18 @@ class Experiment:
             )  # fmt: skip
             return self.trained(model, examples, f"{stitch.source_stop}-{stitch.target_start}", seed)
 
-        for name, anchor in (("source", self.source), ("target", self.target)):
-            evaluate_anchor(anchor, measure, rule=f"{name}_zero_shot", rows=self.rows, seed=seed)
-            if self.training.trainable != "stitch" and self.rows.find(name, None, seed) is None:
-                tuned = self.trained(copy.deepcopy(anchor), examples, name, seed)
-                evaluate_anchor(tuned, measure, rule=name, rows=self.rows, seed=seed)
+        shared = {"rows": self.rows, "seed": seed}
+        made = {"anchors": self.fingerprints, "training": asdict(self.training), **shared}
+        for position, (name, anchor) in enumerate({"source": self.source, "target": self.target}.items()):
+            evaluate_anchor(anchor, measure, rule=f"{name}_zero_shot", position=position, **shared)
+            if self.training.trainable != "stitch":
+
+                def tuned(_: str, name: str = name, anchor: PreTrainedModel = anchor) -> PreTrainedModel:
+                    return self.trained(copy.deepcopy(anchor), examples, name, seed)
+
+                evaluate_stitches([f"{position}[:]"], tuned, measure, rule=name, **made)
         return {
-            rule: evaluate_stitches(chosen, make, measure, rule=rule, rows=self.rows, seed=seed)
+            rule: evaluate_stitches(chosen, make, measure, rule=rule, **made)
             for rule, chosen in self.selections(scores, seed).items()
         }
 

@@ -12,8 +12,9 @@ from klas_hf.evaluation.images import image_path_logits, recalibrated
 from klas_hf.evaluation.language import text_path_logits
 from klas_hf.evaluation.measuring import Sums, task_of
 from klas_hf.evaluation.models import Measurement
+from klas_hf.paths import Path as ModelPath
 from klas_hf.processes import process_state, progress, shared_out
-from klas_hf.rows import ResultRow, RowFile
+from klas_hf.rows import AnyPath, ResultRow, RowFile
 from klas_hf.stitching.supernet import Path, StitchedSupernet
 from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
 
@@ -74,6 +75,37 @@ def evaluate_supernet(
             row = replace(wanted[path], metrics=dict(measured.metrics), details=dict(measured.details))
             rows.append(row, to_disk=process_state().is_main_process)
     return [there for row in wanted.values() if (there := rows.find(row)) is not None]
+
+
+def supernet_rows(
+    rows: Iterable[ResultRow],
+    paths: Iterable[AnyPath],
+    *,
+    rule: str,
+    seed: int,
+    training: Mapping[str, Any] | None,
+) -> list[ResultRow] | None:
+    """The rows of one supernet that has all these paths, where `evaluate_supernet` wrote them; None where it did not.
+
+    Args:
+        rows: of any supernets.
+        paths: those that it must have.
+        rule, seed, training: as the rows were written with.
+
+    Returns:
+        All its rows, those of the anchors included.
+
+    Example:
+        >>> supernet_rows([], [(1, 2)], rule="klas", seed=0, training=None) is None
+        True
+    """
+    like = ResultRow(rule, None, seed, 0, 0, {}, training=training)
+    wanted = {str(ModelPath.of(path)) for path in paths}
+    found: dict[tuple[str, ...], list[ResultRow]] = {}
+    for row in rows:
+        if (row.rule, row.seed, row.training) == (like.rule, like.seed, like.training):
+            found.setdefault(tuple(row.made_from), []).append(row)
+    return next((of_one for of_one in found.values() if wanted <= {row.path for row in of_one}), None)
 
 
 def _measured(

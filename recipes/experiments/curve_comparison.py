@@ -4,19 +4,19 @@
 `cost_at_equal_quality`; Tab. 7 and 8 are `sweep`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from klas_hf.selection.klas import select_stitches
 from numpy.typing import NDArray
 
-from klas_hf.curves.tradeoff import TradeoffCurve, common_interval
+from klas_hf.curves.tradeoff import MeasuredModel, TradeoffCurve, common_interval, measured_models
 from klas_hf.paths import Stitch
 from klas_hf.rows import ResultRow, markdown_table
 from klas_hf.scores.values import StitchScores
 from klas_hf.selection.choice import StitchSelection
+from klas_hf.selection.klas import select_stitches
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def viable_stitches(rows: Iterable[ResultRow], metric: str, *, higher_is_better:
     KLAS recovers "viable" stitches (Tab. 1) without saying what they are: this is our reading. Seeds count by mean.
 
     Args:
-        rows: of stitches, and of their anchors (stitch None, `anchors=(k, k)`), measured alike.
+        rows: of stitches, and of their anchors (paths such as "0[:]"), measured alike.
         metric: key of `ResultRow.metrics`.
         higher_is_better: False for losses.
 
@@ -180,31 +180,26 @@ def viable_stitches(rows: Iterable[ResultRow], metric: str, *, higher_is_better:
         ValueError: a stitch without the rows of its anchors, or a row without the metric.
 
     Example:
-        >>> ends = [ResultRow("", None, 0, 10, 1, {"top1": 0.5}, anchors=(0, 0)),
-        ...         ResultRow("", None, 0, 30, 1, {"top1": 0.7}, anchors=(1, 1))]
+        >>> ends = [ResultRow("", "0[:]", 0, 10, 1, {"top1": 0.5}),
+        ...         ResultRow("", "1[:]", 0, 30, 1, {"top1": 0.7})]
         >>> between = [ResultRow("", (1, 2), 0, 20, 1, {"top1": 0.65}), ResultRow("", (1, 1), 0, 20, 1, {"top1": 0.55})]
         >>> viable_stitches([*ends, *between], "top1") == {Stitch(1, 2)}
         True
     """
     sign = 1 if higher_is_better else -1
-    qualities: dict[tuple, dict[int, float]] = {}
-    macs: dict[tuple, int] = {}
-    for row in rows:
-        qualities.setdefault((row.stitch, row.anchors), {})[row.seed] = sign * row.value(metric)
-        macs[row.stitch, row.anchors] = row.macs
-    means = {key: float(np.mean(list(of_seed.values()))) for key, of_seed in qualities.items()}
+    models = {str(model.rows[0].path): model for model in measured_models(rows, metric)}
     found = set()
-    for (pair, anchors), quality in means.items():
-        if pair is None:
+    for model in models.values():
+        stitch = model.rows[0].stitch
+        if stitch is None:
             continue
-        ends = [(None, (place, place)) for place in anchors]
-        if missing := [end[1][0] for end in ends if end not in means]:
-            raise ValueError(
-                f"got a stitch between the anchors {anchors} without rows of {missing}; expected both ends"
-            )
-        line = np.interp(macs[pair, anchors], [macs[end] for end in ends], [means[end] for end in ends])
-        if quality >= line:
-            found.add(Stitch(*pair, *anchors))
+        places = stitch.source, stitch.target
+        if missing := [place for place in places if f"{place}[:]" not in models]:
+            raise ValueError(f"got a stitch between the anchors {places} without rows of {missing}; expected both ends")
+        ends = [models[f"{place}[:]"] for place in places]
+        line = np.interp(model.macs, [end.macs for end in ends], [sign * end.value for end in ends])
+        if sign * model.value >= line:
+            found.add(stitch)
     return found
 
 
@@ -259,7 +254,7 @@ def sweep(
         ValueError: no anchors, a selected stitch without a row, or an interval outside the anchors' costs.
 
     Example:
-        >>> anchors = [row for row in rows if row.stitch is None]
+        >>> anchors = [row for row in rows if not row.joints]
         >>> found = sweep(scores, rows, "loss", anchors=anchors, thresholds=(0.01, 0.10), buckets=(2,))
         >>> [(one.threshold, one.buckets, one.stitches) for one in found]
         [(0.01, 2, 2), (0.1, 2, 4)]
@@ -268,10 +263,8 @@ def sweep(
         raise ValueError(
             "got no rows of anchors; expected those of the cheapest and the dearest, the ends of the curves"
         )
-    measured: dict[Stitch, dict[int, ResultRow]] = {}
-    for row in rows:
-        if row.stitch is not None:
-            measured.setdefault(Stitch(*row.stitch, *row.anchors), {})[row.seed] = row
+    models = measured_models((row for row in rows if row.joints), metric)
+    measured = {stitch: model for model in models if (stitch := model.rows[0].stitch) is not None}
     return [
         _sweep_row(select_stitches(scores, threshold=threshold, buckets=count), measured, metric, anchors, interval,
                    threshold, count)
@@ -282,7 +275,7 @@ def sweep(
 
 def _sweep_row(
     selection: StitchSelection,
-    measured: dict[Stitch, dict[int, ResultRow]],
+    measured: Mapping[Stitch, MeasuredModel],
     metric: str,
     anchors: Sequence[ResultRow],
     interval: tuple[float, float] | None,
@@ -294,9 +287,9 @@ def _sweep_row(
             f"got no rows of {len(missing)} selected stitches, {', '.join(missing[:5])} among them; expected "
             "measurements of every stitch that may be selected"
         )
-    chosen = [list(measured[stitch].values()) for stitch in selection]
-    curve = TradeoffCurve([*anchors, *(row for rows in chosen for row in rows)], metric)
-    mean = fmean(fmean(row.metrics[metric] for row in rows) for rows in chosen)
+    chosen = [measured[stitch] for stitch in selection]
+    curve = TradeoffCurve([*anchors, *(row for model in chosen for row in model.rows)], metric)
+    mean = fmean(model.value for model in chosen)
     costs = [row.macs for row in anchors]
     return SweepRow(threshold, buckets, len(selection), mean, curve.auc(interval or (min(costs), max(costs))))
 

@@ -22,7 +22,8 @@ from klas_hf.curves.cascades import CascadeMember, cascade_curve, to_rows
 from klas_hf.data.image_data import ImageTask
 from klas_hf.data.images import ImageSet, image_batches
 from klas_hf.evaluation import evaluate, evaluate_supernet, predict_probabilities
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.evaluation.supernets import supernet_rows
+from klas_hf.paths import StitchCosts
 from klas_hf.probes import ImageProbeConfig, ImageProbeNet
 from klas_hf.probes.training import train_probes
 from klas_hf.processes import process_state
@@ -163,13 +164,14 @@ class ImageComparison:
         """The anchors as they were given, on the test images."""
         found = []
         for place, anchor in enumerate(self.anchors):
-            row = self.rows.find("anchor", None, 0, anchors=(place, place))
+            like = ResultRow("anchor", f"{place}[:]", 0, 0, 0, {}, made_from=[anchor.fingerprint])
+            row = self.rows.find(like)
             if row is None:
                 measured = evaluate(anchor.model, self.batches(self.task.test), classes=self.task.classes)
                 cost = measure_costs(anchor.config, image_size=self.task.size)
-                row = ResultRow(
-                    "anchor", None, 0, cost.macs, cost.parameters, dict(measured.metrics),
-                    {"name": self.names[place]} | measured.details, (place, place),
+                row = replace(
+                    like, macs=cost.macs, parameters=cost.parameters, metrics=dict(measured.metrics),
+                    details={"name": self.names[place]} | measured.details,
                 )  # fmt: skip
                 self.rows.append(row, to_disk=process_state().is_main_process)
             found.append(row)
@@ -232,14 +234,15 @@ class ImageComparison:
     def measured(self, rule: str, seed: int) -> list[ResultRow]:
         """The rows of one rule's supernet after fine-tuning; made where they are missing."""
         chosen = self.selection(rule, seed)
-        found = [row for row in self.rows if row.rule == rule and row.seed == seed]
-        if {Stitch(*row.stitch, *row.anchors) for row in found if row.stitch} >= set(chosen):
+        tuned = asdict(replace(self.training, seed=seed)) | {"teacher": self.settings.teacher}
+        training = tuned if self.training.max_steps else None
+        if (found := supernet_rows(self.rows, chosen, rule=rule, seed=seed, training=training)) is not None:
             return found
         supernet = self._trained(chosen, rule, seed)
         recalibration = self.batches(self.task.train, self.settings.calibration_images)
         rows = evaluate_supernet(
-            supernet, self.batches(self.task.test), rule=rule, rows=self.rows, seed=seed, classes=self.task.classes,
-            recalibration=recalibration if self.settings.recalibrate else None,
+            supernet, self.batches(self.task.test), rule=rule, rows=self.rows, seed=seed, training=training,
+            classes=self.task.classes, recalibration=recalibration if self.settings.recalibrate else None,
         )  # fmt: skip
         best = max(row.metrics["accuracy"] for row in rows)
         self._print(f"  {rule}, seed {seed}: {len(rows)} paths measured, best accuracy {best:.4f}")
@@ -322,8 +325,12 @@ class ImageComparison:
             stored = StitchScores.load(path)
             if not functional or set(STITCHED) <= set(stored.available):
                 return stored
+        configs = [self.anchors[place].config for place in pair]
+        costs = measure_stitch_costs(*configs, image_size=self.task.size, positions=tuple(pair))
+        every = [Stitch(i + 1, j, *pair) for i, j in np.argwhere(costs.possible).tolist() if j > 0]
         running = FunctionalScoring(
             calibration=self.batches(self.task.train, self.settings.calibration_images),
+            candidates=every,
             temperature=self.settings.temperature,
             scored_items=None,
         )

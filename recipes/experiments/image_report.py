@@ -1,15 +1,16 @@
 """The report of an image comparison: tables, figures, and who won (KLAS Fig. 7, Tab. 2, 4, 7 to 10)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isnan
-from statistics import fmean, stdev
+from statistics import fmean
 
 from experiments.curve_comparison import cost_at_equal_quality, format_sweep, gain_at_equal_cost, sweep, viable_stitches
 from experiments.image_comparison import ImageComparison
-from experiments.regret import bucket_picks
+from klas_hf.curves.regret import bucket_picks
 from klas_hf.curves.tradeoff import TradeoffCurve, correlation_report, plot_curves
 from klas_hf.processes import process_state
-from klas_hf.rows import ResultRow, format_table
+from klas_hf.rows import ResultRow, format_mean, format_table, mean_and_error
 from klas_hf.selection.choice import overlap, recovery
 
 
@@ -49,15 +50,13 @@ def curve_rows(comparison: ImageComparison, rule: str, seed: int) -> list[Result
     An anchor that none of the rule's stitches joins was not fine-tuned with it, and counts as it was given.
     """
     rows, ends = comparison.measured(rule, seed), comparison.anchor_rows()
-    there = {row.anchors for row in rows if row.stitch is None}
-    return [*rows, *(row for row in (ends[0], ends[-1]) if row.anchors not in there)]
+    there = {row.path for row in rows}
+    return [*rows, *(row for row in (ends[0], ends[-1]) if row.path not in there)]
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float]:
     """Mean difference over common seeds, and its standard error (nan for one seed)."""
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    return fmean(differences), error
+    return mean_and_error([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
 
 def _interval(comparison: ImageComparison) -> tuple[float, float]:
@@ -98,7 +97,7 @@ def _rules(comparison: ImageComparison, metric: str) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for rule in rules:
-        cells = [_mean_and_error([areas[rule][seed][column] for seed in seeds]) for column in (0, 1)]
+        cells = [format_mean([areas[rule][seed][column] for seed in seeds]) for column in (0, 1)]
         gain = ["–", "–", "–"]
         if rule != "snnet" and "snnet" in rules:
             gain = _gains(rows[rule], rows["snnet"], metric)
@@ -142,12 +141,11 @@ def _scores(comparison: ImageComparison, metric: str) -> list[str]:
     parts = []
     for scores in comparison.scores:
         source, target = (comparison.names[place] for place in (scores.costs.source, scores.costs.target))
-        of_pair = [row for row in rows if row.anchors == (scores.costs.source, scores.costs.target)]
         lines = ["| score | Pearson | Spearman | picked | oracle | chance |", "|---|---|---|---|---|---|"]
         for name in scores.available:
             one = scores.with_score(name)
-            found = correlation_report(one, of_pair, metric)
-            picks = bucket_picks(one, of_pair, metric)
+            found = correlation_report(one, rows, metric)
+            picks = bucket_picks(one, rows, metric)
             lines.append(
                 f"| {name} | {found.pearson:.2f} | {found.spearman:.2f} | {picks.picked:.4f} | {picks.oracle:.4f} "
                 f"| {picks.chance:.4f} |"
@@ -159,7 +157,7 @@ def _scores(comparison: ImageComparison, metric: str) -> list[str]:
         )
     parts.append(_recovery(comparison, rows, metric))
     if comparison.settings.most_stitches is None:
-        ends = [row for row in rows if row.stitch is None]
+        ends = [row for row in rows if not row.joints]
         swept = sweep(comparison.scores, rows, metric, anchors=ends, interval=_interval(comparison))
         parts.append("## τ and buckets, on the same supernet\n\n" + format_sweep(swept, metric))
     return parts
@@ -198,13 +196,4 @@ def _draw(comparison: ImageComparison, metrics: Sequence[str]) -> None:
 
 
 def _renamed(row: ResultRow, metric: str) -> ResultRow:
-    return ResultRow(
-        row.rule, row.stitch, row.seed, row.macs, row.parameters, {metric: row.metrics["accuracy"]}, row.details,
-        row.anchors,
-    )  # fmt: skip
-
-
-def _mean_and_error(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{fmean(values):.4f} ± {stdev(values) / len(values) ** 0.5:.4f}"
+    return replace(row, metrics={metric: row.metrics["accuracy"]})

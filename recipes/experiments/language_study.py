@@ -1,20 +1,20 @@
 """The study of scores on language models: every stitch of one pair in one supernet, its loss against its scores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from klas_hf.selection.rivals import random_stitches
 from transformers import PreTrainedModel
 
 from experiments.score_study import ScoreStudy, StudySettings
 from klas_hf.anchors.language import load_anchor
 from klas_hf.costs import measure_stitch_costs
 from klas_hf.data.text import TextBatches, text_examples
-from klas_hf.evaluation import evaluate, evaluate_supernet, evaluate_divergence
+from klas_hf.evaluation import evaluate, evaluate_divergence, evaluate_supernet
+from klas_hf.evaluation.supernets import supernet_rows
 from klas_hf.models import StitchedModel
 from klas_hf.paths import Stitch
 from klas_hf.probes.training import train_probes
@@ -23,6 +23,7 @@ from klas_hf.rows import ResultRow, RowFile
 from klas_hf.scores.driver import score_stitches
 from klas_hf.scores.functional import FunctionalScoring
 from klas_hf.scores.values import StitchScores
+from klas_hf.selection.rivals import random_stitches
 from klas_hf.stitching.supernet import StitchedSupernet
 from klas_hf.training import TrainingConfig, train_stitches
 
@@ -101,7 +102,7 @@ class LanguageScoreStudy(ScoreStudy):
         return scores
 
     def rows(self, length: int) -> list[ResultRow]:
-        return [row for seed in self.seeds(length) for row in self._rows(length, seed) if row.stitch is not None]
+        return [row for seed in self.seeds(length) for row in self._rows(length, seed) if row.joints]
 
     def calibration(self, count: int | None = None, *, scrambled: bool = False) -> list[Any]:
         sequences = self.task.train[: self.task.calibration if count is None else count]
@@ -121,12 +122,13 @@ class LanguageScoreStudy(ScoreStudy):
 
     def row_alone(self, stitch: Stitch, length: int) -> ResultRow:
         rows, seed = self.files[length], self.settings.seeds[0]
-        row = rows.find("alone", stitch, seed)
-        if row is not None:
-            return row
+        config = replace(self.training, max_steps=length, seed=seed)
+        row = self.alone(stitch, config)
+        if (there := rows.find(row)) is not None:
+            return there
         model = self._start(stitch)
-        train_stitches(model, text_examples(self.task.train), replace(self.training, max_steps=length, seed=seed))
-        return self.kept_alone(rows, stitch, {"loss": evaluate(model, self._test).metrics["loss"]})
+        train_stitches(model, text_examples(self.task.train), config)
+        return self.kept_alone(rows, row, {"loss": evaluate(model, self._test).metrics["loss"]})
 
     @cached_property
     def _every(self) -> list[Stitch]:
@@ -139,19 +141,19 @@ class LanguageScoreStudy(ScoreStudy):
 
     def _rows(self, length: int, seed: int) -> list[ResultRow]:
         rows = self.files[length]
-        found = [row for row in rows if row.rule == "every" and row.seed == seed]
-        if {Stitch(*row.stitch) for row in found if row.stitch} >= set(self._every):
+        config = replace(self.training, max_steps=length, seed=seed)
+        training = asdict(config) if length else None
+        if (found := supernet_rows(rows, self._every, rule="every", seed=seed, training=training)) is not None:
             return found
         supernet = StitchedSupernet.from_anchors(
             [self.source, self.target], self._every, calibration=self.calibration(), tokens=self.task.length
         )
         if length:
-            config = replace(self.training, max_steps=length, seed=seed)
             checkpoints = self.output / f"{length}-steps" / f"checkpoints-{seed}"
             result = train_stitches(supernet, text_examples(self.task.train), config, output_dir=checkpoints)
             losses = f"{result.losses[0]:.3f} → {result.losses[-1]:.3f}"
             process_state().print(f"  seed {seed}: {result.steps} steps in {result.seconds:.0f} s, loss {losses}")
-        return evaluate_supernet(supernet, self._test, rule="every", rows=rows, seed=seed)
+        return evaluate_supernet(supernet, self._test, rule="every", rows=rows, seed=seed, training=training)
 
     def _start(self, stitch: Stitch) -> PreTrainedModel:
         return StitchedModel.from_anchors(self.source, self.target, stitch, calibration=self.calibration())

@@ -7,7 +7,7 @@ few alone; every score is measured once, before any training.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class ScoreStudy(ABC):
 
     def functional(self, calibration: Sequence[Any], scored: Sequence[Any], temperature: float = 1.0) -> Values:
         """Functional KL of every stitch."""
-        settings = FunctionalScoring(calibration=calibration, temperature=temperature, scored_items=None)
+        settings = FunctionalScoring(calibration, self.scores.stitches, temperature, scored_items=None)
         found = score_stitches(self.source, self.target, scored, score="functional", functional=settings)
         return {stitch: found.value_of(stitch) for stitch in self.scores.stitches}
 
@@ -175,11 +175,14 @@ class ScoreStudy(ABC):
             write_atomically(path, lambda part: part.write_text(json.dumps(lines), encoding="utf-8"))
         return values
 
-    def kept_alone(self, rows: RowFile, stitch: Stitch, metrics: dict[str, float]) -> ResultRow:
-        """A row of a stitch that was trained by itself, written."""
+    def alone(self, stitch: Stitch, config: TrainingConfig) -> ResultRow:
+        """The row of a stitch that is trained by itself, without its figures."""
         macs, parameters = self.scores.costs.of(stitch)
-        pair = (stitch.source_stop, stitch.target_start)
-        row = ResultRow("alone", pair, self.settings.seeds[0], macs, parameters, metrics)
+        return ResultRow("alone", stitch, config.seed, macs, parameters, {}, training=asdict(config))
+
+    def kept_alone(self, rows: RowFile, row: ResultRow, metrics: dict[str, float]) -> ResultRow:
+        """The row with its figures, written."""
+        row = replace(row, metrics=metrics)
         rows.append(row, to_disk=process_state().is_main_process)
         return row
 
@@ -229,7 +232,7 @@ class ImageScoreStudy(ScoreStudy):
 
     def rows(self, length: int) -> list[ResultRow]:
         run = self.runs[length]
-        return [row for seed in self.seeds(length) for row in run.measured("every", seed) if row.stitch is not None]
+        return [row for seed in self.seeds(length) for row in run.measured("every", seed) if row.joints]
 
     def calibration(self, count: int | None = None, *, scrambled: bool = False) -> list[Any]:
         count = self.first.settings.calibration_images if count is None else count
@@ -250,13 +253,14 @@ class ImageScoreStudy(ScoreStudy):
 
     def row_alone(self, stitch: Stitch, length: int) -> ResultRow:
         run, seed = self.runs[length], self.settings.seeds[0]
-        row = run.rows.find("alone", stitch, seed)
-        if row is not None:
-            return row
+        config = replace(run.training, seed=seed, sampling="uniform")
+        row = self.alone(stitch, config)
+        if (there := run.rows.find(row)) is not None:
+            return there
         model = self._start(stitch)
-        train_stitches(model, self.task.train, replace(run.training, seed=seed, sampling="uniform"))
+        train_stitches(model, self.task.train, config)
         measured = evaluate(model, run.batches(self.task.test), classes=self.task.classes)
-        return self.kept_alone(run.rows, stitch, dict(measured.metrics))
+        return self.kept_alone(run.rows, row, dict(measured.metrics))
 
     def _start(self, stitch: Stitch) -> PreTrainedModel:
         return StitchedModel.from_anchors(

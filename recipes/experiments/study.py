@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from klas_hf.curves.tradeoff import spearman
+from klas_hf.curves.regret import lowest_per_bucket
+from klas_hf.curves.tradeoff import measured_models
+from klas_hf.maths.correlations import pearson, spearman
 from klas_hf.paths import Stitch
 from klas_hf.rows import ResultRow, markdown_table
 
@@ -100,18 +102,12 @@ def measured_stitches(
     Raises:
         ValueError: fewer than three are left.
     """
-    found: dict[Stitch, tuple[int, dict[int, float]]] = {}
-    for row in rows:
-        if row.stitch is not None:
-            stitch = Stitch(*row.stitch, *row.anchors)
-            found.setdefault(stitch, (row.macs, {}))[1][row.seed] = row.value(metric)
     sign = 1.0 if higher_is_better else -1.0
     kept = [
-        MeasuredStitch(
-            stitch, macs, sign * float(np.mean(list(seeds.values()))), {n: v[stitch] for n, v in values.items()}
-        )
-        for stitch, (macs, seeds) in found.items()
-        if all(np.isfinite(of_score.get(stitch, np.nan)) for of_score in values.values())
+        MeasuredStitch(stitch, model.macs, sign * model.value, {name: v[stitch] for name, v in values.items()})
+        for model in measured_models((row for row in rows if row.joints), metric)
+        if (stitch := model.rows[0].stitch) is not None
+        and all(np.isfinite(of_score.get(stitch, np.nan)) for of_score in values.values())
     ]
     if len(kept) < 3:
         raise ValueError(f"got {len(kept)} measured stitches with a value of every score; expected at least three")
@@ -132,8 +128,8 @@ def score_outcomes(
     draws = np.random.default_rng(seed).integers(len(stitches), size=(resamples, len(stitches)))
     names = list(stitches[0].values)
     values = {name: np.array([one.values[name] for one in stitches]) for name in names}
-    best = picks(-quality, bucket)
-    chosen = {name: picks(values[name], bucket) for name in names}
+    best = lowest_per_bucket(-quality, bucket)
+    chosen = {name: lowest_per_bucket(values[name], bucket) for name in names}
     ends = [(macs[places].min(), macs[places].max()) for places in (best, *chosen.values())]
     span = max(low for low, _ in ends), min(high for _, high in ends)
     chance = quality[best] - np.array([quality[bucket == bucket[place]].mean() for place in best])
@@ -146,7 +142,7 @@ def score_outcomes(
                 score=name,
                 spearman=spearman(values[name], -quality),
                 spearman_interval=_interval([spearman(values[name][draw], -quality[draw]) for draw in draws]),
-                pearson=_pearson(values[name], -quality),
+                pearson=pearson(values[name], -quality),
                 regret=float(lost.mean()),
                 regret_interval=_interval(again.mean(axis=1)),
                 relative_regret=float(lost.sum() / chance.sum()) if chance.sum() > 0 else 0.0,
@@ -174,8 +170,8 @@ def halving_outcome(
     for number in np.unique(bucket):
         there = np.flatnonzero(bucket == number)
         left[there[np.argsort(first[there], kind="stable")[:per_bucket]]] = True
-    best, full = picks(-quality, bucket), picks(last, bucket)
-    halved = picks(np.where(left, last, np.inf), bucket)
+    best, full = lowest_per_bucket(-quality, bucket), lowest_per_bucket(last, bucket)
+    halved = lowest_per_bucket(np.where(left, last, np.inf), bucket)
     return HalvingOutcome(
         cheap, dear, per_bucket, float(left.mean()), float((halved == full).mean()),
         float((quality[best] - quality[halved]).mean()), float((quality[best] - quality[full]).mean()),
@@ -241,12 +237,6 @@ def format_halving(outcomes: Iterable[HalvingOutcome]) -> str:
     return markdown_table(lines)
 
 
-def picks(values: Array, bucket: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Position of the lowest value in each non-empty bucket."""
-    by_bucket = [np.flatnonzero(bucket == number) for number in np.unique(bucket)]
-    return np.array([there[np.argmin(values[there])] for there in by_bucket])
-
-
 def _measured(stitches: Sequence[MeasuredStitch], buckets: int) -> tuple[Array, Array, NDArray[np.int64]]:
     """MACs, quality and cost bucket of every stitch."""
     macs = np.array([one.macs for one in stitches], dtype=np.float64)
@@ -265,13 +255,6 @@ def _area(x: Array, y: Array, span: tuple[float, float]) -> float:
     if len(grid) == 1:
         return float(heights[0])
     return float(np.trapezoid(heights, grid) / (grid[-1] - grid[0]))
-
-
-def _pearson(x: Array, y: Array) -> float:
-    """Linear correlation; nan where one of the two is constant."""
-    if not (x.std() > 0 and y.std() > 0):
-        return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])
 
 
 def _features(stitches: Sequence[MeasuredStitch], scores: Sequence[str]) -> Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +17,20 @@ from experiments.curve_comparison import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from klas_hf.selection.klas import select_stitches
 from scipy import integrate
 from test_curves import row, scores
 
 from klas_hf.curves.tradeoff import TradeoffCurve
 from klas_hf.paths import Stitch
 from klas_hf.rows import ResultRow
+from klas_hf.selection.klas import select_stitches
 
 points = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 20)), min_size=2, max_size=9)
 
 
 def curve(*pairs: tuple[int, float], higher: bool = True) -> TradeoffCurve:
-    return TradeoffCurve([row(*pair) for pair in pairs], "accuracy", higher_is_better=higher)
+    rows = [row(*pair, seed=seed) for seed, pair in enumerate(pairs)]
+    return TradeoffCurve(rows, "accuracy", higher_is_better=higher)
 
 
 def test_gain_by_hand() -> None:
@@ -119,6 +121,12 @@ def test_what_cannot_be_compared_is_refused() -> None:
             gain_at_equal_cost(ours, worse, interval)
 
 
+def elsewhere(one: ResultRow, **changes: Any) -> ResultRow:
+    """A stitch's row between the anchors 1 and 2."""
+    stitch = dataclasses.replace(one.stitch, source=1, target=2)
+    return dataclasses.replace(one, path=stitch, **changes)
+
+
 def measured() -> tuple[list[ResultRow], list[ResultRow]]:
     """Rows of all stitches, one of them with two seeds and by two rules, and of the anchors."""
     made, generator = scores(), np.random.default_rng(4)
@@ -131,7 +139,7 @@ def measured() -> tuple[list[ResultRow], list[ResultRow]]:
     rows += [
         dataclasses.replace(first, seed=1, metrics={"accuracy": 0.9}),
         dataclasses.replace(first, rule="random"),
-        dataclasses.replace(first, anchors=(1, 2), metrics={"accuracy": 99.0}),
+        elsewhere(first, metrics={"accuracy": 99.0}),
     ]
     total = made.costs.source_total, made.costs.target_total
     return rows, [row(total[0], 0.1), row(total[1], 0.9)]
@@ -162,7 +170,7 @@ def test_a_sweep_covers_the_papers_settings_and_several_pairs() -> None:
     assert {one.threshold for one in usual} == {0.01, 0.03, 0.05, 0.10} and len(usual) == 12
     assert {one.buckets for one in usual} == {10, 15, 20}
     moved = dataclasses.replace(scores(), costs=dataclasses.replace(scores().costs, source=1, target=2))
-    others = [dataclasses.replace(one, anchors=(1, 2)) for one in rows if one.anchors == (0, 1)]
+    others = [elsewhere(one) for one in rows if one.stitch and one.stitch.source == 0]
     both = sweep([scores(), moved], rows[:-1] + others, "accuracy", anchors=anchors)
     assert [one.stitches for one in both] == [2 * one.stitches for one in usual]
     assert [one.mean for one in both] == pytest.approx([one.mean for one in usual])
@@ -188,21 +196,19 @@ def test_sweeps_are_shown_as_a_table() -> None:
 
 
 def test_viable_stitches_lie_on_or_above_the_line_between_their_anchors() -> None:
-    def measured(stitch: tuple[int, int] | None, macs: int, values: list[float], anchors: tuple[int, int]) -> list:
-        return [
-            ResultRow("every", stitch, seed, macs, 0, {"q": value}, {}, anchors) for seed, value in enumerate(values)
-        ]
+    def measured(path: tuple[int, ...] | str, macs: int, values: list[float]) -> list[ResultRow]:
+        return [ResultRow("every", path, seed, macs, 0, {"q": value}) for seed, value in enumerate(values)]
 
     ends = [
-        measured(None, macs, [quality], (k, k))
+        measured(f"{k}[:]", macs, [quality])
         for k, (macs, quality) in enumerate([(100, 0.2), (200, 0.6), (400, 0.8)])
     ]
     stitches = [
-        measured((1, 1), 150, [0.4], (0, 1)),  # on the line
-        measured((1, 2), 150, [0.39], (0, 1)),
-        measured((2, 1), 300, [0.9, 0.5], (1, 2)),  # its mean is on the line
-        measured((2, 2), 250, [0.9, 0.2], (0, 2)),  # .55, above .5
-        measured((3, 3), 500, [0.79], (1, 2)),  # dearer than the target: it must be as good
+        measured((1, 1), 150, [0.4]),  # on the line
+        measured((1, 2), 150, [0.39]),
+        measured((2, 1, 1, 2), 300, [0.9, 0.5]),  # its mean is on the line
+        measured((2, 2, 0, 2), 250, [0.9, 0.2]),  # .55, above .5
+        measured((3, 3, 1, 2), 500, [0.79]),  # dearer than the target: it must be as good
     ]
     rows = [one for group in ends + stitches for one in group]
     assert viable_stitches(rows, "q") == {Stitch(1, 1, 0, 1), Stitch(2, 1, 1, 2), Stitch(2, 2, 0, 2)}

@@ -214,14 +214,14 @@ def test_rows_hold_the_anchors_and_every_path_of_every_rule(
     settings = replace(SETTINGS, rules=["snnet", "random"], seeds=[0, 5])
     comparison = make(settings)
     comparison.run()
-    expected = [("anchor", None, 0, (n, n)) for n in range(3)]
+    expected = [("anchor", f"{n}[:]", 0) for n in range(3)]
     for seed in (0, 5):
         for rule in ("snnet", "random"):
             chosen = comparison.selection(rule, seed)
             joined = {place for stitch in chosen for place in (stitch.source, stitch.target)}
-            expected += [(rule, None, seed, (n, n)) for n in joined]
-            expected += [(rule, (s.source_stop, s.target_start), seed, (s.source, s.target)) for s in chosen]
-    assert Counter(row.key for row in comparison.rows) == Counter(expected)
+            expected += [(rule, f"{n}[:]", seed) for n in joined]
+            expected += [(rule, str(s.path), seed) for s in chosen]
+    assert Counter((row.rule, row.path, row.seed) for row in comparison.rows) == Counter(expected)
     for place, row in enumerate(comparison.anchor_rows()):
         pixels = torch.cat([batch["pixel_values"] for batch in normalised(comparison.task.test)])
         with torch.no_grad():
@@ -242,7 +242,7 @@ def test_accuracy_among_some_classes(make: Callable[..., ImageComparison], vits:
         truth = (np.array(test.labels) == 3).astype(int)
         assert row.metrics["accuracy_among"] == pytest.approx(float((logits.argmax(1) == truth).mean()))
     # A threshold of 1 sends every image on.
-    (all_sent,) = [row for row in comparison.cascade_rows() if row.details["threshold"] == 1]
+    (all_sent,) = [row for row in comparison.cascade_rows() if row.setting["threshold"] == 1]
     assert all_sent.metrics["accuracy"] == comparison.anchor_rows()[-1].metrics["accuracy_among"]
 
 
@@ -258,7 +258,7 @@ def test_cascades_of_the_cheapest_and_the_dearest(
     for row in rows:
         right, cost = 0, 0.0
         for one, other, label in zip(small, large, comparison.task.test.labels, strict=True):
-            sends = float(one.max()) < row.details["threshold"]
+            sends = float(one.max()) < row.setting["threshold"]
             cost += comparison.macs[0] + comparison.macs[2] * sends
             right += int(int((other if sends else one).argmax()) == label)
         assert row.metrics["accuracy"] == pytest.approx(right / 25)

@@ -167,7 +167,7 @@ def test_rows_count_with_their_mean_over_seeds_and_unscored_stitches_are_out() -
     rows = [
         ResultRow("every", (i, 1), seed, 100 * i, 0, {"accuracy": i + seed}) for i in (1, 2, 3, 4) for seed in (0, 1)
     ]
-    rows.append(ResultRow("every", None, 0, 50, 0, {"accuracy": 9.0}, anchors=(0, 0)))
+    rows.append(ResultRow("every", "0[:]", 0, 50, 0, {"accuracy": 9.0}))
     values = {"a": {Stitch(i, 1): float(i) for i in (1, 2, 3)}, "b": {Stitch(i, 1): 1.0 for i in (1, 2, 3, 4)}}
     found = measured_stitches(rows, "accuracy", values)
     assert [(one.stitch.source_stop, one.quality) for one in found] == [(1, 1.5), (2, 2.5), (3, 3.5)]

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from klas_hf.paths import Stitch
+from klas_hf.curves.tradeoff import measured_models
 from klas_hf.rows import ResultRow
 from klas_hf.scores.values import StitchScores
 from klas_hf.selection.choice import bucket_of
@@ -40,7 +41,7 @@ def bucket_picks(
 
     Args:
         scores: of one pair of anchors.
-        rows: measurements; of several seeds a stitch counts with its mean. Rows of other anchors are left out.
+        rows: measurements; a model counts with its mean over seeds. Rows of other anchors are left out.
         metric: key of `ResultRow.metrics`.
         buckets: number of cost buckets of equal width between the two anchors.
 
@@ -49,22 +50,31 @@ def bucket_picks(
     """
     sign = 1.0 if higher_is_better else -1.0
     costs = scores.costs
-    measured: dict[Stitch, dict[int, float]] = {}
-    for row in rows:
-        if row.stitch is not None and row.anchors == (costs.source, costs.target):
-            measured.setdefault(Stitch(*row.stitch, *row.anchors), {})[row.seed] = row.value(metric)
-    known = [stitch for stitch in measured if np.isfinite(scores.value_of(stitch))]
+    known = [
+        (stitch, model.value)
+        for model in measured_models((row for row in rows if row.joints), metric)
+        if (stitch := model.rows[0].stitch) is not None
+        and (stitch.source, stitch.target) == (costs.source, costs.target)
+        and np.isfinite(scores.value_of(stitch))
+    ]
     if not known:
         raise ValueError("got no measured stitch with a score; expected rows of stitches between these two anchors")
-    macs = np.array([costs.of(stitch)[0] for stitch in known])
+    macs = np.array([costs.of(stitch)[0] for stitch, _ in known])
     clipped = macs.clip(costs.source_total, costs.target_total)
     bucket = bucket_of(clipped, costs.source_total, costs.target_total, buckets)
-    values = np.array([scores.value_of(stitch) for stitch in known])
-    quality = np.array([np.mean(list(measured[stitch].values())) for stitch in known])
-    picked, oracle, chance = [], [], []
-    for number in np.unique(bucket):
-        there = np.flatnonzero(bucket == number)
-        picked.append(quality[there[np.argmin(values[there])]])
-        oracle.append(sign * (sign * quality[there]).max())
-        chance.append(quality[there].mean())
-    return BucketPicks(float(np.mean(picked)), float(np.mean(oracle)), float(np.mean(chance)), len(picked))
+    values = np.array([scores.value_of(stitch) for stitch, _ in known])
+    quality = np.array([value for _, value in known])
+    picked, oracle = quality[lowest_per_bucket(values, bucket)], quality[lowest_per_bucket(-sign * quality, bucket)]
+    chance = [quality[bucket == number].mean() for number in np.unique(bucket)]
+    return BucketPicks(float(picked.mean()), float(oracle.mean()), float(np.mean(chance)), len(picked))
+
+
+def lowest_per_bucket(values: NDArray[np.float64], bucket: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Position of the lowest value in each non-empty bucket, by bucket; both arrays are `(items,)`.
+
+    Example:
+        >>> lowest_per_bucket(np.array([3.0, 1.0, 2.0]), np.array([0, 0, 4])).tolist()
+        [1, 2]
+    """
+    by_bucket = [np.flatnonzero(bucket == number) for number in np.unique(bucket)]
+    return np.array([there[np.argmin(values[there])] for there in by_bucket])

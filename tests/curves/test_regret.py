@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from experiments.regret import bucket_picks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from klas_hf.curves.regret import bucket_picks
 from klas_hf.paths import Stitch, StitchCosts
 from klas_hf.rows import ResultRow
 from klas_hf.scores.values import StitchScores
@@ -35,8 +35,12 @@ def scores_of(values: np.ndarray, source: list[int], target: list[int], position
     return StitchScores("theta", values, np.ones(n - 1), zeros, np.zeros(n - 1), zeros[:, 1:], 1, 1, costs)
 
 
-def row(stitch: tuple[int, int] | None, value: float, seed: int = 0, anchors: tuple[int, int] = (0, 1)) -> ResultRow:
-    return ResultRow("rule", stitch, seed, 1, 1, {"accuracy": value, "other": -9.0}, anchors=anchors)
+def row(pair: tuple[int, int], value: float, seed: int = 0, anchors: tuple[int, int] = (0, 1)) -> ResultRow:
+    return ResultRow("rule", Stitch(*pair, *anchors), seed, 1, 1, {"accuracy": value, "other": -9.0})
+
+
+def anchor(place: int, value: float) -> ResultRow:
+    return ResultRow("rule", f"{place}[:]", 0, 1, 1, {"accuracy": value, "other": -9.0})
 
 
 @st.composite
@@ -54,7 +58,7 @@ def problems(draw: st.DrawFn) -> tuple[StitchScores, list[ResultRow], int]:
         for pair in chosen
         for seed in range(draw(st.integers(1, 2)))
     ]
-    rows += [row(None, 9.0, 0, (positions[0],) * 2), row(chosen[0], 99.0, 0, (2, 5))]  # an anchor; other anchors
+    rows += [anchor(positions[0], 9.0), row(chosen[0], 99.0, 0, (2, 5))]  # an anchor; other anchors
     return scores, rows, draw(st.integers(1, 6))
 
 
@@ -68,8 +72,9 @@ def test_picks_are_those_of_a_loop_over_buckets(
     low, high = costs.source_total, costs.target_total
     quality: dict[tuple[int, int], list[float]] = {}
     for one in rows:
-        if one.stitch is not None and one.stitch[1] > 0 and one.anchors == (costs.source, costs.target):
-            quality.setdefault(one.stitch, []).append(one.metrics["accuracy"])
+        stitch = one.stitch
+        if stitch and stitch.target_start and (stitch.source, stitch.target) == (costs.source, costs.target):
+            quality.setdefault((stitch.source_stop, stitch.target_start), []).append(one.metrics["accuracy"])
     picked, oracle, chance = [], [], []
     for bucket in range(buckets):
         there = []
@@ -115,7 +120,7 @@ def test_stitches_without_a_score_are_left_out() -> None:
     assert (got.picked, got.oracle, got.chance) == (0.4, 0.4, 0.4)
 
 
-@pytest.mark.parametrize("rows", [[], [row(None, 0.5, anchors=(0, 0))], [row((1, 1), 0.5, anchors=(0, 2))]])
+@pytest.mark.parametrize("rows", [[], [anchor(0, 0.5)], [row((1, 1), 0.5, anchors=(0, 2))]])
 def test_nothing_to_pick_from_is_refused(rows: list[ResultRow]) -> None:
     scores = scores_of(np.ones((1, 2)), [3], [6, 6], (0, 1))
     with pytest.raises(ValueError, match="got no measured stitch with a score"):
