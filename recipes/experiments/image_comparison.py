@@ -13,6 +13,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any, get_args
 
+import numpy as np
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from klas_hf import plotting
