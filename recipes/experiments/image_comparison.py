@@ -24,7 +24,7 @@ from klas_hf.data.image_data import ImageTask
 from klas_hf.data.images import ImageSet, image_batches
 from klas_hf.evaluation import evaluate, evaluate_supernet, predict_probabilities
 from klas_hf.evaluation.supernets import supernet_rows
-from klas_hf.paths import StitchCosts
+from klas_hf.paths import Stitch, StitchCosts
 from klas_hf.probes import ImageProbeConfig, ImageProbeNet
 from klas_hf.probes.training import train_probes
 from klas_hf.processes import process_state
