@@ -53,7 +53,7 @@ def test_divergence_of_outputs_is_functional_kl_and_torchs() -> None:
         )
     assert found == pytest.approx(float(torch.distributions.kl_divergence(p, q).mean()), rel=1e-4)
     scores = score_stitches(
-        source, target, batches, score="functional", functional=FunctionalScoring(batches, temperature=1.0)
+        source, target, batches, score="functional", functional=FunctionalScoring(batches, [Stitch(1, 1)], 1.0)
     )
     assert scores.value_of(Stitch(1, 1)) == pytest.approx(found, rel=1e-4)
     with pytest.raises(ValueError, match="no images"):
