@@ -220,7 +220,7 @@ class StitchedTextModel(StitchedModel):
         self.slices = nn.ModuleList(AutoModel.from_config(one) for one in config.slice_configs)
         widths = [one.hidden_size for one in config.slice_configs]
         self.joints = nn.ModuleList(nn.Linear(*ends, bias=config.joint_bias) for ends in pairwise(widths))
-        for part, norm in zip(self.slices[:-1], config.slice_norms, strict=False):
+        for part, norm in zip(self.slices[:-1], config.slice_norms or (), strict=False):
             part.set_submodule(norm, nn.Identity())
         self.layer_bounds = list(pairwise([0, *accumulate(one.num_hidden_layers for one in config.slice_configs)]))
         for part, (first, _) in zip(self.slices[1:], self.layer_bounds[1:], strict=True):
@@ -263,7 +263,7 @@ class StitchedTextModel(StitchedModel):
             past_key_values = DynamicCache(config=self.config)
         common = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, **kwargs}
         given: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-        outputs = []
+        outputs: list[Any] = []
         for number, (part, layers) in enumerate(zip(self.slices, self.layer_bounds, strict=True)):
             if number:
                 given = {"inputs_embeds": self.joints[number - 1](outputs[-1].last_hidden_state)}

@@ -6,7 +6,7 @@ initialisation), fitted on what the path before it gives.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -21,7 +21,7 @@ from klas_hf.stitching.language import check_direction, stitch_decoders
 from klas_hf.stitching.loading import with_revision
 
 logger = logging.get_logger(__name__)
-Anchor = str | Path | PreTrainedModel
+Anchor: TypeAlias = str | Path | PreTrainedModel
 
 
 def assemble_path(
@@ -52,7 +52,8 @@ def assemble_path(
             differ; anchors for text and for images; nothing to calibrate on.
         OSError: an anchor cannot be reached.
     """
-    return _assemble(anchors, AnchorPath.of(path), revisions, _configs(anchors, revisions, kwargs), kwargs)
+    path = AnchorPath.of(path)
+    return _assemble(anchors, path, revisions, _configs(anchors, path, revisions, kwargs), kwargs)
 
 
 def stitch_anchors(
@@ -75,7 +76,7 @@ def stitch_anchors(
     """
     anchors, revisions = (source, target), (source_revision, target_revision)
     path = AnchorPath.of(stitch)
-    configs = _configs(anchors, revisions, kwargs)
+    configs = _configs(anchors, path, revisions, kwargs)
     if path.stitch is not None:
         if is_vision(configs[0]):
             check_pair(configs[0], configs[1], common_size(configs, kwargs.get("image_size")))
@@ -85,21 +86,23 @@ def stitch_anchors(
 
 
 def _configs(
-    anchors: Sequence[Anchor], revisions: Sequence[str | None] | None, kwargs: dict[str, Any]
+    anchors: Sequence[Anchor], path: AnchorPath, revisions: Sequence[str | None] | None, kwargs: dict[str, Any]
 ) -> list[PreTrainedConfig]:
-    """The anchors' configurations.
+    """The configurations of the anchors that the path uses.
 
     Raises:
-        ValueError: some are for images and some for text, or there are not as many revisions.
+        ValueError: some are for images and some for text, an anchor is not there, or there are not as many revisions.
     """
     if isinstance(anchors, str) or not len(anchors):
         raise ValueError(f"got anchors={anchors!r}; expected a list of Hub ids, folders or models")
     if revisions is not None and len(revisions) != len(anchors):
         raise ValueError(f"got {len(revisions)} revisions for {len(anchors)} anchors; expected one, or None, for each")
+    path.bounds([10**9] * len(anchors))  # an anchor that is not there
     hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+    pairs = list(zip(anchors, revisions or [None] * len(anchors), strict=True))
     configs = [
         anchor.config if isinstance(anchor, PreTrainedModel) else anchor_config(anchor, **with_revision(hub, revision))
-        for anchor, revision in zip(anchors, revisions or [None] * len(anchors), strict=True)
+        for anchor, revision in (pairs[place] for place in path.anchors)
     ]
     kinds = ["image classifier" if is_vision(config) else "language model" for config in configs]
     if len(set(kinds)) > 1:
@@ -117,6 +120,5 @@ def _assemble(
     if "torch_dtype" in kwargs:
         logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")
         kwargs["dtype"] = kwargs.pop("torch_dtype")
-    path.bounds([10**9] * len(anchors))  # an anchor that is not there
     join = stitch_classifiers if is_vision(configs[0]) else stitch_decoders
     return join(anchors, path, revisions=revisions, **kwargs)
