@@ -16,7 +16,7 @@ from transformers import MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreT
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.checkpoints import DecoderCheckpoint
 from klas_hf.anchors.decoder_parts import cut_config
-from klas_hf.anchors.families import DecoderFamily
+from klas_hf.anchors.families import DecoderFamily, decoder_family
 from klas_hf.anchors.language import HUB_OPTIONS
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
@@ -25,7 +25,7 @@ from klas_hf.models import StitchedConfig, StitchedForCausalLM
 from klas_hf.models.modeling_stitched import StitchedTextModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.processes import progress, shared_out, sum_over_processes
-from klas_hf.stitching.loading import load_parts, warn_of_random_stitches, with_revision, write_parameter
+from klas_hf.stitching.loading import load_parts, prefix_map, warn_of_random_stitches, with_revision, write_parameter
 
 
 def stitch_decoders(
@@ -63,12 +63,17 @@ def stitch_decoders(
         if path.joints and batches is None:
             warn_of_random_stitches()
         elif batches is not None and path.joints:
-            fit_joints(model, opened, batches, ridge, **loading)
+            fit_joints(model, opened, batches, ridge, dtype=loading["dtype"], device_map=prefix_map(device_map))
     return model.eval()
 
 
 def check_direction(names: Sequence[str | None], configs: Sequence[PreTrainedConfig]) -> None:
-    """Raise ValueError if the blocks of the first of two anchors have more parameters than the second's."""
+    """Raise ValueError if the blocks of the first of two anchors have more parameters than the second's.
+
+    And if a family is not known.
+    """
+    for config in configs:
+        decoder_family(config)
     if _size(configs[0]) > _size(configs[1]):
         raise ValueError(
             f"got the source {names[0]} larger than the target {names[1]}: reversed; expected the cheaper anchor "

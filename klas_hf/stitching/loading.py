@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import torch
+from accelerate.hooks import SequentialHook
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -41,6 +42,11 @@ def load_parts(
     return model
 
 
+def prefix_map(device_map: Any) -> Any:
+    """Where an anchor's first blocks go, run beside a model with this `device_map`, which may name that model's parts."""
+    return "auto" if isinstance(device_map, dict) and "" not in device_map else device_map
+
+
 def with_revision(hub: dict[str, Any], revision: str | None) -> dict[str, Any]:
     """Hub options with a revision, where there is one."""
     return hub if revision is None else hub | {"revision": revision}
@@ -53,5 +59,7 @@ def write_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     if not parameter.is_meta:
         parameter.copy_(value)
         return
-    weights = module._hf_hook.weights_map  # type: ignore[union-attr]
+    hook: Any = module._hf_hook
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    (weights,) = (one.weights_map for one in hooks if one.weights_map is not None)
     weights.dataset.state_dict[f"{weights.prefix}{name}"] = value.to(device="cpu", dtype=parameter.dtype)
