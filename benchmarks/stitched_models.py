@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from klas_hf.selection.klas import near_bucket_minimum
 from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from klas_hf import StitchedModel, measure_stitch_costs
 from klas_hf.selection.choice import bucket_of
+from klas_hf.selection.klas import near_bucket_minimum
 
 
 @dataclass

@@ -122,8 +122,8 @@ def warn_of_few_rows(rows: int, width: int) -> None:
     """Warn where a linear map of `width` features is fitted to fewer than `ENOUGH_ROWS` times as many rows."""
     if rows < ENOUGH_ROWS * width:
         warnings.warn(
-            f"got {rows} calibration rows for linear maps of {width} features, {rows / width:.1f} per feature; expected "
-            f"at least {ENOUGH_ROWS}, better ten. Calibrate on more data: tokens, or positions of images",
+            f"got {rows} calibration rows for linear maps of {width} features, {rows / width:.1f} per feature; "
+            f"expected at least {ENOUGH_ROWS}, better ten. Calibrate on more data: tokens, or positions of images",
             stacklevel=3,
         )
 

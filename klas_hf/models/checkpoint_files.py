@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-# Of the files' layout and the configuration's meaning; raised when an older klas_hf would misread them. Format 1 had two
-# anchors and one joint.
+# Of the files' layout and the configuration's meaning; raised when an older klas_hf would misread them. Format 1 had
+# two anchors and one joint.
 FORMAT_VERSION = 2
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

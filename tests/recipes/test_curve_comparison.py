@@ -200,8 +200,7 @@ def test_viable_stitches_lie_on_or_above_the_line_between_their_anchors() -> Non
         return [ResultRow("every", path, seed, macs, 0, {"q": value}) for seed, value in enumerate(values)]
 
     ends = [
-        measured(f"{k}[:]", macs, [quality])
-        for k, (macs, quality) in enumerate([(100, 0.2), (200, 0.6), (400, 0.8)])
+        measured(f"{k}[:]", macs, [quality]) for k, (macs, quality) in enumerate([(100, 0.2), (200, 0.6), (400, 0.8)])
     ]
     stitches = [
         measured((1, 1), 150, [0.4]),  # on the line
