@@ -2,7 +2,7 @@
 
     anchors at their revisions ─► as stitched ─► tensors of the delta in their place ─► LoRA merged ─► the model
 
-A delta of a stitching layer and LoRA has megabytes where the whole model has gigabytes. It is bound to the anchors'
+A delta of stitching layers and LoRA has megabytes where the whole model has gigabytes. It is bound to the anchors'
 exact bits: what is kept of each has a fingerprint, and others are refused. `from_pretrained` assembles it like any
 checkpoint; `merge_delta` writes the whole form.
 """
@@ -11,7 +11,8 @@ import copy
 import re
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ from klas_hf.models import (
     StitchedVisionConfig,
 )
 from klas_hf.models.checkpoint_files import HUB_OPTIONS, check_whole, explained_damage, replacing
-from klas_hf.stitching.assembly import stitch_anchors
+from klas_hf.paths import Path as AnchorPath
+from klas_hf.stitching.assembly import assemble_path
 from klas_hf.stitching.loading import RANDOM_STITCH
 
 if TYPE_CHECKING:
@@ -48,20 +50,19 @@ class Delta:
 
     Attributes:
         dtype: of the model, such as "bfloat16".
-        source_fingerprint, target_fingerprint: of what is kept of each anchor, in that dtype.
+        fingerprints: of each slice's tensors, in that dtype; the last slice's has the head.
         adapter: subfolder of the PEFT adapter, or None.
         transformers: its version, on which the tensors' names depend.
     """
 
     dtype: str
-    source_fingerprint: str
-    target_fingerprint: str
+    fingerprints: list[str]
     adapter: str | None
     transformers: str
 
 
 def save_delta(model: "StitchedModel | PeftModel", folder: str | Path) -> None:
-    """Save the stitching layer and every tensor that differs from the anchors', bit for bit, without the anchors.
+    """Save the stitching layers and every tensor that differs from the anchors', bit for bit, without the anchors.
 
     Args:
         model: a stitched language model or image classifier whose anchors are on the Hub or in local folders; or a
@@ -90,8 +91,9 @@ def save_delta(model: "StitchedModel | PeftModel", folder: str | Path) -> None:
     config.architectures = [type(stitched).__name__]
     config.auto_map = vars(config).get("auto_map", {}) | stitched.carried_classes
     reference = _from_anchors(config, stitched.dtype, {})
-    config.source_revision, config.target_revision = reference.config.source_revision, reference.config.target_revision
-    config.source_name, config.target_name = _lasting(config.source_name), _lasting(config.target_name)
+    used = dict(zip(AnchorPath.parse(config.path).anchors, reference.config.anchor_revisions, strict=True))
+    config.anchor_revisions = [used.get(place) for place in range(len(config.anchor_names))]
+    config.anchor_names = [name and _lasting(name) for name in config.anchor_names]
     config.dtype = str(stitched.dtype).removeprefix("torch.")
     theirs = reference.state_dict()
     ours = plain_tensors(stitched.state_dict(), set(theirs), adapted=adapter is not None)
@@ -101,8 +103,7 @@ def save_delta(model: "StitchedModel | PeftModel", folder: str | Path) -> None:
         for name, tensor in ours.items()
         if name not in learnt and (is_stitch(name) or not same_bits(tensor, theirs[name]))
     }
-    prints = fingerprints(theirs)
-    config.delta = asdict(Delta(config.dtype, *prints, adapter, __version__))
+    config.delta = asdict(Delta(config.dtype, fingerprints(theirs, len(config.slices)), adapter, __version__))
     with replacing(folder) as part:
         save_file(changed, part / _TENSORS, metadata={"format": "pt"})
         if adapter:
@@ -139,7 +140,7 @@ def load_delta(cls: type[PreTrainedModel], name: str | Path, *args: Any, **kwarg
         paths = [Path(cached_file(name, file, **hub)) for file in files]
         tensors, *adapter = (load_file(path) for path in paths[:2])
     reference = _from_anchors(stored, getattr(torch, delta.dtype), hub).state_dict()
-    _check_fingerprints(stored, delta, fingerprints(reference))
+    _check_fingerprints(stored, delta, fingerprints(reference, len(stored.slices)))
     brought = {*tensors, *(key.removeprefix("base_model.model.") for one in adapter for key in one)}
     check_whole(name, {key for key in reference if is_stitch(key) and key not in brought})
     state = reference | tensors
@@ -233,38 +234,36 @@ def _checked_adapter(model: "PeftModel") -> str:
     return _ADAPTER if name == "default" else f"{_ADAPTER}/{name}"
 
 
-def _check_fingerprints(config: PreTrainedConfig, delta: Delta, found: tuple[str, str]) -> None:
-    sides = (
-        ("source", config.source_name, config.source_revision, delta.source_fingerprint),
-        ("target", config.target_name, config.target_revision, delta.target_fingerprint),
-    )
-    for (side, name, revision, expected), got in zip(sides, found, strict=True):
+def _check_fingerprints(config: PreTrainedConfig, delta: Delta, found: Sequence[str]) -> None:
+    for (place, *_), expected, got in zip(config.slices, delta.fingerprints, found, strict=True):
         if got != expected:
+            name, revision = config.anchor_names[place], config.anchor_revisions[place]
             at = f" at revision {revision}" if revision else ""
             raise ValueError(
-                f"got another {side} anchor {name!r}{at} than the delta was made over: the fingerprint of its kept "
+                f"got another anchor {place}, {name!r}{at}, than the delta was made over: the fingerprint of its kept "
                 f"tensors is {got[:12]}…, expected {expected[:12]}… (with transformers {delta.transformers}; here is "
                 f"{__version__}). Restore the anchor, or use the whole form (merge_delta, where the delta still loads)"
             )
 
 
 def _from_anchors(config: PreTrainedConfig, dtype: torch.dtype, hub: dict[str, Any]) -> StitchedModel:
-    """The model as the anchors alone give it, its stitching layer random."""
-    for side, name in (("source", config.source_name), ("target", config.target_name)):
-        if not name:
+    """The model as the anchors alone give it, its stitching layers random."""
+    path = AnchorPath.parse(config.path)
+    for place in path.anchors:
+        if not config.anchor_names or not config.anchor_names[place]:
             raise ValueError(
-                f"got a model whose {side} was only in memory; expected both anchors on the Hub or in local folders, "
-                "as a delta refers to them. Save it and pass its folder to from_anchors, or save the model whole"
+                f"got a model whose anchor {place} was only in memory; expected all anchors on the Hub or in local "
+                "folders, as a delta refers to them. Save it and pass its folder to from_path, or save the model whole"
             )
     options = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
     if isinstance(config, StitchedVisionConfig) and config.image_size:
         options["image_size"] = tuple(config.image_size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", re.escape(RANDOM_STITCH))
-        return stitch_anchors(
-            config.source_name, config.target_name, (config.source_stop, config.target_start), dtype=dtype,
-            source_revision=config.source_revision, target_revision=config.target_revision, **options,
-        )  # fmt: skip
+        names, revisions = ([of_all[place] for place in path.anchors] for of_all in (
+            config.anchor_names, config.anchor_revisions))  # fmt: skip
+        among_used = tuple(replace(one, anchor=path.anchors.index(one.anchor)) for one in path.slices)
+        return assemble_path(names, AnchorPath(among_used), dtype=dtype, revisions=revisions, **options)
 
 
 def _lasting(name: str) -> str:

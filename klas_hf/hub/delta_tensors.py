@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def is_stitch(name: str) -> bool:
-    """Whether a tensor is the stitching layer's."""
-    return name.startswith(("stitch.", "model.stitch."))
+    """Whether a tensor is a stitching layer's."""
+    return name.startswith(("joints.", "model.joints."))
 
 
 def plain_tensors(state: dict[str, Tensor], expected: set[str], *, adapted: bool) -> dict[str, Tensor]:
@@ -52,15 +52,18 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(_bytes(one), _bytes(other))
 
 
-def fingerprints(state: dict[str, Tensor]) -> tuple[str, str]:
-    """SHA-256 of what is kept of the source, and of the target: names, shapes, dtypes and bits."""
-    digests = hashlib.sha256(), hashlib.sha256()
+def fingerprints(state: dict[str, Tensor], slices: int) -> list[str]:
+    """SHA-256 of the tensors of each slice: names, shapes, dtypes and bits. What is of no slice, such as a head, counts
+    with the last.
+    """
+    digests = [hashlib.sha256() for _ in range(slices)]
     for name, tensor in sorted(state.items()):
         if not is_stitch(name):
-            digest = digests[0 if name.startswith(("source.", "model.source.")) else 1]
+            place = re.match(r"(?:model\.)?slices\.(\d+)\.", name)
+            digest = digests[int(place[1]) if place else -1]
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(_bytes(tensor).numpy().data)
-    return digests[0].hexdigest(), digests[1].hexdigest()
+    return [digest.hexdigest() for digest in digests]
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def draw_picture(
         ValueError: a row lacks the metric.
     """
     if rows:
-        draw_curve(rows, metric, subject.stitches, folder / "curve.png")
+        draw_curve(rows, metric, subject.paths, folder / "curve.png")
     if isinstance(what, StitchScores):
         if np.isfinite(what.cross).any():
             figure = what.plot()

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from klas_hf.costs import measure_costs
 from klas_hf.hub import usage
 from klas_hf.hub.pages import AnchorPage, anchor_pages
+from klas_hf.paths import Path as AnchorPath
 from klas_hf.paths import Stitch
 from klas_hf.rows import markdown_table
 from klas_hf.scores.values import StitchScores
@@ -21,7 +22,7 @@ class Subject:
     Attributes:
         kind: its name in the card's heading.
         summary: what it is, in Markdown.
-        anchors: the pages of its anchors, source first.
+        anchors: the pages of its anchors, in their order.
         code: repo id, and whether the repo has a tokenizer or image processor → the lines that use it.
         facts: name → value, the table of what is known of it.
         origin: how it came to be, in Markdown.
@@ -29,7 +30,7 @@ class Subject:
         tags, library_name, pipeline_tag: as the Hub knows them.
         task: what its measurements are of; None for what is not measured.
         relation: how it is made from its anchors ("merge", "adapter"); None: it holds nothing of them.
-        stitches: those whose measured rows are its own.
+        paths: those whose measured rows are its own.
         processor: what a repo of it needs beside it, "tokenizer", "image processor" or None.
         identity: the entries of config.json that make it this one and no other.
         carries_code: whether it loads without klas_hf, from the code beside its weights.
@@ -47,7 +48,7 @@ class Subject:
     pipeline_tag: str | None = None
     task: str | None = None
     relation: str | None = "merge"
-    stitches: tuple[Stitch, ...] = ()
+    paths: tuple[Stitch | str, ...] = ()
     processor: str | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     carries_code: bool = False
@@ -90,8 +91,8 @@ def scores_config(scores: StitchScores, anchors: Sequence[AnchorPage]) -> dict[s
 
 
 _IDENTITY = (
-    "model_type", "architectures", "source_name", "target_name", "source_stop", "target_start", "anchor_names",
-    "stitches", "anchor_name", "anchor_fingerprint", "kind",
+    "model_type", "architectures", "path", "source_name", "target_name", "anchor_names", "stitches", "anchor_name",
+    "anchor_fingerprint", "kind",
 )  # fmt: skip
 
 
@@ -101,29 +102,39 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stitched(what: PreTrainedModel, base_model: Sequence[str] | None, **about: Any) -> Subject:
-    """What is alike for all models of one stitch."""
+    """What is alike for all models of one path."""
     config = what.config
-    names = ((config.source_name, config.source_revision), (config.target_name, config.target_revision))
-    anchors = anchor_pages(names, base_model)
-    stitch, fit = Stitch(config.source_stop, config.target_start), config.stitch_fit
-    start = "The stitching layer started from random weights."
-    if fit:
-        amount = f"{fit['tokens']:,} tokens" if "tokens" in fit else f"{fit['rows']:,} positions"
-        start = (
-            f"The stitching layer started from the least-squares map between the two anchors' hidden states, on "
-            f"{amount} (R² = {fit['r2']:.3f}, ridge {fit['ridge']:.2g})."
-        )
-    first, last = (_link(anchor) for anchor in anchors)
-    summary = (
-        f"The first {stitch.source_stop} blocks of {first}, a linear stitching layer, and the blocks of {last} from "
-        f"{stitch.target_start + 1} on with its head: stitch {stitch}, made with `klas_hf`."
+    path, count = AnchorPath.parse(config.path), len(config.anchor_blocks)
+    names, revisions = config.anchor_names or [None] * count, config.anchor_revisions or [None] * count
+    anchors = anchor_pages([(names[place], revisions[place]) for place in path.anchors], base_model)
+    pages = dict(zip(path.anchors, anchors, strict=True))
+    parts = [
+        f"blocks {start + 1}–{stop} of {_link(pages[place])}" for place, start, stop in config.slices if stop > start
+    ]
+    joints = {0: "no stitching layer", 1: "a linear stitching layer between"}.get(
+        path.joints, f"{path.joints} linear stitching layers between"
     )
-    facts = {"source": _with_revision(anchors[0]), "target": _with_revision(anchors[1]), "stitch (i, j)": str(stitch)}
+    head = f"the head of {_link(pages[path.slices[-1].anchor])}"
+    facts = {f"anchor {place}": _with_revision(page) for place, page in pages.items()} | {"path": f"`{path}`"}
     about["facts"] = facts | about["facts"]
     return Subject(
-        summary=summary, anchors=anchors, origin=start, stitches=(stitch,), carries_code=True,
+        summary=f"The {', then the '.join(parts)}, {joints}, and {head}: path `{path}`, made with `klas_hf`.",
+        anchors=anchors, origin=_start(config.joint_fits, path.joints), paths=(str(path),), carries_code=True,
         identity=identity(public_config(config.to_dict(), anchors)), **about,
     )  # fmt: skip
+
+
+def _start(fits: Sequence[Mapping[str, Any]] | None, joints: int) -> str:
+    """How the stitching layers started."""
+    if not joints:
+        return "It has no stitching layer."
+    if not fits:
+        return "The stitching layers started from random weights."
+    listed = ", ".join(f"{fit['r2']:.3f} (ridge {fit['ridge']:.2g})" for fit in fits)
+    return (
+        "The stitching layers started from least squares, each from what the path before it gives to the hidden states "
+        f"of the next anchor, on {fits[0]['rows']:,} positions: R² = {listed}."
+    )
 
 
 def _language(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
@@ -182,7 +193,7 @@ def _supernet(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subjec
         origin=start,
         limits=_MODEL_LIMITS,
         task="image-classification" if images else "text-generation",
-        stitches=stitches,
+        paths=stitches,
         processor="image processor" if images else "tokenizer",
         identity=identity(public_config(config.to_dict(), anchors)),
     )

@@ -43,7 +43,7 @@ def load_parts(
 
 
 def prefix_map(device_map: Any) -> Any:
-    """Where an anchor's first blocks go, run beside a model with this `device_map`, which may name that model's parts."""
+    """Where an anchor's first blocks go, run beside a model whose parts a `device_map` may name."""
     return "auto" if isinstance(device_map, dict) and "" not in device_map else device_map
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tiny_models import EOS, randomise_stitch, reference_logits, tiny_model
+from tiny_models import EOS, randomise_joints, reference_logits, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -17,7 +17,7 @@ CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-STITCH = (2, 2)
+PATH = "0[:2] 1[1:3] 1[4:]"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SavedModel:
 
     def logits(self, ids: Tensor) -> Tensor:
         """`(batch, tokens, vocabulary)`."""
-        return reference_logits(*self.anchors, STITCH, self.model.stitching_layer(), input_ids=ids)
+        return reference_logits(self.anchors, PATH, self.model.stitching_layers(), input_ids=ids)
 
     def continuation(self, ids: Tensor, tokens: int) -> str:
         """What is said greedily after `ids`."""
@@ -79,8 +79,8 @@ def save_stitched(folder: Path, source_family: str = "llama", target_family: str
     tokenizer = ascii_tokenizer()
     source = tiny_model(source_family, seed=1, vocab_size=len(tokenizer))
     target = tiny_model(target_family, large=True, seed=2, vocab_size=len(tokenizer))
-    model = StitchedModel.from_anchors(source, target, STITCH)
-    randomise_stitch(model)
+    model = StitchedModel.from_path([source, target], PATH)
+    randomise_joints(model)
     saved = SavedModel(folder / "stitched", folder / "source", model, (source, target), tokenizer)
     for one, place in ((model, saved.folder), (source, saved.source_folder)):
         one.save_pretrained(place)

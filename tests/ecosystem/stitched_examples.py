@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tiny_models import randomise_stitch, tiny_model, token_ids
+from tiny_models import randomise_joints, tiny_model, token_ids
 from tiny_vision import images, tiny_pair, tiny_stitched
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from klas_hf import StitchedForCausalLM, StitchedForImageClassification, StitchedModel
 
-# Both sides with one shape of keys and values, and with different ones.
+PATH = "0[:2] 1[1:2] 1[4:]"
+# All slices with one shape of keys and values, and with different ones.
 KV_SHAPES: dict[str, dict[str, Any]] = {"equal": {"head_dim": 8, "num_key_value_heads": 2}, "unequal": {}}
 
 
@@ -29,16 +30,16 @@ def anchors(
 def stitched_lm(
     kv_shapes: str = "unequal", families: tuple[str, str] = ("llama", "llama"), **options: Any
 ) -> StitchedForCausalLM:
-    """Two blocks of the source and two of the target, joined by a random layer that keeps the scale."""
+    """Two blocks of the source and two slices of the target, joined by random layers that keep the scale."""
     return joined(anchors(kv_shapes, families), **options)
 
 
 def joined(pair: tuple[PreTrainedModel, PreTrainedModel], **options: Any) -> StitchedForCausalLM:
-    """The first two blocks of one language model and the last two of one of five."""
+    """The first two blocks of one language model, the second and the last of one of five."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the stitching layer is random")
-        model = StitchedModel.from_anchors(*pair, (2, 3), **options)
-    randomise_stitch(model)
+        model = StitchedModel.from_path(pair, PATH, **options)
+    randomise_joints(model)
     return model
 
 

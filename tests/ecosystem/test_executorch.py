@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import randomise_stitch, tiny_model, token_ids
+from tiny_models import randomise_joints, tiny_model, token_ids
 from torch import Tensor
 from torch.export import ExportedProgram
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
@@ -24,7 +24,7 @@ Step = Callable[[Tensor, Tensor], Tensor]  # ids (1, 1), place (1,) → logits (
 
 def stitched(source: str, target: str) -> StitchedForCausalLM:
     model = StitchedModel.from_anchors(tiny_model(source, seed=1), tiny_model(target, large=True, seed=2), (2, 2))
-    randomise_stitch(model)
+    randomise_joints(model)
     model.generation_config.cache_implementation = "static"
     return model
 

@@ -55,8 +55,8 @@ def test_drafts_that_are_right_save_forwards_of_the_stitched_model() -> None:
     anchor = tiny_model(large=True, seed=2)
     model = StitchedModel.from_anchors(anchor, anchor, (3, 3))
     with torch.no_grad():
-        model.stitching_layer().weight.copy_(torch.eye(48))
-        model.stitching_layer().bias.zero_()
+        model.stitching_layers()[0].weight.copy_(torch.eye(48))
+        model.stitching_layers()[0].bias.zero_()
     ids = token_ids(1, 6)
     expected = greedy(lambda ids: anchor(ids).logits, ids, TOKENS)
     assert len(expected) == TOKENS

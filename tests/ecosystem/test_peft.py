@@ -1,4 +1,4 @@
-"""PEFT on stitched models: default targets, regexes per side, the stitching layer in full, saving, merging."""
+"""PEFT on stitched models: default targets, regexes per slice, the stitching layers in full, saving, merging."""
 
 import json
 import os
@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
 from klas_hf import StitchedForCausalLM, StitchedModel
+
+JOINTS = ["joints.0", "joints.1"]
 
 
 def adapted(model: nn.Module) -> set[str]:
@@ -47,20 +49,20 @@ def test_default_targets_are_those_of_each_anchor(families: tuple[str, str]) -> 
     """PEFT's own defaults for the native models of both families, in the blocks that are kept."""
     model = stitched_lm(families=families)
     expected = set()
-    for side, family in zip(("source", "target"), families, strict=True):
+    for slices, family in zip((("0.layers.0", "0.layers.1"), ("1.layers.0", "2.layers.0")), families, strict=True):
         native = get_peft_model(tiny_model(family), LoraConfig(task_type="CAUSAL_LM"))
         ends = {name.partition(".0.")[2] for name in adapted(native) if ".0." in name}
         assert ends
-        expected |= {f"model.{side}.layers.{block}.{end}" for block in range(2) for end in ends}
+        expected |= {f"model.slices.{block}.{end}" for block in slices for end in ends}
     assert adapted(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_default_targets_find_the_attention_of_every_family(family: str) -> None:
     found = adapted(get_peft_model(stitched_lm(families=(family, family)), LoraConfig(task_type="CAUSAL_LM")))
-    blocks = {".".join(name.split(".")[:4]) for name in found}
-    assert blocks == {f"model.{side}.layers.{block}" for side in ("source", "target") for block in range(2)}
-    assert {name.split(".")[4] for name in found} <= {"self_attn", "attention"}
+    blocks = {".".join(name.split(".")[:5]) for name in found}
+    assert blocks == {f"model.slices.{place}" for place in ("0.layers.0", "0.layers.1", "1.layers.0", "2.layers.0")}
+    assert {name.split(".")[5] for name in found} <= {"self_attn", "attention"}
 
 
 def test_default_targets_need_no_order_of_imports(tmp_path: Path) -> None:
@@ -78,13 +80,20 @@ print(sum("lora_A" in name for name, _ in get_peft_model(model, LoraConfig()).na
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["8"]  # query and value of two blocks on each side
+    assert run.stdout.split() == ["8"]  # query and value of four blocks
 
 
-@pytest.mark.parametrize(("pattern", "side"), [(r".*source.*q_proj", "source"), (r".*\.target\..*q_proj", "target")])
-def test_a_regex_adapts_one_side(pattern: str, side: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "blocks"),
+    [
+        (r"model\.slices\.0.*q_proj", ["0.layers.0", "0.layers.1"]),
+        (r"model.slices.1.*q_proj", ["1.layers.0"]),
+        (r".*slices\.[12]\..*q_proj", ["1.layers.0", "2.layers.0"]),
+    ],
+)
+def test_a_regex_adapts_the_slices_it_names(pattern: str, blocks: list[str]) -> None:
     model = get_peft_model(stitched_lm(), LoraConfig(target_modules=pattern))
-    assert adapted(model) == {f"model.{side}.layers.{block}.self_attn.q_proj" for block in range(2)}
+    assert adapted(model) == {f"model.slices.{block}.self_attn.q_proj" for block in blocks}
 
 
 @pytest.mark.parametrize("kv_shapes", KV_SHAPES)
@@ -92,10 +101,12 @@ def test_adapter_and_stitching_layer_learn_and_come_back(kv_shapes: str, tmp_pat
     base = StitchedModel.from_pretrained(saved(stitched_lm(kv_shapes), tmp_path / "base"))
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     plain = logits_of(base)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", modules_to_save=["stitch"]))
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", modules_to_save=JOINTS))
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in learning if ".lora_" not in name} == {
-        f"base_model.model.model.stitch.modules_to_save.default.{end}" for end in ("weight", "bias")
+        f"base_model.model.model.{joint}.modules_to_save.default.{end}"
+        for joint in JOINTS
+        for end in ("weight", "bias")
     }
     losses = train(model)
     assert losses[-1] < losses[0]
@@ -118,12 +129,13 @@ def test_adapter_and_stitching_layer_learn_and_come_back(kv_shapes: str, tmp_pat
 
 @pytest.mark.parametrize("kv_shapes", KV_SHAPES)
 def test_merged_adapters_give_a_stitched_model(kv_shapes: str, tmp_path: Path) -> None:
-    model = get_peft_model(stitched_lm(kv_shapes), LoraConfig(task_type="CAUSAL_LM", modules_to_save=["stitch"]))
+    model = get_peft_model(stitched_lm(kv_shapes), LoraConfig(task_type="CAUSAL_LM", modules_to_save=JOINTS))
     train(model)
-    adapter, stitch = logits_of(model), model.get_base_model().model.stitch.modules_to_save["default"].weight
+    adapter = logits_of(model)
+    saved_joints = [one.modules_to_save["default"].weight for one in model.get_base_model().model.joints]
     merged = model.merge_and_unload()
     assert type(merged) is StitchedForCausalLM
-    assert torch.equal(merged.stitching_layer().weight, stitch)
+    assert all(torch.equal(a.weight, b) for a, b in zip(merged.stitching_layers(), saved_joints, strict=True))
     torch.testing.assert_close(logits_of(merged), adapter, rtol=1e-4, atol=1e-4)
     loaded = AutoModelForCausalLM.from_pretrained(saved(merged, tmp_path))
     assert torch.equal(logits_of(loaded), logits_of(merged))
@@ -161,7 +173,7 @@ def test_adapters_of_transformers_itself(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_leaves_the_adapters_gradients(reentrant: bool) -> None:
-    model = get_peft_model(stitched_lm(), LoraConfig(init_lora_weights=False, modules_to_save=["stitch"])).train()
+    model = get_peft_model(stitched_lm(), LoraConfig(init_lora_weights=False, modules_to_save=JOINTS)).train()
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -169,7 +181,7 @@ def test_checkpointing_leaves_the_adapters_gradients(reentrant: bool) -> None:
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     plain = gradients()
-    assert len(plain) == 8 * 2 + 2
+    assert len(plain) == 8 * 2 + 2 * 2
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     assert model.get_base_model().is_gradient_checkpointing
@@ -183,10 +195,9 @@ def test_a_classifier_takes_lora(source: str, tmp_path: Path) -> None:
     """On tokens and on maps; here the user names the modules, as for any vision model in PEFT."""
     base: PreTrainedModel = stitched_classifier(source)
     base = AutoModelForImageClassification.from_pretrained(saved(base, tmp_path / "base"))
-    pattern = r"(source|target)\..*\.(q_proj|v_proj|convolution)"
-    model = get_peft_model(base, LoraConfig(target_modules=pattern, modules_to_save=["stitch"]))
-    sides = {name.split(".")[0] for name in adapted(model)}
-    assert sides == {"source", "target"}
+    pattern = r"slices\.[01]\..*\.(q_proj|v_proj|convolution)"
+    model = get_peft_model(base, LoraConfig(target_modules=pattern, modules_to_save=["joints.0"]))
+    assert {name.split(".")[1] for name in adapted(model)} == {"0", "1"}
     losses = train(model)
     assert losses[-1] < losses[0]
     trained = logits_of(model)

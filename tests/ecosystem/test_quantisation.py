@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from stitched_examples import inputs_of, joined, logits_of, loss_of, saved, stitched_classifier, stitched_lm
+from stitched_examples import PATH, inputs_of, joined, logits_of, loss_of, saved, stitched_classifier, stitched_lm
 from tiny_models import tiny_model, token_ids
 from torch import Tensor, nn
 from transformers import (
@@ -104,8 +104,13 @@ def test_blocks_are_quantised_and_nothing_else(kv_shapes: str, quantiser: str, t
     model = wide_lm(kv_shapes)
     folder = saved(model, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QUANTISERS[quantiser]())
-    assert quantised_layers(loaded) == linear_layers(model) - {"model.stitch", "lm_head"}
-    for name in ("model.stitch.weight", "model.stitch.bias", "lm_head.weight", "model.source.embed_tokens.weight"):
+    assert quantised_layers(loaded) == linear_layers(model) - {"model.joints.0", "model.joints.1", "lm_head"}
+    for name in (
+        "model.joints.0.weight",
+        "model.joints.1.bias",
+        "lm_head.weight",
+        "model.slices.0.embed_tokens.weight",
+    ):
         assert torch.equal(loaded.get_parameter(name), model.get_parameter(name)), name
     plain, expected = logits_of(model), logits_of(rounded(model, loaded))
     got = logits_of(loaded)
@@ -121,11 +126,15 @@ def test_anchors_are_quantised_on_the_fly(quantiser: str, on_disk: bool, tmp_pat
     folder = saved(wide_lm(), tmp_path / "whole")
     expected = StitchedModel.from_pretrained(folder, quantization_config=QUANTISERS[quantiser]())
     anchors = [saved(one, tmp_path / str(number)) if on_disk else one for number, one in enumerate(wide_anchors())]
-    model = StitchedModel.from_anchors(*anchors, (2, 3), quantization_config=QUANTISERS[quantiser]())
-    assert quantised_layers(model) == quantised_layers(expected) == linear_layers(model) - {"model.stitch", "lm_head"}
-    assert model.stitching_layer().weight.dtype == torch.float32
+    model = StitchedModel.from_path(anchors, PATH, quantization_config=QUANTISERS[quantiser]())
+    assert (
+        quantised_layers(model)
+        == quantised_layers(expected)
+        == linear_layers(model) - {"model.joints.0", "model.joints.1", "lm_head"}
+    )
+    assert model.stitching_layers()[0].weight.dtype == torch.float32
     for name, parameter in model.named_parameters():
-        if not name.startswith("model.stitch."):
+        if not name.startswith("model.joints."):
             whole, other = dequantised(parameter), dequantised(expected.get_parameter(name))
             pair = (parameter, expected.get_parameter(name)) if whole is None or other is None else (whole, other)
             assert torch.equal(*pair), name
@@ -140,9 +149,9 @@ def test_calibration_fits_the_layer_to_quantised_blocks(quantiser: str) -> None:
         StitchedModel.from_anchors(*wide_anchors(), (2, 3), calibration=batches, **options)
         for options in ({}, settings)
     )
-    fits = [one.config.stitch_fit["r2"] for one in (whole, model)]
+    fits = [one.config.joint_fits[0]["r2"] for one in (whole, model)]
     assert fits[1] == pytest.approx(fits[0], abs=0.05)
-    assert distance(model.stitching_layer().weight, whole.stitching_layer().weight) < 0.5
+    assert distance(model.stitching_layers()[0].weight, whole.stitching_layers()[0].weight) < 0.5
     assert 0 < distance(logits_of(model), logits_of(whole)) < ROUNDING[quantiser]
 
 
@@ -153,9 +162,11 @@ def test_the_stitching_layer_stays_whatever_else_the_user_names(
     quantiser: Callable[..., Any], option: str, tmp_path: Path
 ) -> None:
     model = stitched_lm()
-    settings = quantiser(**{option: ["lm_head", "model.source"]})
+    settings = quantiser(**{option: ["lm_head", "model.slices.0"]})
     loaded = StitchedModel.from_pretrained(saved(model, tmp_path), quantization_config=settings)
-    assert quantised_layers(loaded) == {name for name in linear_layers(model) if name.startswith("model.target.")}
+    assert quantised_layers(loaded) == {
+        name for name in linear_layers(model) if name.startswith(("model.slices.1.", "model.slices.2."))
+    }
 
 
 @pytest.mark.parametrize("quantiser", QUANTISERS)
@@ -164,7 +175,7 @@ def test_a_quantised_model_is_saved_and_loaded(quantiser: str, tmp_path: Path) -
     model = StitchedModel.from_pretrained(folder, quantization_config=QUANTISERS[quantiser]())
     loaded = StitchedModel.from_pretrained(saved(model, tmp_path / "quantised"))
     assert quantised_layers(loaded) == quantised_layers(model)
-    assert torch.equal(loaded.stitching_layer().weight, model.stitching_layer().weight)
+    assert torch.equal(loaded.stitching_layers()[0].weight, model.stitching_layers()[0].weight)
     assert torch.equal(logits_of(loaded), logits_of(model))
     settings = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(loaded.generate(token_ids(2, 5), **settings), model.generate(token_ids(2, 5), **settings))
@@ -180,8 +191,8 @@ def test_a_classifier_keeps_stitch_and_heads(target: str, quantiser: str, tmp_pa
     """transformers itself finds no head of a classifier whose head has a bias."""
     wide = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2} if target == "vit" else {}
     model = stitched_classifier("deit" if target == "deit_teacher" else target, target, **wide)
-    kept = {"stitch.projection"}
-    kept |= {name for name in linear_layers(model) if name.startswith("target.") and "classifier" in name}
+    kept = {"joints.0.projection"}
+    kept |= {name for name in linear_layers(model) if name.startswith("slices.1.") and "classifier" in name}
     assert len(kept) == (3 if target == "deit_teacher" else 2)
     loaded = AutoModelForImageClassification.from_pretrained(
         saved(model, tmp_path), quantization_config=QUANTISERS[quantiser]()
@@ -207,9 +218,9 @@ def test_adapters_learn_on_four_bits(tmp_path: Path) -> None:
     folder = saved(stitched_lm(), tmp_path)
     model = StitchedModel.from_pretrained(folder, quantization_config=four_bits(), dtype=torch.bfloat16)
     model = prepare_model_for_kbit_training(model)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", modules_to_save=["stitch"]))
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", modules_to_save=["joints.0", "joints.1"]))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert len(learning) == 8 * 2 + 2
+    assert len(learning) == 8 * 2 + 2 * 2
     frozen = {name: p.data.clone() for name, p in model.named_parameters() if not p.requires_grad}
     optimizer, losses = torch.optim.AdamW(learning, lr=0.02), []
     for _ in range(6):

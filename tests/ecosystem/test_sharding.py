@@ -114,7 +114,7 @@ def test_train_stitches_takes_shards(trainable: str, runs: Path) -> None:
     for name, tensor in expected.items():
         # Adam's first steps are as long for the smallest gradient as for any, in the direction of its sign.
         assert (state[name] - tensor).abs().mean() < 0.02 * 1e-3, name
-        assert ("stitch" in name or trainable != "stitch") or torch.equal(tensor, start[name])
+        assert ("joints" in name or trainable != "stitch") or torch.equal(tensor, start[name])
 
 
 @pytest.mark.parametrize("trainable", TRAINED)
@@ -124,17 +124,30 @@ def test_train_stitches_resumes_over_shards(trainable: str, runs: Path) -> None:
     assert all(torch.equal(tensor, whole[name]) for name, tensor in state.items())
 
 
-SIDES = {
-    "equal": {"model.source": "cpu", "model.stitch": "cpu", "model.target": "disk", "lm_head": "cpu"},
-    "unequal": {"model.source": "disk", "model.stitch": "disk", "model.target": "cpu", "lm_head": "disk"},
+PLACES = {
+    "equal": {
+        "model.slices.0": "cpu",
+        "model.joints": "cpu",
+        "model.slices.1": "disk",
+        "model.slices.2": "disk",
+        "lm_head": "cpu",
+    },
+    "unequal": {
+        "model.slices.0": "disk",
+        "model.joints.0": "disk",
+        "model.joints.1": "cpu",
+        "model.slices.1": "cpu",
+        "model.slices.2": "disk",
+        "lm_head": "disk",
+    },
 }
 
 
 @pytest.mark.parametrize("kv_shapes", KV_SHAPES)
-def test_a_side_may_lie_on_the_disk(kv_shapes: str, tmp_path: Path) -> None:
-    """Loaded block by block in the forward pass; the other side stays in memory."""
+def test_slices_may_lie_on_the_disk(kv_shapes: str, tmp_path: Path) -> None:
+    """Loaded block by block in the forward pass; the others stay in memory."""
     model = stitched_lm(kv_shapes)
-    folder, places = saved(model, tmp_path / "model"), SIDES[kv_shapes]
+    folder, places = saved(model, tmp_path / "model"), PLACES[kv_shapes]
     loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
     assert loaded.hf_device_map == places
     for side, place in places.items():
@@ -175,7 +188,7 @@ def test_every_map_of_one_device_is_the_plain_model(device_map: Any, tmp_path: P
 
 def test_anchors_are_stitched_across_places(tmp_path: Path) -> None:
     """`from_anchors` with a map that leaves the target's blocks on the disk."""
-    model, ways = stitched_lm(), {"device_map": SIDES["equal"], "offload_folder": tmp_path}
+    model, ways = stitched_lm(), {"device_map": PLACES["equal"], "offload_folder": tmp_path}
     offloaded = stitched_lm(**ways)
-    assert {parameter.device.type for parameter in offloaded.model.target.parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in offloaded.model.slices[1].parameters()} == {"meta"}
     assert torch.equal(logits_of(offloaded), logits_of(model))

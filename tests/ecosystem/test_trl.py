@@ -67,7 +67,7 @@ def sft(model: Any, folder: Path, callbacks: Any = None, peft_config: LoraConfig
 
 
 def lora() -> LoraConfig:
-    return LoraConfig(task_type="CAUSAL_LM", modules_to_save=["stitch"])
+    return LoraConfig(task_type="CAUSAL_LM", modules_to_save=["joints.0", "joints.1"])
 
 
 def losses(run: Any) -> list[float]:
@@ -89,7 +89,7 @@ def test_a_stitched_model_learns_to_answer(kv_shapes: str, adapter: bool, tmp_pa
     run.save_model(str(tmp_path / "end"))
     if adapter:
         learnt = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
-        assert sum("lora_" in name for name in learnt) == 16 and sum("stitch" in name for name in learnt) == 2
+        assert sum("lora_" in name for name in learnt) == 16 and sum("joints" in name for name in learnt) == 4
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "end")
     else:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "end")

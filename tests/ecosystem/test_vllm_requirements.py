@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from saved_models import save_stitched
-from tiny_models import randomise_stitch, tiny_model, token_ids
+from tiny_models import randomise_joints, tiny_model, token_ids
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -78,10 +78,9 @@ def server_attention() -> Iterator[None]:
 
 
 def stitched(source: str, target: str, **changes: Any) -> StitchedForCausalLM:
-    model = StitchedModel.from_anchors(
-        tiny_model(source, seed=1), tiny_model(target, large=True, seed=2, **changes), (2, 2)
-    )
-    randomise_stitch(model)
+    anchors = tiny_model(source, seed=1), tiny_model(target, large=True, seed=2, **changes)
+    model = StitchedModel.from_path(anchors, "0[:2] 1[1:3] 1[4:]")
+    randomise_joints(model)
     return model
 
 
@@ -116,7 +115,7 @@ def test_an_attention_from_outside_serves_every_layer(source: str, target: str) 
 
 def hidden_width(model: StitchedForCausalLM) -> int:
     """Head width of the target."""
-    config = model.config.target_config
+    config = model.config.slice_configs[-1]
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -163,7 +162,7 @@ def test_one_head_width_stands_at_the_top_or_none() -> None:
     assert (config.num_key_value_heads, config.head_dim) == (None, None)
 
 
-def test_tensor_parallel_plans_name_the_layers_of_both_sides() -> None:
+def test_tensor_parallel_plans_name_the_layers_of_all_slices() -> None:
     model = stitched("llama", "llama")
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name}
     plan = {key.replace("*", str(number)) for key in model.tp_plan for number in range(3)}

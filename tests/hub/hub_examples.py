@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny_models import randomise_stitch, save_with_tokenizer, tiny_model, token_ids
+from tiny_models import randomise_joints, save_with_tokenizer, tiny_model, token_ids
 from tiny_vision import images, possible, tiny_classifier
 from transformers import PreTrainedModel, ViTImageProcessor
 
@@ -38,7 +38,7 @@ def text_anchors(root: Path, licences: tuple[str | None, str | None] = ("mit", "
 
 def stitched_lm(anchors: tuple[Any, Any], **options: Any) -> StitchedForCausalLM:
     model = StitchedModel.from_anchors(*anchors, STITCH, **{"calibration": [token_ids(8, 16)], **options})
-    randomise_stitch(model)
+    randomise_joints(model)
     return model
 
 

@@ -83,7 +83,7 @@ def test_nothing_of_the_users_folders_is_published(client: HubClient, hub: HubSe
     files = hub.repos["me/private-paths"].files()
     assert not [name for name, content in files.items() if str(folders[0].parent).encode() in content]
     config = json.loads(files["config.json"])
-    assert (config["source_name"], config["target_name"]) == ("small-lm", "large-lm")
+    assert config["anchor_names"] == ["small-lm", "large-lm"]
 
 
 def test_the_code_on_the_card_runs_in_a_fresh_process(
@@ -187,12 +187,12 @@ def test_anchors_on_the_hub_are_base_models_and_read_there(client: HubClient, hu
     assert (card.data.base_model, card.data.base_model_relation) == (list(names), "merge")
     assert card.data.license == "mit" and files["LICENSE"] == b"do as you like" and "LICENSE-Large" not in files
     assert set(files) >= TOKENIZER_FILES and f"at `{used.oid}`" in card.text
-    assert json.loads(files["config.json"])["source_name"] == "me/Small"
+    assert json.loads(files["config.json"])["anchor_names"][0] == "me/Small"
 
 
 def test_an_anchor_that_is_gone_needs_a_word(client: HubClient, hub: HubServer, folders: Folders) -> None:
     model = stitched_lm(folders)
-    model.config.source_name = "org/gone"
+    model.config.anchor_names[0] = "org/gone"
     with pytest.raises(OSError, match="page of the anchor org/gone .* pass licence="):
         client(publish_object, model, "me/gone")
     assert "me/gone" not in hub.repos
