@@ -91,6 +91,12 @@ class Slice:
     Attributes:
         anchor: position of the anchor in a list.
         start, stop: as of a Python slice, not negative; `stop=None` runs to the anchor's last block and its head.
+
+    Example:
+        >>> str(Slice(0, 0, 8)), str(Slice(1, 14))
+        ('0[:8]', '1[14:]')
+        >>> Path((Slice(0, 0, 8), Slice(1, 14))) == Stitch(8, 14).path
+        True
     """
 
     anchor: int
@@ -188,7 +194,10 @@ class Path:
         return Stitch(first.stop or 0, last.start, first.anchor, last.anchor)
 
     def bounds(self, depths: Sequence[int]) -> list[tuple[int, int, int]]:
-        """(anchor, start, stop) of every slice, for anchors of so many blocks.
+        """(anchor, start, stop) of every slice.
+
+        Args:
+            depths: number of blocks of each anchor.
 
         Raises:
             ValueError: an anchor or a block that is not there.
@@ -206,7 +215,7 @@ class Path:
         return [(s.anchor, s.start, depths[s.anchor] if s.stop is None else s.stop) for s in self.slices]
 
     def depth(self, depths: Sequence[int]) -> int:
-        """Number of blocks that run, for anchors of so many blocks."""
+        """Number of blocks that run, where `depths` are those of the anchors."""
         return sum(stop - start for _, start, stop in self.bounds(depths))
 
     def _expect(self, right: bool, expected: str) -> None:

@@ -98,8 +98,17 @@ def measure_path_costs(
         anchors: models or configurations; no weight is allocated or run.
         tokens, image_size: as for `measure_costs`; None takes the last anchor's image size.
 
+    Returns:
+        `PathCosts`, whose `of(path)` is the `Cost` of one path.
+
     Raises:
         ValueError: a family is unknown, or anchors for text and for images.
+
+    Example:
+        >>> costs = measure_path_costs([source, target], tokens=16)
+        >>> whole, pruned = costs.of("1[:]"), costs.of("1[:1] 1[3:]")  # two blocks out, a layer in
+        >>> whole == measure_costs(target, tokens=16), pruned.macs < whole.macs
+        (True, True)
     """
     configs = [_config(anchor) for anchor in anchors]
     images = {is_vision(config) for config in configs}

@@ -65,7 +65,7 @@ def model_card(
         OSError: the card of an anchor cannot be read.
 
     Example:
-        >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
+        >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 2), calibration=batches)
         >>> anchors = ["me/small", "me/large"]
         >>> card = model_card(model, "me/between", rows=rows, dataset="my_text", licence="mit", base_model=anchors)
         >>> card.data.base_model, card.data.license, card.data.eval_results[0].metric_type

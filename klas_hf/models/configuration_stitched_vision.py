@@ -119,7 +119,7 @@ class StitchedVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         return trace(self.slice_config(-1), image_size(self))[-1].channels
 
     def slice_config(self, number: int) -> PreTrainedConfig:
-        """The configuration of the anchor that a slice is of."""
+        """The configuration of the anchor that the slice of this `number` is of; -1 is the last."""
         return self.anchor_configs[self.slices[number][0]]
 
     def stage_ends(self) -> list[tuple[int, int]]:

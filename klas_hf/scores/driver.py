@@ -64,8 +64,8 @@ def score_stitches(
 
     Example:
         >>> scores = score_stitches(source, target, batches, score="functional")  # anchors of 3 and 4 blocks
-        >>> scores.values.shape, len(scores.stitches)  # column 0, where all target blocks run, has no score
-        ((3, 4), 9)
+        >>> scores.values.shape, len(scores.stitches)  # those between the anchors' costs
+        ((3, 4), 6)
         >>> probes = [train_probes(anchor, batches[:2]) for anchor in (source, target)]
         >>> score_stitches(source, target, batches[2:], probes=probes, score="klas").available
         ('klas', 'klas_staged', 'theta')

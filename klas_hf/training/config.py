@@ -23,6 +23,15 @@ class Augmentation:
         mixup: α of the Beta distribution of mixup's λ; 0: none.
         cutmix: the same for CutMix. Where both are given, each batch gets one of them, by a fair coin.
         label_smoothing: share of a target that is spread over all labels.
+
+    Raises:
+        ValueError: a number out of its range, or both kinds of crop.
+
+    Example:
+        >>> augmentation = Augmentation(crop_padding=4, horizontal_flip=True, mixup=0.8)
+        >>> config = TrainingConfig(trainable="full", augmentation=augmentation)
+        >>> config.augmentation.mixup
+        0.8
     """
 
     crop_padding: int = 0
