@@ -210,6 +210,29 @@ def _descendants(kind: type[StitchedModel]) -> list[type[StitchedModel]]:
     return [one for child in kind.__subclasses__() for one in (child, *_descendants(child)) if one.__name__[0] != "_"]
 
 
+_PLANS = ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan")
+_NAMES = (
+    "_no_split_modules",
+    "_skip_keys_device_placement",
+    "_keep_in_fp32_modules",
+    "_keep_in_fp32_modules_strict",
+    "_keys_to_ignore_on_load_unexpected",
+    "_keys_to_ignore_on_load_missing",
+)
+
+
+class _Slices(nn.ModuleList):
+    """Models in a list that hands on what transformers asks a model's direct children for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _PLANS:
+            plans = [(number, getattr(part, name, None) or {}) for number, part in self.named_children()]
+            return {f"{number}.{key}": value for number, plan in plans for key, value in plan.items()}
+        if name in _NAMES:
+            return set().union(*(getattr(part, name, None) or () for part in self))
+        return super().__getattr__(name)
+
+
 class StitchedTextModel(StitchedModel):
     """A stitched decoder without its head: token ids to the last slice's last hidden states."""
 
@@ -217,7 +240,7 @@ class StitchedTextModel(StitchedModel):
 
     def __init__(self, config: StitchedConfig):
         super().__init__(config)
-        self.slices = nn.ModuleList(AutoModel.from_config(one) for one in config.slice_configs)
+        self.slices = _Slices(AutoModel.from_config(one) for one in config.slice_configs)
         widths = [one.hidden_size for one in config.slice_configs]
         self.joints = nn.ModuleList(nn.Linear(*ends, bias=config.joint_bias) for ends in pairwise(widths))
         for part, norm in zip(self.slices[:-1], config.slice_norms or (), strict=False):
