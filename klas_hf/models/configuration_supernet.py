@@ -22,6 +22,7 @@ class StitchedSupernetConfig(PreTrainedConfig):
         drop_path_rate: stochastic depth of a path's last block in training, for images.
         initializer_range: standard deviation of weights that are drawn at random.
         anchor_names, anchor_revisions: Hub ids or folders of the anchors, and their commits, where known.
+        training: how the supernet was fine-tuned, or None.
 
     Example:
         >>> config = StitchedSupernetConfig(
@@ -46,6 +47,7 @@ class StitchedSupernetConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     anchor_names: list[Any] | None = None
     anchor_revisions: list[Any] | None = None
+    training: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.anchor_configs = [as_config(config) for config in self.anchor_configs or [None]]

@@ -23,7 +23,7 @@ from klas_hf.anchors.vision import check_labels
 from klas_hf.anchors.vision_stitches import rows
 from klas_hf.anchors.weights import evaluating
 from klas_hf.costs import measure_costs
-from klas_hf.maths.least_squares import LeastSquares, LinearFit
+from klas_hf.maths.least_squares import LeastSquares, LinearFit, warn_of_few_rows
 from klas_hf.models import StitchedBackbone, StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import StitchingLayer, dropped_prefix
 from klas_hf.models.vision_features import image_size
@@ -77,7 +77,7 @@ def stitch_classifiers(
             model.image_processor_from = str(anchors[embedding]), with_revision(hub, revisions[embedding])
         if path.joints and batches is None:
             warn_of_random_stitches()
-        elif batches is not None:
+        elif batches is not None and path.joints:
             fit_joints(model, opened, batches, ridge, dtype=dtype)
     return model
 
@@ -204,6 +204,8 @@ def fit_joints(
             write_parameter(layer, "bias", fit.bias)
         fits.append({"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows})
     config.joint_fits = fits
+    seen = [(fit["rows"], width) for fit, (width, _) in zip(fits, config.joint_channels, strict=True)]
+    warn_of_few_rows(*min(seen, key=lambda pair: pair[0] / pair[1]))
 
 
 def _fit_joint(

@@ -20,7 +20,7 @@ from klas_hf.anchors.families import DecoderFamily, decoder_family
 from klas_hf.anchors.language import HUB_OPTIONS
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
-from klas_hf.maths.least_squares import LeastSquares, LinearFit
+from klas_hf.maths.least_squares import LeastSquares, LinearFit, warn_of_few_rows
 from klas_hf.models import StitchedConfig, StitchedForCausalLM
 from klas_hf.models.modeling_stitched import StitchedTextModel
 from klas_hf.paths import Path as AnchorPath
@@ -164,6 +164,8 @@ def fit_joints(
         set_linear(layer, fit)
         fits.append({"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows})
     config.joint_fits = fits
+    widths = [layer.in_features for layer in model.stitching_layers()]
+    warn_of_few_rows(fits[0]["rows"], max(widths))  # every joint sees the same tokens
 
 
 def fit_rows(

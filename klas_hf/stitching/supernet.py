@@ -4,6 +4,7 @@ A path is an anchor run whole, or a stitch: the first blocks of one anchor, a st
 another. All paths share the anchors' weights.
 """
 
+import copy
 import os
 from abc import abstractmethod
 from functools import cached_property
@@ -179,8 +180,9 @@ class StitchedSupernet(PreTrainedModel):
 
 
 def note_origin(config: Any, supernet: StitchedSupernet, stitch: Stitch) -> None:
-    """Write into a stitched model's configuration where its anchors and its stitching layer come from."""
+    """Write into a stitched model's configuration where its anchors and its layer come from, and its training."""
     given = supernet.config
+    config.training = copy.deepcopy(given.training)
     if given.anchor_names:
         config.anchor_names, config.anchor_revisions = list(given.anchor_names), list(given.anchor_revisions)
     if given.layer_fits:

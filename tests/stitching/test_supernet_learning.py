@@ -100,3 +100,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, options: dict[str,
     assert result.losses == pytest.approx(expected.losses, rel=1e-6)
     for name, tensor in fresh.state_dict().items():
         torch.testing.assert_close(tensor, whole.state_dict()[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_an_extracted_model_keeps_how_the_supernet_was_trained(tmp_path: Path) -> None:
+    data = Normalised("vit")
+    supernet = trained_supernet("vit", data)
+    assert supernet.extract((1, 1)).config.training is None
+    train_stitches(supernet, data, TrainingConfig(max_steps=2, per_device_batch_size=4))
+    supernet.save_pretrained(tmp_path)
+    for one in (supernet, StitchedSupernet.from_pretrained(tmp_path)):
+        assert one.extract((1, 1)).config.training["steps"] == 2
+        assert one.extract((1, 1)).config.training["settings"]["per_device_batch_size"] == 4
+    assert supernet.extract((1, 1)).config.training is not supernet.config.training
