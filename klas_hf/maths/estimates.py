@@ -31,14 +31,14 @@ class RatioSums:
         a = np.asarray(numerator, dtype=np.float64)
         b = np.broadcast_to(np.asarray(denominator, dtype=np.float64), a.shape)
         self.sequences += len(a)
-        for moment, term in zip(self._moments, (a, b, a * a, a * b, b * b), strict=True):
-            moment += term.sum(0)
+        for moment, term in enumerate((a, b, a * a, a * b, b * b)):
+            self._moments[moment] += term.sum(0)
 
     def add_at(self, place: tuple[int, ...], numerator: Array, denominator: Array) -> None:
         """Add the terms of one entry of S, one per sequence; the caller counts the sequences."""
         a, b = numerator, denominator
-        for moment, term in zip(self._moments, (a, b, a * a, a * b, b * b), strict=True):
-            moment[place] += term.sum()
+        for moment, term in enumerate((a, b, a * a, a * b, b * b)):
+            self._moments[(moment, *place)] += term.sum()
 
     def moments(self) -> Array:
         """All sums as one vector, so that several processes can add theirs."""

@@ -134,3 +134,13 @@ def test_normal_interval_is_scipys() -> None:
 def test_a_confidence_that_is_no_share_is_refused(confidence: float) -> None:
     with pytest.raises(ValueError, match="expected a number between 0 and 1"):
         normal_interval(np.ones(1), np.ones(1), confidence)
+
+
+def test_a_single_ratio_has_no_shape() -> None:
+    numerator, lengths = sequences(6)
+    sums = filled(numerator[:, 0, 0], lengths[:, 0, 0], split=4)
+    assert sums.value == pytest.approx(numerator[:, 0, 0].sum() / lengths.sum())
+    assert sums.standard_error == pytest.approx(filled(numerator, lengths).standard_error[0, 0])
+    one = RatioSums(())
+    one.add_at((), numerator[:, 0, 0], lengths[:, 0, 0])
+    assert one.value == sums.value
