@@ -9,7 +9,8 @@ stories260K's outputs; then every stitch between the two is scored and measured 
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from stories260k import split_stories
@@ -20,7 +21,6 @@ from klas_hf import (
     RowFile,
     Stitch,
     StitchedModel,
-    StitchScores,
     TrainingConfig,
     correlation_report,
     evaluate,
@@ -31,6 +31,7 @@ from klas_hf import (
     train_probes,
     train_stitches,
 )
+from klas_hf.anchors.weights import fingerprint
 from klas_hf.data.text import TextBatches, text_examples, text_sequences
 
 SEPARATOR = r"(?<!\n)\n(?!\n)"
@@ -68,24 +69,26 @@ def main() -> None:
 
     run = {name: value for name, value in vars(options).items() if name not in ("output_dir",)}
     rows = RowFile(output / "rows.jsonl", run)
-    target = evaluate_anchor(anchor, measure, rule="stories260K", rows=rows)
+    evaluated = partial(evaluate_anchor, rows=rows, seed=options.seed, tokens=options.length)
+    target = evaluated(anchor, measure, rule="stories260K", position=1)
     depth = anchor.config.num_hidden_layers
 
     def self_stitch(stitch: Stitch):
         return StitchedModel.from_anchors(anchor, anchor, stitch, calibration=fitting)
 
     pairs = [Stitch(i, j) for i in range(1, depth + 1) for j in range(depth)]
-    evaluate_stitches(pairs, self_stitch, measure, rule="self", rows=rows, seed=-1)
+    kept = {"rows": rows, "seed": options.seed, "tokens": options.length}
+    itself = evaluate_stitches(
+        pairs, self_stitch, measure, rule="self", anchors=[fingerprint(anchor)] * 2, training=None, **kept
+    )
+    losses = dict(zip(pairs, (row.metrics["loss"] for row in itself), strict=True))
     print("\nstories260K to itself, loss in nats/token (rows: i source blocks run; columns: j target blocks skipped)")
     print("       " + "".join(f"j = {j}    " for j in range(depth)))
     for i in range(1, depth + 1):
-        print(
-            f"i = {i}  "
-            + "".join(f"{rows.find('self', Stitch(i, j), -1).metrics['loss']:.4f}   " for j in range(depth))
-        )
+        print(f"i = {i}  " + "".join(f"{losses[Stitch(i, j)]:.4f}   " for j in range(depth)))
 
     sibling = small_sibling(anchor, train, options, output)
-    source = evaluate_anchor(sibling, measure, rule="sibling", rows=rows)
+    source = evaluated(sibling, measure, rule="sibling", position=0)
     begun = time.perf_counter()
     probes = train_probes(sibling, fitting), train_probes(anchor, fitting)
     scores = score_stitches(sibling, anchor, scoring, probes=probes, tokens=options.length, score="klas")
@@ -97,26 +100,23 @@ def main() -> None:
     def stitched(stitch: Stitch):
         return StitchedModel.from_anchors(sibling, anchor, stitch, calibration=fitting)
 
+    training = TrainingConfig(
+        trainable=options.trainable, max_steps=options.finetune_steps, per_device_batch_size=16,
+        gradient_accumulation_steps=1, learning_rate=options.learning_rate, seed=options.seed,
+    )  # fmt: skip
+    kept["anchors"] = [fingerprint(sibling), fingerprint(anchor)]
+
     def finetuned(stitch: Stitch):
         model = stitched(stitch)
-        training = TrainingConfig(
-            trainable=options.trainable, max_steps=options.finetune_steps, per_device_batch_size=16,
-            gradient_accumulation_steps=1, learning_rate=options.learning_rate, seed=options.seed,
-        )  # fmt: skip
         train_stitches(model, text_examples(train), training)
         return model
 
-    initial = evaluate_stitches(
-        scores.stitches, stitched, measure, rule="least squares", rows=rows, seed=0, tokens=options.length
-    )
-    tuned = evaluate_stitches(
-        scores.stitches, finetuned, measure, rule="fine-tuned", rows=rows, seed=1, tokens=options.length
-    )
+    initial = evaluate_stitches(scores.stitches, stitched, measure, rule="least squares", training=None, **kept)
+    tuned = evaluate_stitches(scores.stitches, finetuned, measure, rule="fine-tuned", training=asdict(training), **kept)
     print("\n" + format_table([source, target, *initial, *tuned], ["loss"], target.macs))
     for name, measured in (("least-squares start", initial), ("fine-tuned", tuned)):
         for score in ("klas", "theta"):
-            ranked = StitchScores(**{**vars(scores), "score": score})
-            report = correlation_report(ranked, measured, "loss", higher_is_better=False)
+            report = correlation_report(scores.with_score(score), measured, "loss", higher_is_better=False)
             print(f"{score} against the loss, {name}: Pearson {report.pearson:+.2f}, Spearman {report.spearman:+.2f}")
 
 
