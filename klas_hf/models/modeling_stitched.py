@@ -221,13 +221,12 @@ _NAMES = (
 )
 
 
-class _Slices(nn.ModuleList):
+class Slices(nn.ModuleList):
     """Models in a list that hands on what transformers asks a model's direct children for."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in _PLANS:
-            plans = [(number, getattr(part, name, None) or {}) for number, part in self.named_children()]
-            return {f"{number}.{key}": value for number, plan in plans for key, value in plan.items()}
+        if name in _PLANS:  # looked up with all numbers replaced by stars
+            return {f"*.{key}": value for part in self for key, value in (getattr(part, name, None) or {}).items()}
         if name in _NAMES:
             return set().union(*(getattr(part, name, None) or () for part in self))
         return super().__getattr__(name)
@@ -240,7 +239,7 @@ class StitchedTextModel(StitchedModel):
 
     def __init__(self, config: StitchedConfig):
         super().__init__(config)
-        self.slices = _Slices(AutoModel.from_config(one) for one in config.slice_configs)
+        self.slices = Slices(AutoModel.from_config(one) for one in config.slice_configs)
         widths = [one.hidden_size for one in config.slice_configs]
         self.joints = nn.ModuleList(nn.Linear(*ends, bias=config.joint_bias) for ends in pairwise(widths))
         for part, norm in zip(self.slices[:-1], config.slice_norms or (), strict=False):

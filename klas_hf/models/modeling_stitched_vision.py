@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
 from .configuration_stitched_vision import StitchedVisionConfig
-from .modeling_stitched import StitchedModel
+from .modeling_stitched import Slices, StitchedModel
 from .vision_features import Features, VisionKind, drop_block, image_size
 from .vision_kinds import vision_kind
 from .vision_shapes import classifier, keep_blocks, trace
@@ -93,7 +93,7 @@ class _StitchedVision(StitchedModel):
     def __init__(self, config: StitchedVisionConfig, *, head: bool):
         super().__init__(config)
         configs = [config.slice_config(number) for number in range(len(config.slices))]
-        self.slices = nn.ModuleList(classifier(one) for one in configs)
+        self.slices = Slices(classifier(one) for one in configs)
         kinds = [vision_kind(one) for one in configs]
         self.joints = nn.ModuleList(
             StitchingLayer(one, other, channels[0], channels[1], config.joint_bias)
