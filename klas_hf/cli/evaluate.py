@@ -1,5 +1,6 @@
 """`klas-hf evaluate`: loss on text or accuracy on images, with costs, of stitched models and anchors; rows as JSONL."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,11 +94,24 @@ def _identity(
     rule, path = anchors.get(place(folder), (Path(folder).name, None))
     if isinstance(model.config, StitchedConfig | StitchedVisionConfig):
         rule, path = options.rule, model.config.path
+    training, seed = _training(model.config.to_dict().get("training"))
     return ResultRow(
-        rule, path, 0, cost.macs, cost.parameters, {},
+        rule, path, seed, cost.macs, cost.parameters, {},
         {"folder": folder, "kv_bytes_per_token": cost.kv_bytes_per_token},
-        training=model.config.to_dict().get("training"), made_from=[fingerprint(model)],
+        training=training, made_from=[fingerprint(model)],
     )  # fmt: skip
+
+
+def _training(record: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, int]:
+    """What was done to a model, without what came out of it, such as losses; and its seed, which other runs vary."""
+    if record is None:
+        return None, 0
+    kept = {name: value for name, value in record.items() if not name.endswith("_loss")}
+    if kept.get("before"):
+        kept["before"], _ = _training(kept["before"])
+    settings = dict(kept.get("settings") or {})
+    seed = settings.pop("seed", 0)
+    return kept | {"settings": settings}, seed
 
 
 def _same(one: ResultRow, other: ResultRow) -> bool:

@@ -58,13 +58,13 @@ def kept_classifier_keys(
     config = stitched_vision_config(configs, stitch.path, size)
     taken: tuple[set[str], set[str]] = (set(), set())
     state = {
-        f"{side}.{key}": _Asked(key, stored, kept)
-        for side, of_side, kept in zip(("source", "target"), tensors, taken, strict=True)
+        f"slices.{number}.{key}": _Asked(key, stored, kept)
+        for number, (of_side, kept) in enumerate(zip(tensors, taken, strict=True))
         for key, stored in of_side.items()
     }
     with torch.device("meta"):
         empty = StitchedForImageClassification(config)
-    layer = {name: tensor for name, tensor in empty.state_dict().items() if name.startswith("stitch.")}
+    layer = {name: tensor for name, tensor in empty.state_dict().items() if name.startswith("joints.")}
     with _without_progress():
         load_parts(StitchedForImageClassification, config, state | layer, dtype=torch.float32, device_map={"": "meta"})
     return taken

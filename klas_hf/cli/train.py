@@ -10,7 +10,7 @@ from klas_hf.cli.data import DataOptions, Material, load_material, load_model
 from klas_hf.cli.output import OVERWRITE, check_output, is_main_process, save_model, say
 from klas_hf.cli.parsing import Command, flag, positional
 from klas_hf.files import remove_folder, write_atomically
-from klas_hf.options import filled
+from klas_hf.options import filled, names
 
 CHECKPOINTS = "checkpoints"
 RECORD = "klas_hf_train.json"  # of a finished run: its options and settings
@@ -37,11 +37,14 @@ def run(options: TrainOptions, settings: Mapping[str, Any]) -> int:
         return 0
     output = check_output(options.output, options.overwrite, resumable=CHECKPOINTS)
 
-    from klas_hf.training.config import TrainingConfig
+    from klas_hf.training.config import Augmentation, TrainingConfig
     from klas_hf.training.loop import train_stitches
 
     material = load_material(options, [options.folder], options.split)
-    if material.image_moments is not None:
+    if material.image_moments is None:
+        if of_images := sorted(names(Augmentation) & settings.keys()):
+            raise ValueError(f"got the settings {of_images} for a language model; they are for images: leave them out")
+    else:
         mean, std = material.image_moments
         settings = {"mean": list(mean), "std": list(std)} | dict(settings)
     config = filled(TrainingConfig, settings)

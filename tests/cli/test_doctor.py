@@ -106,7 +106,7 @@ def test_what_is_said_to_be_read_is_what_the_stitched_model_holds(pair: str, req
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         stitched = StitchedModel.from_anchors(*names, (1, 2))
-    taken = {name: tensor for name, tensor in stitched.state_dict().items() if "stitch" not in name}
+    taken = {name: tensor for name, tensor in stitched.state_dict().items() if "joints" not in name}
     for reading, name in zip(found.readings, names, strict=True):
         shards = {path.name: load_file(path) for path in name.glob("*.safetensors")}
         holds = {file: [x for x in shard.values() if _is_among(x, taken)] for file, shard in shards.items()}
@@ -421,7 +421,8 @@ def test_joinable_blocks_by_grid(tmp_path: Path) -> None:
     assert "source blocks 1: 8×8, 2–3: 4×4; target blocks 1–2: 8×8, 3–4: 4×4" in text and "4 stitches" in text
     assert "i in 1–3, j in 1–3" in text
     across = examine_anchors(*pair, stitch=(1, 3))
-    assert "stitch: got stitch (1, 3) from a grid of 8×8 to one of 4×4" in _only(across, "problem")
+    said = "stitch: got path 0[:1] 1[3:], whose joint 0[:1] → 1[3:] is from a grid of 8×8 to one of 4×4"
+    assert said in _only(across, "problem")
 
 
 # --- the command ---

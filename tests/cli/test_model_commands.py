@@ -331,6 +331,23 @@ def test_untuned_anchors_beside_a_tuned_model_are_marked(
     assert "not tuned" not in (printed := capsys.readouterr().out) and "klas-hf train" not in printed
 
 
+def test_a_row_says_how_its_model_was_trained_and_not_what_came_out(
+    language: Path, stitched: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Otherwise two seeds of one training would be two models, and never be averaged."""
+    data, words = language / "text", ("--length", "12", "--samples", "8")
+    for seed in ("1", "2"):
+        assert _train(stitched, data, tmp_path / seed, *FULL, "--max_steps", "1", "--seed", seed, *words) == 0
+    rows = tmp_path / "rows.jsonl"
+    folders = [str(tmp_path / seed) for seed in ("1", "2")]
+    assert main(["evaluate", *folders, "--data", str(data), *words, "--rows", str(rows)]) == 0
+    first, second = read_rows(rows)
+    assert (first.seed, second.seed) == (1, 2) and first.model == second.model
+    assert first.training is not None and first.training["settings"]["max_steps"] == 1
+    assert "loss" not in json.dumps(first.training) and first.measurement != second.measurement
+    assert capsys.readouterr().out.count("| stitched |") == 1
+
+
 def test_accuracies(vision: Path, classifier: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["--data", str(vision / "images"), "--json"]
     processing = common_processing([vision / "large"])
@@ -361,7 +378,7 @@ def test_heatmaps(language: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
 
 
 def test_what_is_no_file_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for content, expected in (("hello\n", "which is not JSONL"), ('{"run": {}}\n', "without a row")):
+    for content, expected in (("hello\n", "which is not JSONL"), ('{"run": {}, "versions": {}}\n', "without a row")):
         (tmp_path / "rows.jsonl").write_text(content)
         assert main(["plot", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "curve")]) == 2
         assert expected in capsys.readouterr().err

@@ -121,9 +121,9 @@ def test_labels_of_images_may_be_mapped(vision: Path, tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("--score", "nonsense"), "got score='nonsense'; expected one of"),
-        (("--length", "2"), "got length=2; expected at least 3"),
-        (("--samples", "0"), "got samples=0; expected at least 1"),
+        (("--score", "nonsense"), "got --score 'nonsense'; expected one of"),
+        (("--length", "2"), "got --length 2; expected at least 3"),
+        (("--samples", "0"), "got --samples 0; expected at least 1"),
         (("--data", "nowhere"), "got nowhere; expected a text file"),
         (("--probes", "nowhere", "else"), "could not load probes from nowhere"),
     ],
