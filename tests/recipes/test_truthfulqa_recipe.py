@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -64,9 +65,10 @@ def test_two_seeds_compare_rules_and_resume(arguments: list[str], tmp_path: Path
     assert table.strip() in capsys.readouterr().out
 
 
-def test_bad_input_is_refused_before_any_training(arguments: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"\['best'\].*klas"):
+def test_bad_input_is_refused_before_any_training(arguments: list[str], tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
         run(arguments, "--rules", "best")
+    assert re.search(r"\['best'\].*klas", capsys.readouterr().err)
     run(arguments, *SHORT, "--seeds", "0", "--rules", "klas")
     with pytest.raises(ValueError, match="another run.*training.*another output folder"):
         run(arguments, *SHORT, "--seeds", "0", "--learning_rate", "0.5")
