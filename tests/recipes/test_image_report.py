@@ -101,9 +101,9 @@ def sentence(text: str) -> str:
 
 
 def by_cost(rows: Sequence[ResultRow]) -> tuple[list[float], list[float]]:
-    """Costs in order, and the mean accuracy at each."""
+    """Costs in order, and the best accuracy at each."""
     costs = sorted({row.macs for row in rows})
-    return costs, [float(np.mean([row.metrics["accuracy"] for row in rows if row.macs == cost])) for cost in costs]
+    return costs, [max(row.metrics["accuracy"] for row in rows if row.macs == cost) for cost in costs]
 
 
 def hand_area(rows: Sequence[ResultRow], low: float, high: float) -> float:
