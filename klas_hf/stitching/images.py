@@ -204,7 +204,7 @@ def fit_joints(
             write_parameter(layer, "bias", fit.bias)
         fits.append({"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows})
     config.joint_fits = fits
-    seen = [(fit["rows"], width) for fit, (width, _) in zip(fits, config.joint_channels, strict=True)]
+    seen = [(int(fit["rows"]), width) for fit, (width, _) in zip(fits, config.joint_channels, strict=True)]
     warn_of_few_rows(*min(seen, key=lambda pair: pair[0] / pair[1]))
 
 

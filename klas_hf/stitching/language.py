@@ -165,7 +165,7 @@ def fit_joints(
         fits.append({"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows})
     config.joint_fits = fits
     widths = [layer.in_features for layer in model.stitching_layers()]
-    warn_of_few_rows(fits[0]["rows"], max(widths))  # every joint sees the same tokens
+    warn_of_few_rows(int(fits[0]["rows"]), max(widths))  # every joint sees the same tokens
 
 
 def fit_rows(
