@@ -137,7 +137,7 @@ def test_areas_are_those_of_the_rows(made_up: Callable[..., ImageComparison]) ->
         assert (comparison.output / name).stat().st_size > 1000
     stitches = (comparison.output / "stitches.md").read_text()
     for stitch in comparison.selection("klas", 0):
-        assert f"({stitch.source_stop}, {stitch.target_start})" in stitches
+        assert f"| {stitch.path} " in stitches
 
 
 def rows_at(points: Sequence[tuple[int, float]]) -> list[ResultRow]:
