@@ -76,8 +76,8 @@ def test_text_says_where_it_comes_from_what_it_costs_and_how_good_it_is(tmp_path
     for part in (
         "# between",
         "[org/Small](https://huggingface.co/org/Small)",
-        "| stitch (i, j)",
-        "(2, 3)",
+        "| path",
+        "`0[:2] 1[3:]`",
         f"{cost.parameters / 1e6:,.2f} million",
         f"{cost.macs / 1e6:,.1f} million",
         f"{cost.kv_bytes_per_token:,}",

@@ -56,7 +56,7 @@ def test_divergence_of_outputs_is_functional_kl_and_torchs() -> None:
         source, target, batches, score="functional", functional=FunctionalScoring(batches, [Stitch(1, 1)], 1.0)
     )
     assert scores.value_of(Stitch(1, 1)) == pytest.approx(found, rel=1e-4)
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="nothing to compare outputs on"):
         evaluate_divergence(stitched, target, [])
 
 
