@@ -7,9 +7,12 @@ registers stitched models with the Auto classes.
 """
 
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from klas_hf.actions import ACTIONS
 
 if TYPE_CHECKING:
     from klas_hf.cli.examination import examine_anchors
@@ -115,6 +118,20 @@ _MODULE_OF = {name: module for module, names in _PLACES.items() for name in name
 
 __all__ = sorted(_MODULE_OF)
 
+# What lower rooms do through higher ones: name of the function → its module, imported when it is called.
+_ACTIONS = {
+    "assemble_path": "klas_hf.stitching.assembly",
+    "load_delta": "klas_hf.hub.delta",
+    "publish": "klas_hf.hub",
+    "stitch_anchors": "klas_hf.stitching.assembly",
+}
+
+
+def _call(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(import_module(module), name)(*args, **kwargs)
+
+
+ACTIONS.update({name: partial(_call, module, name) for name, module in _ACTIONS.items()})
 
 if "klas_hf_command" not in sys.modules:  # a command that touches models has them registered when it loads them
     import_module("klas_hf.models")

@@ -1,10 +1,12 @@
 """Stitched models and their configurations, registered with the Auto classes of transformers.
 
-The modules are flat and import nothing else of this package, so that a checkpoint can carry them as its code.
+The modules are flat and import nothing else of this package, so that a checkpoint can carry them as its code. What
+needs the rest of it comes from its table of actions, handed over here.
 """
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
+from klas_hf.actions import ACTIONS
 from klas_hf.models.configuration_stitched import StitchedConfig
 from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
 from klas_hf.models.modeling_stitched import StitchedForCausalLM, StitchedModel, StitchedTextModel
@@ -19,6 +21,8 @@ __all__ = [
     "StitchedTextModel",
     "StitchedVisionConfig",
 ]
+
+StitchedModel.actions = ACTIONS
 
 AutoConfig.register("stitched", StitchedConfig)
 AutoModel.register(StitchedConfig, StitchedTextModel)

@@ -8,7 +8,7 @@ own length, though `layer_idx` counts on from slice to slice.
 """
 
 import os
-from importlib import import_module
+from collections.abc import Callable, Mapping
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,6 +49,8 @@ class StitchedModel(PreTrainedModel):
     _fsdp_plan = {"joints.*": "keep_full_weight"}
     # Auto class → other class that loads the same checkpoint, for machines without klas_hf.
     carried_classes: ClassVar[dict[str, str]] = {}
+    # What rooms above this one do, by name; klas_hf gives it. The code that a checkpoint carries has none.
+    actions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
     # Patterns of what quantisers leave as it is: the stitching layers, and image classifiers' heads (they find an
     # unembedding by themselves).
     _keep_in_fp32_modules = [r"(model\.)?joints", r"slices\.\d+\.\w*classifier\w*"]
@@ -74,7 +76,7 @@ class StitchedModel(PreTrainedModel):
             >>> model.stitching_layers()
             [Linear(in_features=16, out_features=24, bias=True)]
         """
-        return _package("klas_hf.stitching.assembly").stitch_anchors(source, target, stitch, **kwargs)
+        return cls._action("stitch_anchors")(source, target, stitch, **kwargs)
 
     @classmethod
     def from_path(cls, anchors: Any, path: Any, **kwargs: Any) -> "StitchedModel":
@@ -96,7 +98,7 @@ class StitchedModel(PreTrainedModel):
             >>> model.config.path, model.config.num_hidden_layers  # of 4 blocks, the second is a linear map
             ('1[:1] 1[2:3] 1[3:]', 3)
         """
-        return _package("klas_hf.stitching.assembly").assemble_path(anchors, path, **kwargs)
+        return cls._action("assemble_path")(anchors, path, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "StitchedModel":
@@ -112,7 +114,7 @@ class StitchedModel(PreTrainedModel):
         if cls is StitchedModel:
             return _named_class(name, **kwargs).from_pretrained(name, *args, **kwargs)
         if is_delta(name, **kwargs):
-            return _package("klas_hf.hub.delta").load_delta(cls, name, *args, **kwargs)
+            return cls._action("load_delta")(cls, name, *args, **kwargs)
         return load_whole(super().from_pretrained, name, *args, **kwargs)
 
     def save_pretrained(
@@ -157,7 +159,17 @@ class StitchedModel(PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Publish the model at `repo_id` in one commit, with a card; `kwargs` as for `klas_hf.hub.publish`."""
-        return _package("klas_hf.hub").publish(self, repo_id, **kwargs)
+        return self._action("publish")(self, repo_id, **kwargs)
+
+    @classmethod
+    def _action(cls, name: str) -> Callable[..., Any]:
+        if not cls.actions:
+            raise ImportError(
+                "got the code that a checkpoint carries, which can use whole stitched checkpoints only; expected "
+                "klas_hf for anchors, deltas and the Hub. Install it (pip install klas_hf) and import it before "
+                "loading, or merge the delta where it is installed"
+            )
+        return cls.actions[name]
 
     def stitching_layers(self) -> list[nn.Module]:
         """The linear layer of every joint."""
@@ -177,19 +189,6 @@ class StitchedModel(PreTrainedModel):
             kwargs: what transformers passes beside it.
         """
         return attention_mask
-
-
-def _package(module: str) -> Any:
-    """A module of klas_hf that stays out of the files a checkpoint carries as its code."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != "klas_hf":
-            raise
-        raise ImportError(
-            "got a Python without klas_hf, which can use whole stitched checkpoints only; expected it for anchors, "
-            "deltas and the Hub. Install it (pip install klas_hf), or merge the delta where it is installed"
-        ) from error
 
 
 def _named_class(name: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> type[StitchedModel]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from klas_hf.actions import Publishable
+from klas_hf.anchors.images import ImageBatch
 from klas_hf.anchors.vision import VisionAnchor
 
 
@@ -60,7 +62,7 @@ class ImageProbeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class ImageProbeNet(PreTrainedModel):
+class ImageProbeNet(Publishable, PreTrainedModel):
     """One linear probe per block of an image classifier (Alg. 1); saves, loads and goes to the Hub as any model.
 
     Args:
@@ -69,7 +71,7 @@ class ImageProbeNet(PreTrainedModel):
     Example:
         >>> _ = train_probes(small, images, ImageProbeConfig(epochs=1)).save_pretrained(folder)
         >>> probes = ImageProbeNet.from_pretrained(folder)
-        >>> probes.log_probs([torch.zeros(8, 16)] * 3).shape  # blocks, images, labels
+        >>> probes.log_probs(VisionAnchor(small), [torch.zeros(8, 16)] * 3).shape  # blocks, images, labels
         torch.Size([3, 8, 3])
     """
 
@@ -88,23 +90,20 @@ class ImageProbeNet(PreTrainedModel):
         for parameter in module.parameters(recurse=False):
             nn.init.zeros_(parameter)
 
-    def log_probs(self, pooled: Sequence[Tensor]) -> Tensor:
+    def log_probs(self, anchor: VisionAnchor, pooled: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """Class log-probabilities of all probes, fp32, in nats.
 
         Args:
+            anchor: the anchor that the probes are of.
             pooled: `(images, width)` of every block.
+            out: fp32 tensor to write to; None makes one.
 
         Returns:
             `(blocks, images, labels)`.
         """
         logits = [probe(x.to(probe.weight)) for probe, x in zip(self.probes, pooled, strict=True)]
-        return torch.stack(logits).float().log_softmax(-1)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Publish the probes at `repo_id` in one commit, with a card; `kwargs` as for `klas_hf.hub.publish`."""
-        from importlib import import_module  # the Hub stands above the probes in the order of imports
-
-        return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)
+        log_probs = torch.stack(logits).float().log_softmax(-1)
+        return log_probs if out is None else out.copy_(log_probs)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -121,6 +120,6 @@ class ImageProbeNet(PreTrainedModel):
             )
 
 
-def pooled_features(anchor: VisionAnchor, pixel_values: Tensor) -> list[Tensor]:
+def pooled_features(anchor: VisionAnchor, batch: ImageBatch) -> list[Tensor]:
     """Pooled output of every block, `num_blocks` tensors `(images, width)`, fp32."""
-    return [anchor.kind.pooled(features).float() for features in anchor.features(pixel_values)[1:]]
+    return [anchor.probed(state, batch).float() for state in anchor.states(batch)[1:]]

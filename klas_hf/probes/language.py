@@ -10,14 +10,14 @@ in closed form from one pass; `tuned` starts there and is trained (the tuned len
 The last block needs no translator.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from klas_hf.anchors.batches import token_batches
+from klas_hf.actions import Publishable
 from klas_hf.anchors.language import LanguageAnchor, load_anchor
 from klas_hf.maths.least_squares import LeastSquares
 from klas_hf.processes import progress, shared_out, sum_over_processes
@@ -73,7 +73,7 @@ class ProbeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class ProbeNet(PreTrainedModel):
+class ProbeNet(Publishable, PreTrainedModel):
     """One probe per block of an anchor (Alg. 1); saves, loads and goes to the Hub as any model.
 
     The anchor's norm and unembedding are not part of it: they are used where the anchor is at hand.
@@ -120,12 +120,12 @@ class ProbeNet(PreTrainedModel):
         moved = hidden + self.offsets[block]
         return moved + self.translators[block](hidden) if self.translators else moved
 
-    def log_probs(self, anchor: LanguageAnchor, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+    def log_probs(self, anchor: LanguageAnchor, hidden: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """Next-token log-probabilities of all probes, fp32, in nats.
 
         Args:
             anchor: the anchor that the probes are of.
-            hidden: `(blocks, tokens, width)` output of every block.
+            hidden: `(tokens, width)` output of every block.
             out: fp32 tensor to write to; None makes one. Taking new memory for a large vocabulary costs a CPU more
                 than filling it.
 
@@ -139,12 +139,6 @@ class ProbeNet(PreTrainedModel):
         for block, block_logits in enumerate(logits):
             out[block] = block_logits.float().log_softmax(-1)
         return out
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Publish the probes at `repo_id` in one commit, with a card; `kwargs` as for `klas_hf.hub.publish`."""
-        from importlib import import_module  # the Hub stands above the probes in the order of imports
-
-        return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -185,9 +179,8 @@ def fit_probes(anchor: Any, data: Iterable[Any], config: ProbeConfig | None = No
     if config.kind == "logit" or (config.kind == "tuned" and config.tuned_start == "zero"):
         return probes.eval()
     equations = [LeastSquares(anchor.width, anchor.width, anchor.device) for _ in probes.translators]
-    for batch in progress(shared_out(token_batches(data)), f"ridge probes of {anchor.name}"):
-        counted = batch.counted(anchor.config.bos_token_id)
-        *earlier, last = (h[counted.to(h.device)].double() for h in anchor.hidden_states(batch))
+    for batch in progress(shared_out(anchor.read(data)), f"ridge probes of {anchor.name}"):
+        *earlier, last = (anchor.rows(state, batch).double() for state in anchor.states(batch)[1:])
         for equation, h in zip(equations, earlier, strict=True):
             equation.update(h, last.to(h.device) - h)
     config.r2 = []

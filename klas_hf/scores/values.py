@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from klas_hf import plotting
+from klas_hf.actions import Publishable
 from klas_hf.files import write_atomically
 from klas_hf.maths.estimates import normal_interval
 from klas_hf.paths import Stitch, StitchCosts
@@ -36,7 +37,7 @@ IN_NATS = ("theta_reversed", "ce", "functional", "functional_theta", "stitched_l
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StitchScores:
+class StitchScores(Publishable):
     """Scores of every stitch (i, j), lower is better. Divergences are in nats per token (or per image).
 
     Attributes:
@@ -262,12 +263,6 @@ class StitchScores:
         from huggingface_hub import hf_hub_download
 
         return cls.load(hf_hub_download(str(place), SCORES_FILE, **hub))
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Publish the scores at `repo_id` in one commit, with a card; `kwargs` as for `klas_hf.hub.publish`."""
-        from importlib import import_module  # the Hub stands above the scores in the order of imports
-
-        return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)
 
 
 def _gamma(cross: Array, capacity: Array) -> Array:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from klas_hf.actions import Publishable
 from klas_hf.costs import measure_costs, measure_stitch_costs
 from klas_hf.models import StitchedModel
 from klas_hf.models.checkpoint_files import load_whole, replacing
@@ -23,7 +24,7 @@ from klas_hf.paths import Stitch
 Path = int | Stitch
 
 
-class StitchedSupernet(PreTrainedModel):
+class StitchedSupernet(Publishable, PreTrainedModel):
     """Anchors and stitching layers that train together (SN-Net); base of the supernets of images and of text.
 
     `from_anchors` and `from_pretrained` of this class return the class for the task: a
@@ -88,10 +89,6 @@ class StitchedSupernet(PreTrainedModel):
         """Save as any model of transformers; what the folder holds stays until the new checkpoint is written whole."""
         with replacing(save_directory, kwargs.get("variant")) as part:
             super().save_pretrained(part, *args, **kwargs)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Publish the supernet in one commit, with a card written for it; see `klas_hf.hub.publish`."""
-        return import_module("klas_hf.hub").publish(self, repo_id, **kwargs)
 
     @cached_property
     def paths(self) -> tuple[Path, ...]:
