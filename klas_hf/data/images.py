@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedConfig
 
-from klas_hf.data.image_labels import label_ids
+from klas_hf.anchors.classes import ImageClasses, WithClasses, label_ids
 from klas_hf.data.image_processing import Processing, common_processing, normalisation
 from klas_hf.data.image_sources import CorruptImage, StoredImages, open_split
 from klas_hf.processes import progress
@@ -48,13 +49,14 @@ class Images(Protocol):
     def __getitem__(self, row: int) -> Tensor: ...
 
 
-class ImageSet(Dataset):
+class ImageSet(Dataset, WithClasses):
     """Images of one size with their labels; `set[index]` is `(uint8 tensor (channels, height, width), label)`.
 
     Attributes:
         labels: of each image, an integer.
         names: of the classes.
         ids: the label of each name; 0, 1, … until `map_labels` changes them.
+        mapped: whether the ids were given: without, models must have the same classes in the same order.
         skipped: corrupt images that were found and left out.
 
     Args:
@@ -80,7 +82,7 @@ class ImageSet(Dataset):
         cache_bytes: int = 0,
     ):
         self.images, self.labels, self.names, self.skipped = images, list(labels), tuple(names), skipped
-        self.ids = tuple(range(len(self.names)) if ids is None else ids)
+        self.ids, self.mapped = tuple(range(len(self.names)) if ids is None else ids), ids is not None
         self.rows = list(range(len(images)) if rows is None else rows)
         self.cache_bytes = cache_bytes
         self._cache: dict[int, Tensor] = {}
@@ -112,13 +114,17 @@ class ImageSet(Dataset):
                 self._cache[row] = image
         return image, self.labels[index]
 
+    @property
+    def classes(self) -> ImageClasses:
+        return ImageClasses(self.names, self.ids, self.mapped)
+
     def select(self, indices: Sequence[int], *, skipped: int | None = None) -> "ImageSet":
         """The images at these indices, in their order; decoded ones are not decoded again."""
         chosen = ImageSet(
             self.images,
             [self.labels[index] for index in indices],
             self.names,
-            ids=self.ids,
+            ids=self.ids if self.mapped else None,
             rows=[self.rows[index] for index in indices],
             skipped=self.skipped if skipped is None else skipped,
             cache_bytes=self.cache_bytes,
@@ -197,17 +203,20 @@ def subset(images: ImageSet, per_class: int | None = None, count: int | None = N
     return images.select(chosen)
 
 
-def map_labels(images: ImageSet, mapping: Mapping[str, int]) -> ImageSet:
+def map_labels(images: ImageSet, mapping: Mapping[str, int] | PreTrainedConfig) -> ImageSet:
     """The same images, each class with the label that `mapping` gives its name.
 
     Args:
         images: keep their order, names and decoded images.
         mapping: from class name, such as a folder name or WordNet id, to label; more names than needed may be in it.
+            Or the configuration of a model, whose labels are found by name (`label_ids`).
 
     Raises:
         TypeError: a label is no integer.
         ValueError: a name is missing, a label is negative, or two names have one label.
     """
+    if isinstance(mapping, PreTrainedConfig):
+        mapping = label_ids(images.names, mapping.id2label)
     missing = [name for name in images.names if name not in mapping]
     if missing:
         raise ValueError(f"got a mapping without the classes {missing}; expected a label for each of {images.names}")
@@ -218,11 +227,11 @@ def map_labels(images: ImageSet, mapping: Mapping[str, int]) -> ImageSet:
         raise ValueError(f"got the labels {ids} for {images.names}; expected a label of its own, from 0, for each name")
     new = dict(zip(images.ids, ids, strict=True))
     mapped = images.select(range(len(images)))
-    mapped.labels, mapped.ids = [new[label] for label in images.labels], ids
+    mapped.labels, mapped.ids, mapped.mapped = [new[label] for label in images.labels], ids, True
     return mapped
 
 
-class ImageBatches:
+class ImageBatches(WithClasses):
     """Normalised batches of an `ImageSet`; iterates as often as one likes, with one batch in memory.
 
     Args:
@@ -256,6 +265,10 @@ class ImageBatches:
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
+
+    @property
+    def classes(self) -> ImageClasses:
+        return self.images.classes
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Mappings with `pixel_values`, `(batch, channels, height, width)` float32, and `labels`, `(batch,)` int64."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from klas_hf.anchors.classes import check_classes
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.anchors.weights import evaluating
@@ -36,6 +37,7 @@ def predict_probabilities(
     Raises:
         ValueError: no images, or a label that is not among `classes`.
     """
+    check_classes(batches, model.config)
     columns = slice(None) if classes is None else torch.tensor(list(classes))
     found, labels = [], []
     with evaluating(model):

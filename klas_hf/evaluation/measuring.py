@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from klas_hf.anchors.batches import TokenBatch, token_batches
+from klas_hf.anchors.classes import check_classes
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.weights import evaluating
 from klas_hf.evaluation.models import Measurement
@@ -50,6 +51,7 @@ def evaluate(model: PreTrainedModel, batches: Iterable[object], *, classes: Sequ
         >>> sorted(measured.metrics), measured.details["images"]
         (['accuracy', 'accuracy_among', 'loss'], 20)
     """
+    check_classes(batches, model.config)
     task = task_of(model)
     sums = Sums(task, classes)
     with evaluating(model):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW
 
+from klas_hf.anchors.classes import check_classes
 from klas_hf.anchors.images import image_batches
 from klas_hf.anchors.vision import VisionAnchor, load_vision_anchor
 from klas_hf.errors import TrainingDiverged
@@ -29,6 +30,8 @@ def train_image_probes(
 ) -> ImageProbeNet:
     """One linear probe per block of an image classifier; arguments as for `train_probes`."""
     anchor = load_vision_anchor(anchor)
+    for images in (data, validation):
+        check_classes(images, anchor.config)
     config = _described(config or ImageProbeConfig(), anchor)
     if validation is None and isinstance(data, Iterator):
         raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedModel
 
+from klas_hf.anchors.classes import check_classes
 from klas_hf.training.augmentation import Augmentation, augment, normalise
 from klas_hf.training.batch_norm import batch_norms
 from klas_hf.training.config import TrainingConfig
@@ -46,6 +47,7 @@ class ImageObjective(Objective):
     def __init__(
         self, model: PreTrainedModel, data: ImageData, config: TrainingConfig, teacher: PreTrainedModel | None
     ):
+        check_classes(data, model.config)
         _check_data(data, model.config.num_labels, config)
         _check_batches(model, config, len(data))
         super().__init__(model, config, teacher)
