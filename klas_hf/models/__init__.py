@@ -9,7 +9,8 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForCausal
 from klas_hf.actions import ACTIONS
 from klas_hf.models.configuration_stitched import StitchedConfig
 from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
-from klas_hf.models.modeling_stitched import StitchedForCausalLM, StitchedModel, StitchedTextModel
+from klas_hf.models.modeling_base import StitchedModel
+from klas_hf.models.modeling_stitched import StitchedForCausalLM, StitchedTextModel
 from klas_hf.models.modeling_stitched_vision import StitchedBackbone, StitchedForImageClassification
 
 __all__ = [

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
 from .configuration_stitched_vision import StitchedVisionConfig
-from .modeling_stitched import Slices, StitchedModel
+from .modeling_base import Slices, StitchedModel
 from .vision_features import Features, VisionKind, drop_block, image_size
 from .vision_kinds import vision_kind
 from .vision_shapes import classifier, keep_blocks, trace

@@ -1,0 +1,222 @@
+"""What all stitched models are: made from anchors, saved with their code, loaded, published."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .checkpoint_files import HUB_OPTIONS, is_delta, load_whole, replacing
+from .configuration_stitched import StitchedConfig
+
+
+class StitchedModel(PreTrainedModel):
+    """Base of all stitched models; makes them from anchors (KLAS Sec. 5, SN-Net) and loads them.
+
+    `from_anchors`, `from_path` and `from_pretrained` of this class return the class for the task: a
+    `StitchedForCausalLM` for language models, a `StitchedForImageClassification` for image classifiers.
+
+    Example:
+        >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
+        >>> model.save_pretrained(folder)
+        >>> again = StitchedModel.from_pretrained(folder)  # AutoModelForCausalLM loads it too
+        >>> type(again).__name__, torch.equal(again(**batches[0]).logits, model(**batches[0]).logits)
+        ('StitchedForCausalLM', True)
+    """
+
+    config_class = StitchedConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement: list[str] = ["past_key_values"]
+    _fsdp_plan = {"joints.*": "keep_full_weight"}
+    # Auto class → other class that loads the same checkpoint, for machines without klas_hf.
+    carried_classes: ClassVar[dict[str, str]] = {}
+    # What rooms above this one do, by name; klas_hf gives it. The code that a checkpoint carries has none.
+    actions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    # Patterns of what quantisers leave as it is: the stitching layers, and image classifiers' heads (they find an
+    # unembedding by themselves).
+    _keep_in_fp32_modules = [r"(model\.)?joints", r"slices\.\d+\.\w*classifier\w*"]
+
+    @classmethod
+    def from_anchors(cls, source: Any, target: Any, stitch: Any, **kwargs: Any) -> "StitchedModel":
+        """Join the first blocks of `source` to the last blocks of `target`: `from_path` for two anchors.
+
+        Args:
+            source, target: Hub id, local folder or PreTrainedModel; the source is the cheaper one.
+            stitch: `Stitch(i, j)` or `(i, j)`, or any path through the two.
+            kwargs: as for `from_path`; `source_revision` and `target_revision` are commits on the Hub.
+
+        Raises:
+            ValueError: a stitch out of range, or anchors that do not fit each other or are in reversed order.
+            OSError: an anchor cannot be reached.
+
+        Example:
+            >>> model = StitchedModel.from_anchors(
+            ...     "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", stitch=(8, 14), calibration=batches
+            ... )  # doctest: +SKIP
+            >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
+            >>> model.stitching_layers()
+            [Linear(in_features=16, out_features=24, bias=True)]
+        """
+        return cls._action("stitch_anchors")(source, target, stitch, **kwargs)
+
+    @classmethod
+    def from_path(cls, anchors: Any, path: Any, **kwargs: Any) -> "StitchedModel":
+        """The model of a path through anchors; see `klas_hf.stitching.assembly.assemble_path`.
+
+        Args:
+            anchors: Hub ids, local folders or PreTrainedModels; the path names them by position.
+            path: `Path`, its text, or a `Stitch`.
+            kwargs: `calibration` batches for the least-squares start of the stitching layers (None: random, with a
+                warning), their `ridge`; `dtype`, `device_map` and others of `from_pretrained`; `revisions` of the
+                anchors on the Hub; `image_size` in pixels.
+
+        Raises:
+            ValueError: a path out of range, or anchors that do not fit each other.
+            OSError: an anchor cannot be reached.
+
+        Example:
+            >>> model = StitchedModel.from_path([source, target], "1[:1] 1[2:3] 1[3:]", calibration=batches)
+            >>> model.config.path, model.config.num_hidden_layers  # of 4 blocks, the second is a linear map
+            ('1[:1] 1[2:3] 1[3:]', 3)
+        """
+        return cls._action("assemble_path")(anchors, path, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "StitchedModel":
+        """Load a stitched checkpoint, whole or a delta; `StitchedModel` itself loads the class that it names.
+
+        Raises:
+            ValueError: not a stitched model, or written by a newer klas_hf.
+            OSError: damaged, incomplete or pickled; a delta's anchors are not to be had, or others than they were.
+        """
+        name = pretrained_model_name_or_path
+        if name is None:  # from tensors in memory
+            return super().from_pretrained(name, *args, **kwargs)
+        if cls is StitchedModel:
+            return _named_class(name, **kwargs).from_pretrained(name, *args, **kwargs)
+        if is_delta(name, **kwargs):
+            return cls._action("load_delta")(cls, name, *args, **kwargs)
+        return load_whole(super().from_pretrained, name, *args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as any model of transformers, with the code that loads it where klas_hf is not installed.
+
+        A checkpoint that the folder holds stays as it is until the new one is written whole, but for a
+        `distributed_checkpoint`, which all processes write in place.
+
+        Raises:
+            ValueError: `state_dict` with `push_to_hub`.
+        """
+        if push_to_hub and state_dict is not None:
+            raise ValueError(
+                "got state_dict and push_to_hub; expected one of them, as what is pushed is the model's own tensors. "
+                "Save first, then upload the folder (huggingface_hub.upload_folder)"
+            )
+        self.config.auto_map = vars(self.config).get("auto_map", {}) | self.carried_classes
+        if kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
+        with replacing(save_directory, kwargs.get("variant")) as part:
+            super().save_pretrained(part, is_main_process, state_dict, **kwargs)
+        if push_to_hub:
+            names = (
+                "commit_message",
+                "commit_description",
+                "private",
+                "token",
+                "revision",
+                "create_pr",
+                "max_shard_size",
+            )
+            options = {name: kwargs[name] for name in names if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **options)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish the model at `repo_id` in one commit, with a card; `kwargs` as for `klas_hf.hub.publish`."""
+        return self._action("publish")(self, repo_id, **kwargs)
+
+    @classmethod
+    def _action(cls, name: str) -> Callable[..., Any]:
+        if not cls.actions:
+            raise ImportError(
+                "got the code that a checkpoint carries, which can use whole stitched checkpoints only; expected "
+                "klas_hf for anchors, deltas and the Hub. Install it (pip install klas_hf) and import it before "
+                "loading, or merge the delta where it is installed"
+            )
+        return cls.actions[name]
+
+    def stitching_layers(self) -> list[nn.Module]:
+        """The linear layer of every joint."""
+        return list(self.base_model.joints)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """What is loaded in another dtype than asked for: not what is only kept from quantisers."""
+        plan = super()._get_dtype_plan(dtype)
+        return {name: kept for name, kept in plan.items() if name not in StitchedModel._keep_in_fp32_modules}
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """Leave the 2D `attention_mask` as it is: each slice makes its own 4D masks from its own part of the cache.
+
+        Args:
+            attention_mask: `(batch, tokens)`, 0 at padding.
+            kwargs: what transformers passes beside it.
+        """
+        return attention_mask
+
+
+def _named_class(name: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> type[StitchedModel]:
+    """The class that a checkpoint names."""
+    hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+    architectures = (config or AutoConfig.from_pretrained(name, **hub)).architectures
+    by_name = {kind.__name__: kind for kind in _descendants(StitchedModel)}
+    (named,) = architectures or ["nothing"]
+    if named not in by_name:
+        raise ValueError(
+            f"got a checkpoint of {named!r}; expected a stitched model, one of {sorted(by_name)}. Load other models "
+            "with their own class"
+        )
+    return by_name[named]
+
+
+def _descendants(kind: type[StitchedModel]) -> list[type[StitchedModel]]:
+    return [one for child in kind.__subclasses__() for one in (child, *_descendants(child)) if one.__name__[0] != "_"]
+
+
+_PLANS = ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan")
+_NAMES = (
+    "_no_split_modules",
+    "_skip_keys_device_placement",
+    "_keep_in_fp32_modules",
+    "_keep_in_fp32_modules_strict",
+    "_keys_to_ignore_on_load_unexpected",
+    "_keys_to_ignore_on_load_missing",
+)
+
+
+class Slices(nn.ModuleList):
+    """Models in a list that hands on what transformers asks a model's direct children for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _PLANS:  # looked up with all numbers replaced by stars
+            return {f"*.{key}": value for part in self for key, value in (getattr(part, name, None) or {}).items()}
+        if name in _NAMES:
+            return set().union(*(getattr(part, name, None) or () for part in self))
+        return super().__getattr__(name)
