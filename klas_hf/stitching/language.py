@@ -233,12 +233,25 @@ def stitched_state(anchors: Mapping[int, DecoderCheckpoint], config: StitchedCon
         without += [f"{family.embeddings}."] if number else []
         state |= _slice_state(anchors[place], start, stop, f"model.slices.{number}.", tuple(without))
     last = anchors[config.slices[-1][0]]
-    state |= {f"lm_head.{name}": last.tensor(key) for name, key in last.head_keys().items()}
+    for name, key in last.head_keys().items():
+        # Read twice from a file, a tied tensor would be one in memory, which could not be saved under two names.
+        is_embedding = last is anchors[config.slices[0][0]] and last.config.tie_word_embeddings
+        state[f"lm_head.{name}"] = _Copied(last.tensor(key)) if is_embedding else last.tensor(key)
     widths = [one.hidden_size for one in config.slice_configs]
     for number, ends in enumerate(pairwise(widths)):
         layer = nn.Linear(*ends, bias=config.joint_bias)
         state |= {f"model.joints.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
     return state
+
+
+class _Copied:
+    """A tensor of a checkpoint that gets memory of its own when transformers reads it."""
+
+    def __init__(self, tensor: Any):
+        self.tensor = tensor
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.tensor[index].clone()
 
 
 def _slice_state(
