@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+from klas_hf.models.checkpoint_files import VOCABULARY_FILES
 
 
 def tokenizer_vocabulary(name: str | None, **hub: Any) -> dict[str, int] | None:
@@ -14,7 +14,7 @@ def tokenizer_vocabulary(name: str | None, **hub: Any) -> dict[str, int] | None:
         return None
     try:
         files = (
-            cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub) for file in _VOCABULARY_FILES
+            cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub) for file in VOCABULARY_FILES
         )
         if not any(files):  # AutoTokenizer would make up an empty one
             return None

@@ -112,6 +112,7 @@ def save_delta(model: "StitchedModel | PeftModel", folder: str | Path) -> None:
         config.save_pretrained(part)
         if stitched.can_generate():
             stitched.generation_config.save_pretrained(part)
+    stitched.save_processor(folder)
     if not adapter and (folder / _ADAPTER).is_dir():  # of an older delta
         shutil.rmtree(folder / _ADAPTER)
 

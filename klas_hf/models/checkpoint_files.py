@@ -7,6 +7,7 @@ old one; and it fills what a checkpoint lacks with random numbers.
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
 # Of the files' layout and the configuration's meaning; raised when an older klas_hf would misread them. Format 1 had
@@ -22,6 +23,13 @@ from transformers.utils import cached_file
 FORMAT_VERSION = 2
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# AutoTokenizer makes up an empty one where there are none of these.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# What makes each input of a model, and the files of which one lies where it is.
+_PROCESSORS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "input_ids": (AutoTokenizer, VOCABULARY_FILES),
+    "pixel_values": (AutoImageProcessor, ("preprocessor_config.json", "processor_config.json")),
+}
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -69,6 +77,30 @@ def replacing(folder: str | os.PathLike, variant: str | None = None) -> Iterator
             for old in list(folder.iterdir()):
                 if weights.fullmatch(old.name) and old.name not in written:
                     old.unlink()
+
+
+def save_processor(model_input: str, anchor: str, hub: dict[str, Any], folder: str | os.PathLike) -> None:
+    """Save the tokenizer or image processor of an anchor, where it has one and the folder has none.
+
+    Warns where the anchor cannot be reached any more: what is saved beside it may have taken hours.
+
+    Args:
+        model_input: "input_ids" or "pixel_values".
+        anchor: Hub id or folder.
+        hub: revision, token, cache_dir, local_files_only.
+    """
+    kind, files = _PROCESSORS[model_input]
+    if any(Path(folder, file).exists() for file in files):
+        return
+    try:
+        if any(cached_file(anchor, file, _raise_exceptions_for_missing_entries=False, **hub) for file in files):
+            kind.from_pretrained(anchor, **hub).save_pretrained(folder)
+    except OSError as error:
+        warnings.warn(
+            f"saved {str(folder)!r} without what makes its {model_input}, as the anchor {anchor!r} cannot be reached "
+            f"({error}); save it beside the model: {kind.__name__}.from_pretrained(…).save_pretrained(folder)",
+            stacklevel=4,
+        )
 
 
 def is_delta(name: str | os.PathLike, **kwargs: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint_files import HUB_OPTIONS, is_delta, load_whole, replacing
+from .checkpoint_files import HUB_OPTIONS, is_delta, load_whole, replacing, save_processor
 from .configuration_stitched import StitchedConfig
 
 
@@ -42,6 +42,8 @@ class StitchedModel(PreTrainedModel):
     carried_classes: ClassVar[dict[str, str]] = {}
     # What rooms above this one do, by name; klas_hf gives it. The code that a checkpoint carries has none.
     actions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    # Where the tokenizer or image processor that is saved with the model lies: Hub id or folder, options of the Hub.
+    processor_from: tuple[str, dict[str, Any]] | None = None
     # Patterns of what quantisers leave as it is: the stitching layers, and image classifiers' heads (they find an
     # unembedding by themselves).
     _keep_in_fp32_modules = [r"(model\.)?joints", r"slices\.\d+\.\w*classifier\w*"]
@@ -105,8 +107,12 @@ class StitchedModel(PreTrainedModel):
         if cls is StitchedModel:
             return _named_class(name, **kwargs).from_pretrained(name, *args, **kwargs)
         if is_delta(name, **kwargs):
-            return cls._action("load_delta")(cls, name, *args, **kwargs)
-        return load_whole(super().from_pretrained, name, *args, **kwargs)
+            loaded = cls._action("load_delta")(cls, name, *args, **kwargs)
+        else:
+            loaded = load_whole(super().from_pretrained, name, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.processor_from = str(name), {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+        return loaded
 
     def save_pretrained(
         self,
@@ -117,6 +123,9 @@ class StitchedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """Save as any model of transformers, with the code that loads it where klas_hf is not installed.
+
+        The tokenizer or image processor goes along, unless the folder has one: of the anchor that embeds, or of the
+        checkpoint that this was loaded from, where that was on the Hub or in a folder.
 
         A checkpoint that the folder holds stays as it is until the new one is written whole, but for a
         `distributed_checkpoint`, which all processes write in place.
@@ -135,6 +144,8 @@ class StitchedModel(PreTrainedModel):
             return
         with replacing(save_directory, kwargs.get("variant")) as part:
             super().save_pretrained(part, is_main_process, state_dict, **kwargs)
+        if is_main_process:
+            self.save_processor(save_directory)
         if push_to_hub:
             names = (
                 "commit_message",
@@ -161,6 +172,11 @@ class StitchedModel(PreTrainedModel):
                 "loading, or merge the delta where it is installed"
             )
         return cls.actions[name]
+
+    def save_processor(self, folder: str | os.PathLike) -> None:
+        """Save the tokenizer or image processor that goes with the model, if there is one and the folder has none."""
+        if self.processor_from is not None:
+            save_processor(self.main_input_name, *self.processor_from, folder)
 
     def stitching_layers(self) -> list[nn.Module]:
         """The linear layer of every joint."""

@@ -7,13 +7,11 @@ stitching layer between tokens is linear, between maps a 1×1 convolution; from 
 flattened or folded, so both must have the same.
 """
 
-import os
-from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
@@ -85,8 +83,6 @@ class _StitchedVision(StitchedModel):
     input_modalities = ("image",)
     _skip_keys_device_placement: list[str] = []
     _can_compile_fullgraph = False
-    # Id or folder of the anchor that embeds, and options of the Hub: its image processor is saved with the model.
-    image_processor_from: tuple[str, dict[str, Any]] | None = None
     # A checkpoint of an anchor, or of the classifier for the backbone, has more than is used here.
     _keys_to_ignore_on_load_unexpected = [r"^slices\."]
 
@@ -106,16 +102,6 @@ class _StitchedVision(StitchedModel):
     def stitching_layers(self) -> list[nn.Module]:
         """The linear layer or 1×1 convolution of every joint."""
         return [joint.projection for joint in self.joints]
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
-        """Save as any stitched model, with the image processor of the anchor that embeds, where that has one."""
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if self.image_processor_from is not None and is_main_process:
-            name, hub = self.image_processor_from
-            with suppress(OSError):  # it has none
-                AutoImageProcessor.from_pretrained(name, **hub).save_pretrained(save_directory)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.slices[0].get_input_embeddings()

@@ -121,4 +121,10 @@ def _assemble(
         logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")
         kwargs["dtype"] = kwargs.pop("torch_dtype")
     join = stitch_classifiers if is_vision(configs[0]) else stitch_decoders
-    return join(anchors, path, revisions=revisions, **kwargs)
+    model = join(anchors, path, revisions=revisions, **kwargs)
+    embeds = path.slices[0].anchor
+    if not isinstance(anchors[embeds], PreTrainedModel):
+        hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+        revision = None if revisions is None else revisions[embeds]
+        model.processor_from = str(anchors[embeds]), with_revision(hub, revision)
+    return model

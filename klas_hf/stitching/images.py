@@ -72,9 +72,6 @@ def stitch_classifiers(
         model = load_parts(
             StitchedForImageClassification, config, state, dtype=dtype, device_map=device_map, **options
         ).eval()
-        embedding = path.slices[0].anchor
-        if not isinstance(anchors[embedding], PreTrainedModel):
-            model.image_processor_from = str(anchors[embedding]), with_revision(hub, revisions[embedding])
         if path.joints and batches is None:
             warn_of_random_stitches()
         elif batches is not None and path.joints:
