@@ -8,7 +8,7 @@ hidden states of language models have both.
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -139,19 +139,8 @@ def joint_equations(parts: Sequence[NormalEquations]) -> NormalEquations:
     shift_x = torch.stack([part.shift_x * part.rows + part.sum_x for part in parts]).sum(0) / max(rows, 1)
     shift_y = torch.stack([part.shift_y * part.rows + part.sum_y for part in parts]).sum(0) / max(rows, 1)
     moved = [part.about(shift_x, shift_y) for part in parts]
-    first, *others = moved
-    for other in others:
-        first = NormalEquations(
-            first.rows + other.rows,
-            shift_x,
-            shift_y,
-            first.sum_x + other.sum_x,
-            first.sum_y + other.sum_y,
-            first.gram + other.gram,
-            first.cross + other.cross,
-            first.square_y + other.square_y,
-        )
-    return first
+    summed = ("rows", "sum_x", "sum_y", "gram", "cross", "square_y")
+    return replace(moved[0], **{name: sum(getattr(part, name) for part in moved) for name in summed})
 
 
 class LeastSquares:
