@@ -5,42 +5,18 @@ config's top level (depth, widths, vocabulary, layer types) is derived from them
 """
 
 import sys
-from collections.abc import Callable
 from itertools import chain
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from .checkpoint_files import FORMAT_VERSION, check_format, path_text
-
-_DERIVED = (
-    "format_version",
-    "path",
-    "num_hidden_layers",
-    "vocab_size",
-    "hidden_size",
-    "embedding_size",
-    "layer_types",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "sliding_window",
-)
+from .configuration_base import PathConfig, as_config, derived
 
 # Query and value projections under the names of all families.
 _LORA_TARGETS = r".*\.(q_proj|v_proj|query_key_value|qkv_proj)"
 
 
-def _derived(value: Callable[["StitchedConfig"], Any]) -> Any:
-    """A property that follows from the slices.
-
-    It has a setter because PreTrainedConfig assigns every key of a JSON file: what stands there is the same value.
-    """
-    return property(value, lambda self, same: None)
-
-
-class StitchedConfig(PreTrainedConfig):
+class StitchedConfig(PathConfig):
     """Configuration of every stitched language model; `StitchedModel.from_path` makes it.
 
     Args:
@@ -68,22 +44,25 @@ class StitchedConfig(PreTrainedConfig):
     """
 
     model_type = "stitched"
-    _auto_class = "AutoConfig"  # a checkpoint carries its code
+    listed: ClassVar[str] = "slice_configs"
+    written: ClassVar[tuple[str, ...]] = (
+        *PathConfig.written,
+        "num_hidden_layers",
+        "vocab_size",
+        "hidden_size",
+        "embedding_size",
+        "layer_types",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "sliding_window",
+    )
     keys_to_ignore_at_inference = ["past_key_values"]
-    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
 
     slice_configs: Any = None
-    slices: Any = None
-    anchor_blocks: list[int] | None = None
     slice_norms: list[str] | None = None
     head_bias: bool = False
-    joint_bias: bool = True
-    joint_fits: list[dict[str, Any]] | None = None
-    anchor_names: list[Any] | None = None
-    anchor_revisions: list[Any] | None = None
-    training: dict[str, Any] | None = None
-    delta: dict[str, Any] | None = None
-    initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -91,7 +70,7 @@ class StitchedConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.slice_configs = [_as_config(config) for config in self.slice_configs or [None]]
+        self.slice_configs = [as_config(config, "llama") for config in self.slice_configs or [None]]
         if self.slices is None:  # transformers makes default instances, to compare with
             self.slices = [[0, 0, self.slice_configs[0].num_hidden_layers]]
         self.slices = [list(one) for one in self.slices]
@@ -99,33 +78,10 @@ class StitchedConfig(PreTrainedConfig):
         self.slice_norms = self.slice_norms or ["norm"] * len(self.slices)
         super().__post_init__(**kwargs)
 
-    @property
-    def sub_configs(self) -> dict[str, Any]:
-        """`slice_0`, `slice_1`, …: where transformers sets dtypes and attention implementations, by these names."""
-        return {f"slice_{number}": AutoConfig for number in range(len(self.slice_configs or ()))}
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("slice_") and name[6:].isdigit() and int(name[6:]) < len(self.slice_configs):
-            return self.slice_configs[int(name[6:])]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        check_format(config_dict)
-        return super().from_dict(config_dict, **kwargs)
-
     def to_dict(self) -> dict[str, Any]:
-        """All fields, with the derived ones: adapters and servers read the JSON."""
+        """All fields, with the derived ones; read by PEFT, which then finds the model's LoRA targets."""
         _enter_lora_targets(self.model_type)
-        return super().to_dict() | self._own_fields()
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to config.json: differences from the defaults, and the derived fields."""
-        return super().to_diff_dict() | self._own_fields()
-
-    def _own_fields(self) -> dict[str, Any]:
-        derived = {name: getattr(self, name) for name in _DERIVED}
-        return derived | {"slice_configs": [config.to_dict() for config in self.slice_configs]}
+        return super().to_dict()
 
     @property
     def vocab_size(self) -> int:
@@ -136,20 +92,18 @@ class StitchedConfig(PreTrainedConfig):
         for config in self.slice_configs:
             config.vocab_size = value
 
-    format_version = _derived(lambda self: FORMAT_VERSION)
-    path = _derived(lambda self: path_text(self.slices))
-    per_layer_config = _derived(lambda self: list(chain.from_iterable(map(_layers, self.slice_configs))))
-    num_hidden_layers = _derived(lambda self: len(self.per_layer_config))
-    hidden_size = _derived(lambda self: self.slice_configs[-1].hidden_size)
-    embedding_size = _derived(lambda self: self.slice_configs[0].hidden_size)
-    max_position_embeddings = _derived(lambda self: min(one.max_position_embeddings for one in self.slice_configs))
-    layer_types = _derived(lambda self: list(chain.from_iterable(map(_layer_types, self.slice_configs))))
-    num_attention_heads = _derived(lambda self: self.slice_configs[-1].num_attention_heads)
+    per_layer_config = derived(lambda self: list(chain.from_iterable(map(_layers, self.slice_configs))))
+    num_hidden_layers = derived(lambda self: len(self.per_layer_config))
+    hidden_size = derived(lambda self: self.slice_configs[-1].hidden_size)
+    embedding_size = derived(lambda self: self.slice_configs[0].hidden_size)
+    max_position_embeddings = derived(lambda self: min(one.max_position_embeddings for one in self.slice_configs))
+    layer_types = derived(lambda self: list(chain.from_iterable(map(_layer_types, self.slice_configs))))
+    num_attention_heads = derived(lambda self: self.slice_configs[-1].num_attention_heads)
     # What must be alike in all layers to have a place at the top; None where it is not.
-    num_key_value_heads = _derived(lambda self: _only({kv_shape(layer)[0] for layer in self.per_layer_config}))
-    head_dim = _derived(lambda self: _only({kv_shape(layer)[1] for layer in self.per_layer_config}))
+    num_key_value_heads = derived(lambda self: _only({kv_shape(layer)[0] for layer in self.per_layer_config}))
+    head_dim = derived(lambda self: _only({kv_shape(layer)[1] for layer in self.per_layer_config}))
     # One number for transformers < 5.19, whose caches read it here: the widest keeps enough for every layer.
-    sliding_window = _derived(lambda self: max(self.sliding_windows(), default=None))
+    sliding_window = derived(lambda self: max(self.sliding_windows(), default=None))
 
     def sliding_windows(self) -> set[int]:
         """The windows, in tokens, of the layers that have one."""
@@ -170,15 +124,6 @@ def _enter_lora_targets(model_type: str) -> None:
     table = sys.modules.get("peft.utils.constants")
     if table is not None:
         table.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, _LORA_TARGETS)
-
-
-def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
-    if config is None:  # transformers makes default instances, to compare with
-        return CONFIG_MAPPING["llama"]()
-    if isinstance(config, PreTrainedConfig):
-        return config
-    config = dict(config)
-    return CONFIG_MAPPING[config.pop("model_type")](**config)
 
 
 def _layer_types(config: PreTrainedConfig) -> list[str]:

@@ -6,23 +6,16 @@ place in the whole, so the models are built whole (on the meta device) and what 
 
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .checkpoint_files import FORMAT_VERSION, check_format, path_text
+from .configuration_base import PathConfig, as_config
 from .vision_features import image_size
 from .vision_kinds import vision_kind
 from .vision_shapes import trace
 
-_DERIVED = ("format_version", "path")
 
-
-def _derived(value: Any) -> Any:
-    """A property with a setter, because PreTrainedConfig assigns every key of a JSON file: there stands the same."""
-    return property(value, lambda self, same: None)
-
-
-class StitchedVisionConfig(BackboneConfigMixin, PreTrainedConfig):
+class StitchedVisionConfig(BackboneConfigMixin, PathConfig):
     """Configuration of `StitchedForImageClassification` and `StitchedBackbone`.
 
     Args:
@@ -49,22 +42,12 @@ class StitchedVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "stitched_vision"
-    _auto_class = "AutoConfig"  # a checkpoint carries its code
-    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
+    listed: ClassVar[str] = "anchor_configs"
 
     anchor_configs: Any = None
-    slices: Any = None
-    anchor_blocks: list[int] | None = None
     joint_channels: Any = None
     image_size: list[int] | None = None
-    joint_bias: bool = True
-    joint_fits: list[dict[str, Any]] | None = None
     drop_path_rate: float = 0.0
-    initializer_range: float = 0.02
-    anchor_names: list[Any] | None = None
-    anchor_revisions: list[Any] | None = None
-    training: dict[str, Any] | None = None
-    delta: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.anchor_configs = [as_config(config) for config in self.anchor_configs or [None]]
@@ -78,36 +61,6 @@ class StitchedVisionConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
-
-    @property
-    def sub_configs(self) -> dict[str, Any]:
-        """`anchor_0`, `anchor_1`, …: where transformers sets attention implementations, by these names."""
-        return {f"anchor_{number}": AutoConfig for number in range(len(self.anchor_configs or ()))}
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("anchor_") and name[7:].isdigit() and int(name[7:]) < len(self.anchor_configs):
-            return self.anchor_configs[int(name[7:])]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        check_format(config_dict)
-        return super().from_dict(config_dict, **kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, with the derived ones."""
-        return super().to_dict() | self._own_fields()
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to config.json: differences from the defaults, and the derived fields."""
-        return super().to_diff_dict() | self._own_fields()
-
-    def _own_fields(self) -> dict[str, Any]:
-        derived = {name: getattr(self, name) for name in _DERIVED}
-        return derived | {"anchor_configs": [config.to_dict() for config in self.anchor_configs]}
-
-    format_version = _derived(lambda self: FORMAT_VERSION)
-    path = _derived(lambda self: path_text(self.slices))
 
     @property
     def num_channels(self) -> int:
@@ -139,16 +92,6 @@ class StitchedVisionConfig(BackboneConfigMixin, PreTrainedConfig):
             inside = range(first, stop if last else stop - 1)
             ends += [(place, n) for n in inside if of_block[n : n + 1] != of_block[n + 1 : n + 2]]
         return ends
-
-
-def as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
-    """A configuration from its dict; transformers makes default instances too, to compare with."""
-    if config is None:
-        return CONFIG_MAPPING["vit"]()
-    if isinstance(config, PreTrainedConfig):
-        return config
-    config = dict(config)
-    return CONFIG_MAPPING[config.pop("model_type")](**config)
 
 
 def _stages(config: PreTrainedConfig) -> list[int]:
