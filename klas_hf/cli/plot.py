@@ -37,11 +37,11 @@ def run(options: PlotOptions) -> int:
 
 
 def _heatmap(scores: StitchScores, metric: str | None, stem: Path) -> None:
-    """The score asked for; else Θ and Γ where probes were used, or the score that the file is ranked by."""
-    if metric is None and "klas" in scores.available:
+    """The score asked for; else all that `StitchScores.plot` shows."""
+    if metric is None:
         scores.plot(stem)
     else:
-        chosen = scores if metric is None else scores.with_score(metric)
+        chosen = scores.with_score(metric)
         plotting.heatmaps({chosen.score: chosen.values[:, 1:]}, "target block j", "source block i", stem)
 
 

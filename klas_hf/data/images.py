@@ -281,16 +281,8 @@ class ImageBatches(WithClasses):
             }
 
 
-def image_batches(
-    images: ImageSet,
-    batch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    count: int | None = None,
-    seed: int | None = None,
-) -> ImageBatches:
-    """`ImageBatches` of a set, for probes, calibration, scoring and evaluation."""
-    return ImageBatches(images, batch_size, mean, std, count, seed)
+# The verb, for probes, calibration, scoring and evaluation.
+image_batches = ImageBatches
 
 
 def _check_classes(labels: Sequence[int], source: str) -> None:

@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from klas_hf import plotting
 from klas_hf.hub.licences import attribution, is_legal_file, stated_licence
 from klas_hf.hub.pages import AnchorPage
 from klas_hf.hub.results import draw_curve
@@ -68,11 +66,7 @@ def draw_picture(
     if rows:
         draw_curve(rows, metric, subject.paths, folder / "curve.png")
     if isinstance(what, StitchScores):
-        if np.isfinite(what.cross).any():
-            figure = what.plot()
-        else:  # functional scores have no probes to plot
-            figure = plotting.heatmaps({what.score: what.values}, "target block j + 1", "source block i")
-        figure.savefig(folder / "heatmap.png", dpi=130)
+        what.plot().savefig(folder / "heatmap.png", dpi=130)
 
 
 def save(folder: Path, what: PreTrainedModel | StitchScores, subject: Subject, max_shard_size: int | str) -> None:
