@@ -16,7 +16,7 @@ RANDOM_STITCH = (
 
 def warn_of_random_stitches() -> None:
     """Warn whoever called `from_anchors` or `from_path`."""
-    warnings.warn(RANDOM_STITCH, stacklevel=6)
+    warnings.warn(RANDOM_STITCH, stacklevel=7)
 
 
 def load_parts(
