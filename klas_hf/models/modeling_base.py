@@ -79,8 +79,9 @@ class StitchedModel(PreTrainedModel):
             anchors: Hub ids, local folders or PreTrainedModels; the path names them by position.
             path: `Path`, its text, or a `Stitch`.
             kwargs: `calibration` batches for the least-squares start of the stitching layers (None: random, with a
-                warning), their `ridge`; `dtype`, `device_map` and others of `from_pretrained`; `revisions` of the
-                anchors on the Hub; `image_size` in pixels.
+                warning), of which `calibration_items` sequences or images are read (None: 256, or as many more as make
+                ten rows per feature); the `ridge` of the fits; `dtype`, `device_map` and others of `from_pretrained`;
+                `revisions` of the anchors on the Hub; `image_size` in pixels.
 
         Raises:
             ValueError: a path out of range, or anchors that do not fit each other.

@@ -40,6 +40,8 @@ def assemble_path(
         revisions: commits of the anchors on the Hub.
         kwargs: `calibration`: batches of token ids (see `token_batches`) or images (`image_batches`) on which the
             stitching layers are fitted by least squares, one after the other; None leaves them random, with a warning.
+            `calibration_items`: read so many sequences or images, in whole batches, spread over all batches where
+            their number is known; None: 256, or as many more as make ten rows per feature.
             `ridge`: penalty of the fits; None chooses (see `LeastSquares.solve`). `dtype`: None takes that of the last
             anchor. `device_map` and others as for `from_pretrained`; for images also `image_size`, where the anchors'
             configurations are for different ones.

@@ -31,6 +31,7 @@ from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.models.vision_shapes import FeatureShape, trace
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.processes import progress, shared_out, sum_over_processes
+from klas_hf.stitching.calibration import sampled
 from klas_hf.stitching.loading import load_parts, warn_of_random_stitches, with_revision, write_parameter
 
 
@@ -39,6 +40,7 @@ def stitch_classifiers(
     path: AnchorPath,
     *,
     calibration: Iterable[Any] | None = None,
+    calibration_items: int | None = None,
     ridge: float | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
@@ -65,7 +67,12 @@ def stitch_classifiers(
         config = stitched_vision_config(configs, path, size)
         config.anchor_names = [opened[place].name if place in opened else None for place in range(len(anchors))]
         config.anchor_revisions = [opened[place].revision if place in opened else None for place in range(len(anchors))]
-        batches = None if calibration is None else usable_images(calibration, *used)
+        batches = None
+        if calibration is not None:
+            joints = _joined(configs, path, size)
+            features = max((left.channels / (left.height * left.width) for left, _ in joints), default=0.0)
+            chosen = sampled(calibration, image_batches, len, lambda _: features, calibration_items)
+            batches = usable_images(chosen, *used)
         dtype = last.dtype if dtype in (None, "auto") else dtype
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         state = _state(opened, config)

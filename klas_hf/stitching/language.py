@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain, pairwise
@@ -25,6 +25,7 @@ from klas_hf.models import StitchedConfig, StitchedForCausalLM
 from klas_hf.models.modeling_stitched import StitchedTextModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.processes import progress, shared_out, sum_over_processes
+from klas_hf.stitching.calibration import sampled
 from klas_hf.stitching.loading import load_parts, prefix_map, warn_of_random_stitches, with_revision, write_parameter
 
 
@@ -33,6 +34,7 @@ def stitch_decoders(
     path: AnchorPath,
     *,
     calibration: Iterable[Any] | None = None,
+    calibration_items: int | None = None,
     ridge: float | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
@@ -55,7 +57,10 @@ def stitch_decoders(
         first, last = opened[path.slices[0].anchor], opened[path.slices[-1].anchor]
         config = stitched_config(opened, path, len(anchors))
         check_vocabularies(first.name, first.config, last.name, last.config, **hub)
-        batches = None if calibration is None else usable_batches(calibration, config.bos_token_id)
+        batches = None
+        if calibration is not None:
+            chosen = _sampled(calibration, config, calibration_items)
+            batches = usable_batches(chosen, config.bos_token_id)
         loading = {"dtype": last.dtype if dtype in (None, "auto") else dtype, "device_map": device_map}
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         model = load_parts(StitchedForCausalLM, config, stitched_state(opened, config), **loading, **options)
@@ -114,6 +119,17 @@ def stitched_config(anchors: Mapping[int, DecoderCheckpoint], path: AnchorPath, 
         eos_token_id=last.config.eos_token_id,
         pad_token_id=last.config.pad_token_id,
         architectures=["StitchedForCausalLM"],
+    )
+
+
+def _sampled(calibration: Iterable[Any], config: StitchedConfig, items: int | None) -> Iterator[TokenBatch]:
+    width = max(one.hidden_size for one in config.slice_configs)
+    return sampled(
+        calibration,
+        token_batches,
+        lambda batch: len(batch.input_ids),
+        lambda batch: width * len(batch.input_ids) / max(1, int(batch.attention_mask.sum())),
+        items,
     )
 
 
