@@ -21,8 +21,7 @@ from klas_hf.anchors import LanguageAnchor, TokenBatch
 from klas_hf.maths.divergences import pairwise_kl
 from klas_hf.probes import ProbeConfig, ProbeNet, fit_probes
 from klas_hf.scores.driver import WORKSPACE_BYTES
-from klas_hf.scores.probed import ProbedSums
-from klas_hf.scores.sides import DecoderPair
+from klas_hf.scores.probed import Distributions, ProbedSums
 
 NARROW = 64  # width of the anchors whose memory is watched: what grows is not their weights
 
@@ -62,12 +61,11 @@ def main(options: Options) -> None:
 def peak_memory(options: Options) -> tuple[int, int]:
     """Bytes of the process at its peak, after one batch and after three more."""
     anchors = thin_anchors(options, NARROW, NARROW)
-    pair = DecoderPair(*anchors, options.workspace_bytes)
-    sums = ProbedSums(pair, logit_probes(anchors))
+    sums = ProbedSums(Distributions(anchors, options.workspace_bytes), logit_probes(anchors))
     peaks = []
     for count in (1, 3):
         for _ in range(count):
-            add(sums, pair, batch(options, anchors[0]))
+            add(sums, batch(options, anchors[0]))
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # Linux counts in KiB
     return peaks[0], peaks[1]
 
@@ -94,25 +92,26 @@ def cross_part(options: Options) -> tuple[float, float]:
 def whole_pass(options: Options) -> tuple[float, float]:
     """Seconds of scoring a batch, and of what cannot be spared: both forwards and every unembedding."""
     anchors = thin_anchors(options, options.source_width, options.target_width)
-    pair = DecoderPair(*anchors, options.workspace_bytes)
-    sums = ProbedSums(pair, logit_probes(anchors))
+    distributions = Distributions(anchors, options.workspace_bytes)
+    sums = ProbedSums(distributions, logit_probes(anchors))
     tokens = batch(options, anchors[0])
-    counted = tokens.counted(None)
 
     def least() -> None:
-        hidden = [torch.stack([h[counted] for h in anchor.hidden_states(tokens)]) for anchor in anchors]
-        for start in range(0, options.tokens, pair.chunk):
+        hidden = [
+            torch.stack([anchor.rows(state, tokens) for state in anchor.states(tokens)[1:]]) for anchor in anchors
+        ]
+        for start in range(0, options.tokens, distributions.chunk):
             for anchor, states in zip(anchors, hidden, strict=True):
-                anchor.logits(states[:, start : start + pair.chunk])
+                anchor.logits(states[:, start : start + distributions.chunk])
 
     least()  # the first touch of the weights is nobody's
-    return seconds(lambda: add(sums, pair, tokens), least, repeats=options.repeats)
+    return seconds(lambda: add(sums, tokens), least, repeats=options.repeats)
 
 
 @torch.no_grad()
-def add(sums: ProbedSums, pair: DecoderPair, tokens: TokenBatch) -> None:
+def add(sums: ProbedSums, tokens: TokenBatch) -> None:
     """What scoring does with a batch."""
-    sums.update(pair.states(tokens), tokens)
+    sums.update([anchor.states(tokens) for anchor in sums.distributions.anchors], tokens)
 
 
 def thin_anchors(options: Options, *widths: int) -> tuple[LanguageAnchor, LanguageAnchor]:

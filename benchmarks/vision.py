@@ -42,6 +42,7 @@ from klas_hf import (
     score_stitches,
     train_probes,
 )
+from klas_hf.anchors.images import image_batches
 from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.paths import Stitch
 from klas_hf.probes import ImageProbeConfig, ImageProbeNet
@@ -232,8 +233,7 @@ def one_probe(
 
     def features(data: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         return [
-            (anchor.kind.pooled(anchor.features(batch["pixel_values"], stop)[block + 1]), batch["labels"])
-            for batch in data
+            (anchor.kind.pooled(anchor.states(batch, stop)[block + 1]), batch.labels) for batch in image_batches(data)
         ]
 
     kept, validation = features(train), features(held)
@@ -286,7 +286,7 @@ def step(network: nn.Module, batch: dict[str, Tensor], **options: object) -> Non
 def supernet_step(options: Options, folder: Path) -> dict[str, float]:
     config = StitchedSupernet.config_class.from_pretrained(folder / "supernet")
     make = StitchedSupernetForImageClassification
-    return step_memory(options, lambda: make(config), path=Stitch(*config.stitches[0]))
+    return step_memory(options, lambda: make(config), path=config.paths[0])
 
 
 def plain_step(options: Options, folder: Path) -> dict[str, float]:

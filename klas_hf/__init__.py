@@ -53,9 +53,11 @@ if TYPE_CHECKING:
     from klas_hf.selection.klas import best_stitches, match_stitches, select_stitches, shortlist_stitches
     from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stitches
     from klas_hf.selection.snnet import snnet_groups, snnet_stitches
-    from klas_hf.stitching.supernet import StitchedSupernet
-    from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
-    from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
+    from klas_hf.stitching import (
+        StitchedSupernet,
+        StitchedSupernetForCausalLM,
+        StitchedSupernetForImageClassification,
+    )
     from klas_hf.training import (
         Augmentation,
         TrainingConfig,
@@ -103,9 +105,11 @@ _PLACES = {
     "klas_hf.selection.klas": ("best_stitches", "match_stitches", "select_stitches", "shortlist_stitches"),
     "klas_hf.selection.rivals": ("esta_stitches", "min_kl_stitches", "random_stitches"),
     "klas_hf.selection.snnet": ("snnet_groups", "snnet_stitches"),
-    "klas_hf.stitching.supernet": ("StitchedSupernet",),
-    "klas_hf.stitching.supernet_images": ("StitchedSupernetForImageClassification",),
-    "klas_hf.stitching.supernet_language": ("StitchedSupernetForCausalLM",),
+    "klas_hf.stitching": (
+        "StitchedSupernet",
+        "StitchedSupernetForCausalLM",
+        "StitchedSupernetForImageClassification",
+    ),
     "klas_hf.training": (
         "Augmentation",
         "TrainingConfig",

@@ -5,20 +5,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from tiny_vision import SIDE, possible, randomise_stitch, reference_logits, tiny_classifier, tiny_pair
+from tiny_vision import SIDE, path_logits, possible, randomise_stitch, tiny_classifier, tiny_pair
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from klas_hf import Stitch, StitchedSupernet
+from klas_hf import Path, Stitch, StitchedSupernet
 
 Models = Sequence[PreTrainedModel]
 
 
-def tiny_supernet(anchors: Models, stitches: Iterable[Any], **options: Any) -> StitchedSupernet:
+def tiny_supernet(anchors: Models, paths: Iterable[Any], **options: Any) -> StitchedSupernet:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the stitching layer is random")
-        supernet = StitchedSupernet.from_anchors(anchors, stitches, **options)
-    for number, layer in enumerate(supernet.stitches):
+        supernet = StitchedSupernet.from_anchors(anchors, paths, **options)
+    for number, layer in enumerate(supernet.joints):
         randomise_stitch(layer.projection, seed=number)
     return supernet
 
@@ -41,14 +41,16 @@ def three_vits() -> Models:
 
 
 def stitches_of(supernet: StitchedSupernet) -> list[Stitch]:
-    return [path for path in supernet.paths if isinstance(path, Stitch)]
+    return [path.stitch for path in supernet.paths if path.stitch]
+
+
+def alone(place: int) -> Path:
+    """The path that is an anchor."""
+    return Path.parse(f"{place}[:]")
 
 
 @torch.no_grad()
-def by_hooks(supernet: StitchedSupernet, anchors: Models, path: int | Stitch, pixels: Tensor) -> Tensor:
+def by_hooks(supernet: StitchedSupernet, anchors: Models, path: Path | Stitch, pixels: Tensor) -> Tensor:
     """What a path should give, from hooks on the whole anchors."""
-    if isinstance(path, int):
-        return anchors[path](pixels).logits
-    layer = supernet.layer_of(path).projection
-    ends = path.source_stop, path.target_start
-    return reference_logits(anchors[path.source], anchors[path.target], ends, layer.weight, layer.bias, pixels)
+    layers = [joint.projection for joint in supernet.joints_of(path)]
+    return path_logits(anchors, Path.of(path), [(layer.weight, layer.bias) for layer in layers], pixels)

@@ -1,7 +1,8 @@
 """Batches of token ids, and which of their tokens count in a fit or an average."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,40 +11,67 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Whole sequences of token ids.
+    """Whole sequences of token ids; a unit is a token that counts.
 
     Attributes:
         input_ids: `(batch, tokens)`.
         attention_mask: `(batch, tokens)`, 1 at tokens and 0 at padding.
+        bos_token_id: of the model that reads them, where it has one.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    bos_token_id: int | None = None
 
-    def counted(self, bos_token_id: int | None) -> Tensor:
-        """`(batch, tokens)` bool: tokens that count in fits and averages.
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @cached_property
+    def counted(self) -> Tensor:
+        """`(batch, tokens)` bool on the CPU: tokens that count in fits and averages.
 
         Padding does not, nor does BOS, nor the first token of a sequence where a model has no BOS: attention sinks
         there, and its activations are unlike all others.
         """
-        present = self.attention_mask.bool()
-        first = present & (present.cumsum(1) == 1)
-        counted = present & ~first
-        return counted if bos_token_id is None else counted & (self.input_ids != bos_token_id)
+        present = self.attention_mask.bool().cpu()
+        counted = present & (present.cumsum(1) != 1)
+        return counted if self.bos_token_id is None else counted & (self.input_ids.cpu() != self.bos_token_id)
+
+    @cached_property
+    def unit_items(self) -> Tensor:
+        """`(units,)` the sequence that each unit belongs to, for standard errors."""
+        return self.counted.nonzero()[:, 0]
+
+    @cached_property
+    def unit_labels(self) -> Tensor:
+        """`(units,)` the token that follows each unit, -1 where none does."""
+        following = torch.full(self.input_ids.shape, -1)
+        known = self.attention_mask[:, 1:].bool()
+        following[:, :-1] = torch.where(known, self.input_ids[:, 1:], -1).cpu()
+        return following[self.counted]
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a causal language model's forward takes."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device))
+        """The same on a device."""
+        return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
 
 
-def token_batches(data: Iterable[Any]) -> Iterator[TokenBatch]:
+def token_batches(data: Iterable[Any], bos_token_id: int | None = None) -> Iterator[TokenBatch]:
     """Read batches: mappings with `input_ids` and perhaps `attention_mask`, or plain tensors of ids.
+
+    Args:
+        bos_token_id: of the model that reads them.
 
     Raises:
         TypeError, ValueError: a batch is of neither form, or is not `(batch, tokens)`.
     """
     for batch in data:
         if isinstance(batch, TokenBatch):
-            yield batch
+            yield batch if bos_token_id is None else replace(batch, bos_token_id=bos_token_id)
             continue
         if not isinstance(batch, Tensor | Mapping):
             raise TypeError(
@@ -61,4 +89,4 @@ def token_batches(data: Iterable[Any]) -> Iterator[TokenBatch]:
                 f"got input_ids of shape {tuple(input_ids.shape)} and attention_mask of shape {tuple(mask.shape)}; "
                 "expected both as (batch, tokens)"
             )
-        yield TokenBatch(input_ids, mask)
+        yield TokenBatch(input_ids, mask, bos_token_id)

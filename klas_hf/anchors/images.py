@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Normalised images.
+    """Normalised images; a unit is an image.
 
     Attributes:
         pixel_values: `(batch, channels, height, width)`.
@@ -22,6 +22,21 @@ class ImageBatch:
 
     def __len__(self) -> int:
         return len(self.pixel_values)
+
+    @property
+    def unit_items(self) -> Tensor:
+        """`(units,)` the image that each unit is."""
+        return torch.arange(len(self))
+
+    @property
+    def unit_labels(self) -> Tensor | None:
+        """`(units,)` true classes, or None where they are not known."""
+        return self.labels
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What an image classifier's forward takes."""
+        return {"pixel_values": self.pixel_values}
 
     def labelled(self) -> tuple[Tensor, Tensor]:
         """Pixels and labels.

@@ -1,8 +1,7 @@
 """A causal language model as an anchor: its blocks' hidden states, and its head on any of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +9,31 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from klas_hf.anchors.batches import TokenBatch
+from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.batches import TokenBatch, token_batches
+from klas_hf.anchors.decoder_parts import decoder_part
 from klas_hf.anchors.families import DECODER_FAMILIES, decoder_family
-from klas_hf.anchors.weights import evaluating, fingerprint
+from klas_hf.anchors.vocabularies import check_vocabularies
+from klas_hf.anchors.weights import evaluating
 from klas_hf.models.modeling_stitched import scale_logits
 from klas_hf.models.vision_kinds import VISION_KINDS
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
-class LanguageAnchor:
-    """A pretrained causal LM, read by blocks.
-
-    Args:
-        model: the model; it is not changed.
-        revision: its commit on the Hub, where known.
+class LanguageAnchor(Anchor[TokenBatch, Tensor]):
+    """A pretrained causal LM, read by blocks; a state is `(batch, tokens, width)`.
 
     Raises:
         ValueError: its family is unknown.
     """
 
+    unit = "token that is neither padding nor BOS"
+
     def __init__(self, model: PreTrainedModel, revision: str | None = None):
         self.family = decoder_family(model.config)
-        self.model = model
-        self.config = model.config
-        self.revision = revision
-        self.path: str | None = str(model.config.name_or_path) or None
-        self.name = self.path or type(model).__name__
+        super().__init__(model, revision)
+        self._parts: dict[tuple[int, int, bool], PreTrainedModel] = {}
 
     @property
     def decoder(self) -> PreTrainedModel:
@@ -55,36 +52,80 @@ class LanguageAnchor:
         return self.config.hidden_size
 
     @property
+    def widths(self) -> list[int]:
+        return [self.width] * (self.num_blocks + 1)
+
+    @property
+    def classes(self) -> int:
+        return self.config.vocab_size
+
+    @property
     def device(self) -> torch.device:
-        """Where token ids go."""
         return self.model.get_input_embeddings().weight.device
 
+    def read(self, data: Iterable[Any]) -> Iterator[TokenBatch]:
+        return token_batches(data, self.config.bos_token_id)
+
+    def check_like(self, other: "LanguageAnchor") -> None:
+        check_vocabularies(self.path, self.config, other.path, other.config)
+
+    def front(self, inputs: Mapping[str, Any], stop: int) -> Tensor:
+        return self._part(0, stop, fed=False)(**dict(inputs) | {"use_cache": False}).last_hidden_state
+
+    def run(self, state: Tensor, inputs: Mapping[str, Any], start: int, stop: int) -> Tensor:
+        if start == stop:
+            return state
+        given = {name: value for name, value in inputs.items() if name != "input_ids"}
+        mask = given.get("attention_mask")
+        if mask is not None:
+            mask = mask.to(state.device)
+            given["attention_mask"] = mask if len(mask) == len(state) else mask.repeat(len(state) // len(mask), 1)
+        part = self._part(start, stop, fed=True)
+        return part(inputs_embeds=state, **given | {"use_cache": False}).last_hidden_state
+
     @torch.no_grad()
-    def hidden_states(self, batch: TokenBatch) -> list[Tensor]:
-        """Output of every block, `num_blocks` tensors `(batch, tokens, width)`; the last one is not normed.
+    def states(self, batch: TokenBatch, stop: int | None = None) -> list[Tensor]:
+        stop = self.num_blocks if stop is None else stop
+        with evaluating(self.model), captured_states(self.blocks[:stop]) as states:
+            last = self.front(batch.to(self.device).inputs, stop)
+        return states or [last]
 
-        Dropout is off meanwhile.
-        """
-        batch = batch.to(self.device)
-        with evaluating(self.model), captured_outputs(self.blocks) as outputs:
-            self.decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        return outputs
+    def logits(self, state: Tensor) -> Tensor:
+        norm, head = self.decoder.get_submodule(self.family.norm), self.model.get_output_embeddings()
+        normed = norm(state.to(device=head.weight.device, dtype=head.weight.dtype))
+        return scale_logits(head(normed), self.config)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The model's own head on the output of a block: `(..., width)` → `(..., vocabulary)`, final norm included."""
-        norm = self.decoder.get_submodule(self.family.norm)
-        weight = self.model.get_output_embeddings().weight
-        return self.head(norm(hidden.to(device=weight.device, dtype=weight.dtype)))
+    def answers(self, state: Tensor, batch: TokenBatch) -> Tensor:
+        return self.logits(self.rows(state, batch))
 
-    def head(self, normed: Tensor) -> Tensor:
-        """The unembedding of normed hidden states: `(..., width)` → `(..., vocabulary)`."""
-        head = self.model.get_output_embeddings()
-        return scale_logits(head(normed.to(head.weight.device)), self.config)
+    def rows(self, state: Tensor, batch: TokenBatch, into: Any = None) -> Tensor:
+        return state[batch.counted.to(state.device)]
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """What identifies the weights (see `fingerprint`)."""
-        return fingerprint(self.model)
+    def probed(self, state: Tensor, batch: TokenBatch, units: slice = slice(None)) -> Tensor:
+        sequence, token = batch.counted.nonzero()[units].to(state.device).unbind(1)
+        return state[sequence, token]
+
+    def joint(self, stop: int, into: "LanguageAnchor", start: int, bias: bool = True) -> nn.Linear:
+        return nn.Linear(self.width, into.width, bias=bias)
+
+    def take(self, state: Tensor) -> Tensor:
+        return state.to(device=self.device, dtype=self.model.dtype)
+
+    @staticmethod
+    def stacked(states: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(states))
+
+    @staticmethod
+    def split(state: Tensor, count: int) -> list[Tensor]:
+        return list(state.chunk(count))
+
+    def _part(self, start: int, stop: int, *, fed: bool) -> PreTrainedModel:
+        """A part that shares the model's modules; made once."""
+        if (start, stop, fed) not in self._parts:
+            self._parts[start, stop, fed] = decoder_part(self.decoder, self.blocks[start:stop], start, stop, fed=fed)
+        part = self._parts[start, stop, fed]
+        part.training = self.model.training  # its blocks are the model's, and have the model's modes
+        return part
 
 
 def load_anchor(anchor: str | Path | PreTrainedModel | LanguageAnchor, **kwargs: Any) -> LanguageAnchor:
@@ -142,16 +183,20 @@ def explained_access(anchor: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def captured_outputs(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """What each block gives, `(batch, tokens, width)`, in the order in which they run."""
-    outputs: list[Tensor] = []
+def captured_states(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """What enters the first block and what each gives, `(batch, tokens, width)`, in the order in which they run."""
+    states: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
 
     def keep(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+        states.append(output[0] if isinstance(output, tuple) else output)
 
-    handles = [block.register_forward_hook(keep) for block in blocks]
+    handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks[:1]]
+    handles += [block.register_forward_hook(keep) for block in blocks]
     try:
-        yield outputs
+        yield states
     finally:
         for handle in handles:
             handle.remove()

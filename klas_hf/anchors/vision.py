@@ -1,7 +1,6 @@
 """An image classifier as an anchor: what each of its blocks gives, and its head on it."""
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,28 @@ from transformers import (
     PreTrainedModel,
 )
 
+from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.language import anchor_config, pretrained
-from klas_hf.anchors.weights import evaluating, fingerprint
-from klas_hf.models.vision_features import Block, Features, VisionKind
+from klas_hf.anchors.weights import evaluating
+from klas_hf.models.modeling_stitched_vision import StitchingLayer, dropped_prefix
+from klas_hf.models.vision_features import Block, Features, VisionKind, drop_block
 from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.models.vision_shapes import FeatureShape, trace
 
 
-class VisionAnchor:
-    """A pretrained image classifier, read by blocks.
-
-    Args:
-        model: the model; it is not changed.
-        revision: its commit on the Hub, where known.
+class VisionAnchor(Anchor[ImageBatch, Features]):
+    """A pretrained image classifier, read by blocks; BatchNorm uses its running statistics, unless it is in training.
 
     Raises:
         ValueError: its kind is unknown.
     """
 
+    unit = "image"
+
     def __init__(self, model: PreTrainedModel, revision: str | None = None):
         self.kind: VisionKind = vision_kind(model.config)
-        self.model = model
-        self.config = model.config
-        self.revision = revision
-        self.path: str | None = str(model.config.name_or_path) or None
-        self.name = self.path or type(model).__name__
+        super().__init__(model, revision)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -49,40 +45,80 @@ class VisionAnchor:
         return len(self.blocks)
 
     @property
+    def widths(self) -> list[int]:
+        return [shape.channels for shape in self.shapes()]
+
+    @property
+    def classes(self) -> int:
+        return self.config.num_labels
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def shapes(self, size: tuple[int, int] | None = None) -> tuple[FeatureShape, ...]:
-        """Shapes after the embedding and after every block, for images of this (height, width)."""
+        """Shapes of all states, for images of this (height, width)."""
         return trace(self.config, size)
 
+    def read(self, data: Iterable[Any]) -> Iterator[ImageBatch]:
+        return image_batches(data)
+
+    def check_like(self, other: "VisionAnchor") -> None:
+        check_labels(self.config, other.config)
+
+    def front(self, inputs: Mapping[str, Any], stop: int) -> Features:
+        """As of every anchor; `inputs` may have `rates`, an iterator over the blocks' rates of stochastic depth."""
+        self.kind.check_pixels(inputs["pixel_values"], self.config)
+        return self.run(self.kind.run_embed(self.model, inputs["pixel_values"]), inputs, 0, stop)
+
+    def run(self, state: Features, inputs: Mapping[str, Any], start: int, stop: int) -> Features:
+        self.kind.check_size(inputs["pixel_values"], self.config)
+        for block in self.blocks[start:stop]:
+            after = self.kind.run_block(self.model, block, state)
+            state = drop_block(state, after, next(inputs["rates"])) if "rates" in inputs else after
+        return state
+
     @torch.no_grad()
-    def features(self, pixel_values: Tensor, stop: int | None = None) -> list[Features]:
-        """What the embedding gives, and each of the first `stop` blocks (None: all): stop + 1 items.
-
-        Dropout and stochastic depth are off meanwhile, and BatchNorm uses its running statistics.
-
-        Args:
-            pixel_values: `(batch, channels, height, width)`.
-        """
-        pixels = pixel_values.to(device=self.device, dtype=self.model.dtype)
-        self.kind.check_pixels(pixels, self.config)
+    def states(self, batch: ImageBatch, stop: int | None = None) -> list[Features]:
+        inputs = {"pixel_values": batch.pixel_values.to(device=self.device, dtype=self.model.dtype)}
         with evaluating(self.model):
-            found = [self.kind.run_embed(self.model, pixels)]
-            for block in self.blocks[:stop]:
-                found.append(self.kind.run_block(self.model, block, found[-1]))
+            found = [self.front(inputs, 0)]
+            for number in range(self.num_blocks if stop is None else stop):
+                found.append(self.run(found[-1], inputs, number, number + 1))
         return found
 
-    @torch.no_grad()
-    def logits(self, features: Features) -> Tensor:
-        """The model's own head on the last block's output: `(batch, labels)`."""
-        with evaluating(self.model):
-            return self.kind.run_head(self.model, features)
+    def logits(self, state: Features) -> Tensor:
+        return self.kind.run_head(self.model, state)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """What identifies the weights (see `fingerprint`)."""
-        return fingerprint(self.model)
+    def answers(self, state: Features, batch: ImageBatch) -> Tensor:
+        return self.logits(state)
+
+    def rows(self, state: Features, batch: ImageBatch, into: "VisionAnchor | None" = None) -> Tensor:
+        return feature_rows(state, self.kind, 0 if into is None else dropped_prefix(self.kind, into.kind))
+
+    def probed(self, state: Features, batch: ImageBatch, units: slice = slice(None)) -> Tensor:
+        return self.kind.pooled(state)[units]
+
+    def joint(self, stop: int, into: "VisionAnchor", start: int, bias: bool = True) -> StitchingLayer:
+        return StitchingLayer(self.kind, into.kind, self.widths[stop], into.widths[start], bias)
+
+    def take(self, state: Features) -> Features:
+        return state._replace(hidden=state.hidden.to(device=self.device, dtype=self.model.dtype))
+
+    @staticmethod
+    def stacked(states: Sequence[Features]) -> Features:
+        return states[0]._replace(hidden=torch.cat([one.hidden for one in states]))
+
+    @staticmethod
+    def split(state: Features, count: int) -> list[Features]:
+        return [state._replace(hidden=hidden) for hidden in state.hidden.chunk(count)]
+
+
+def feature_rows(features: Features, kind: VisionKind, dropped: int = 0) -> Tensor:
+    """One row per position and image, `(batch · positions, channels)`, as a stitching layer sees them."""
+    if kind.layout == "map":
+        return features.hidden.movedim(1, -1).flatten(0, 2)
+    return features.hidden[:, dropped:].flatten(0, 1)
 
 
 def load_vision_anchor(anchor: str | Path | PreTrainedModel | VisionAnchor, **kwargs: Any) -> VisionAnchor:
@@ -117,9 +153,8 @@ def is_vision(anchor: Any, **hub: Any) -> bool:
     return type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
-def check_labels(*anchors: VisionAnchor | PreTrainedConfig) -> None:
-    """Raise ValueError unless all anchors know the same classes, in the same order."""
-    configs = [anchor if isinstance(anchor, PreTrainedConfig) else anchor.config for anchor in anchors]
+def check_labels(*configs: PreTrainedConfig) -> None:
+    """Raise ValueError unless anchors of these configurations know the same classes, in the same order."""
     for config in configs[1:]:
         if config.num_labels != configs[0].num_labels:
             raise ValueError(
@@ -134,21 +169,6 @@ def check_labels(*anchors: VisionAnchor | PreTrainedConfig) -> None:
                 f"and as {config.id2label.get(n)!r}; expected the same classes in the same order. If they are, give "
                 "both configurations the same id2label"
             )
-
-
-def check_anchors(anchors: Sequence[VisionAnchor]) -> None:
-    """Raise ValueError unless there are two different anchors or more, of the same classes."""
-    if len(anchors) < 2:
-        raise ValueError(f"got {len(anchors)} anchor; expected at least two")
-    seen: dict[str, str] = {}
-    for anchor in anchors:
-        if anchor.fingerprint in seen:
-            raise ValueError(
-                f"got the anchor {anchor.name} twice (as {seen[anchor.fingerprint]}); expected different anchors. "
-                "List each one once"
-            )
-        seen[anchor.fingerprint] = anchor.name
-    check_labels(*anchors)
 
 
 def _same_label(one: str, other: str | None, number: int) -> bool:

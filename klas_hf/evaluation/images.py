@@ -1,8 +1,4 @@
-"""Image classifiers' probabilities, and the logits of their supernets' paths.
-
-The paths of a supernet share their work: on each batch every anchor runs once, and a stitch then costs only its
-stitching layer and the target's blocks behind it.
-"""
+"""Image classifiers' probabilities, and BatchNorm statistics of a supernet's paths."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,14 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from klas_hf.anchors.classes import check_classes
-from klas_hf.anchors.images import ImageBatch, image_batches
-from klas_hf.anchors.vision import VisionAnchor
+from klas_hf.anchors.images import image_batches
 from klas_hf.anchors.weights import evaluating
-from klas_hf.models.vision_features import Features
-from klas_hf.paths import Stitch
+from klas_hf.paths import Path
 from klas_hf.processes import progress
-from klas_hf.stitching.supernet import Path
-from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
+from klas_hf.stitching.supernet import StitchedSupernet
 from klas_hf.training.batch_norm import batch_norms, recalibrate_batch_norm
 
 
@@ -66,37 +59,8 @@ def _positions(labels: Tensor, classes: Sequence[int]) -> Tensor:
     return is_it.int().argmax(1)
 
 
-def image_path_logits(
-    supernet: StitchedSupernetForImageClassification,
-    paths: Sequence[Path],
-    batch: ImageBatch,
-) -> Iterator[Tensor]:
-    """Logits of each path; each anchor's front runs once for all paths that begin with it."""
-    anchors = [VisionAnchor(model) for model in supernet.anchors]
-    needed: dict[int, int] = {}
-    for path in paths:
-        place, stop = (path.source, path.source_stop) if isinstance(path, Stitch) else (path, anchors[path].num_blocks)
-        needed[place] = max(stop, needed.get(place, 0))
-    fronts = {place: anchors[place].features(batch.pixel_values, stop) for place, stop in needed.items()}
-    for path in paths:
-        if isinstance(path, Stitch):
-            target = anchors[path.target]
-            target.kind.check_size(batch.pixel_values, target.config)
-            yield _rear(target, supernet.layer_of(path)(fronts[path.source][path.source_stop]), path)
-        else:
-            yield anchors[path].logits(fronts[path][-1])
-
-
-def _rear(anchor: VisionAnchor, features: Features, stitch: Stitch) -> Tensor:
-    for block in anchor.blocks[stitch.target_start :]:
-        features = anchor.kind.run_block(anchor.model, block, features)
-    return anchor.logits(features)
-
-
 @contextmanager
-def recalibrated(
-    supernet: StitchedSupernetForImageClassification, path: Path, batches: Iterable[object]
-) -> Iterator[None]:
+def recalibrated(supernet: StitchedSupernet, path: Path, batches: Iterable[object]) -> Iterator[None]:
     """A path's own BatchNorm statistics, for a while."""
     layers = batch_norms(supernet)
     before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]

@@ -1,34 +1,14 @@
-"""Language models' greedy generations, and the logits of their supernets' paths."""
+"""Language models' greedy generations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from klas_hf.anchors.batches import TokenBatch
 from klas_hf.anchors.weights import evaluating
-from klas_hf.paths import Stitch
 from klas_hf.processes import progress, shared_out
-from klas_hf.stitching.supernet import Path
-from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
-
-
-def text_path_logits(
-    supernet: StitchedSupernetForCausalLM, paths: Sequence[Path], batch: TokenBatch
-) -> Iterator[Tensor]:
-    """Logits of each path; each anchor runs once for all paths that begin with it."""
-    anchors = {place: supernet.anchor(place) for place in range(len(supernet.anchors))}
-    needed = {path.source if isinstance(path, Stitch) else path for path in paths}
-    states = {place: anchors[place].hidden_states(batch) for place in needed}
-    mask = batch.attention_mask.to(supernet.device)
-    for path in paths:
-        if isinstance(path, Stitch):
-            hidden = states[path.source][path.source_stop - 1]
-            yield supernet.rear_logits(path, hidden, attention_mask=mask, use_cache=False)
-        else:
-            yield anchors[path].logits(states[path][-1])
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ A sequence, or an image, is the sampling unit: tokens of one sequence are not in
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import exp, isnan
 from typing import Any
 
@@ -137,7 +138,7 @@ class TextTask(Task):
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
 
     def counted(self, model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-        return batch.counted(model.config.bos_token_id)
+        return replace(batch, bos_token_id=model.config.bos_token_id).counted
 
     def terms(self, logits: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         predicted = labels[:, 1:]

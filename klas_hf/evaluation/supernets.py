@@ -8,15 +8,13 @@ from typing import Any
 import torch
 
 from klas_hf.anchors.weights import evaluating, fingerprint
-from klas_hf.evaluation.images import image_path_logits, recalibrated
-from klas_hf.evaluation.language import text_path_logits
+from klas_hf.evaluation.images import recalibrated
 from klas_hf.evaluation.measuring import Sums, task_of
 from klas_hf.evaluation.models import Measurement
-from klas_hf.paths import Path as ModelPath
+from klas_hf.paths import Path
 from klas_hf.processes import process_state, progress, shared_out
 from klas_hf.rows import AnyPath, ResultRow, RowFile
-from klas_hf.stitching.supernet import Path, StitchedSupernet
-from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
+from klas_hf.stitching.supernet import StitchedSupernet
 
 GROUP = 24  # paths that are evaluated in one pass, and written when it ends
 
@@ -62,12 +60,9 @@ def evaluate_supernet(
     weights = [fingerprint(supernet)]
     wanted = {
         path: ResultRow(
-            rule, f"{path}[:]" if isinstance(path, int) else path, seed, macs, parameters, {},
-            training=training, made_from=weights, setting=setting,
+            rule, path, seed, cost.macs, cost.parameters, {}, training=training, made_from=weights, setting=setting,
         )
-        for path, macs, parameters in zip(
-            supernet.paths, supernet.path_macs, supernet.path_parameters, strict=True
-        )
+        for path, cost in zip(supernet.paths, supernet.path_costs, strict=True)
     }  # fmt: skip
     missing = [path for path, row in wanted.items() if rows.find(row) is None]
     for group, found in _measured(supernet, missing, batches, classes, recalibration):
@@ -100,7 +95,7 @@ def supernet_rows(
         True
     """
     like = ResultRow(rule, None, seed, 0, 0, {}, training=training)
-    wanted = {str(ModelPath.of(path)) for path in paths}
+    wanted = {str(Path.of(path)) for path in paths}
     found: dict[tuple[str, ...], list[ResultRow]] = {}
     for row in rows:
         if (row.rule, row.seed, row.training) == (like.rule, like.seed, like.training):
@@ -116,8 +111,7 @@ def _measured(
     recalibration: Iterable[object] | None,
 ) -> Iterator[tuple[Sequence[Path], list[Measurement]]]:
     """Paths in groups, each measured in one pass."""
-    images = isinstance(supernet, StitchedSupernetForImageClassification)
-    if not images and (classes is not None or recalibration is not None):
+    if supernet.config.image_size is None and (classes is not None or recalibration is not None):
         raise ValueError("got classes or recalibration images for language models; leave them out")
     for group in _groups(paths, GROUP if recalibration is None else 1):
         with nullcontext() if recalibration is None else recalibrated(supernet, group[0], recalibration):
@@ -129,12 +123,11 @@ def _measure_paths(
     supernet: StitchedSupernet, paths: Sequence[Path], batches: Iterable[object], classes: Sequence[int] | None
 ) -> list[Measurement]:
     """Some paths in one pass; each anchor's front runs once per batch."""
-    images = isinstance(supernet, StitchedSupernetForImageClassification)
-    task, path_logits = task_of(supernet), image_path_logits if images else text_path_logits
+    task = task_of(supernet)
     sums = [Sums(task, classes) for _ in paths]
     with evaluating(supernet):
         for batch, labels in progress(task.labelled(shared_out(batches)), f"measuring {len(paths)} paths"):
-            for one, logits in zip(sums, path_logits(supernet, paths, batch), strict=True):
+            for one, logits in zip(sums, supernet.logits_of(paths, batch), strict=True):
                 one.add(logits, labels)
     return [one.measured() for one in sums]
 

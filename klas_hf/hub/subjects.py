@@ -10,7 +10,6 @@ from klas_hf.costs import measure_costs
 from klas_hf.hub import usage
 from klas_hf.hub.pages import AnchorPage, anchor_pages
 from klas_hf.paths import Path as AnchorPath
-from klas_hf.paths import Stitch
 from klas_hf.rows import markdown_table
 from klas_hf.scores.values import StitchScores
 
@@ -48,7 +47,7 @@ class Subject:
     pipeline_tag: str | None = None
     task: str | None = None
     relation: str | None = "merge"
-    paths: tuple[Stitch | str, ...] = ()
+    paths: tuple[str, ...] = ()
     processor: str | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     carries_code: bool = False
@@ -91,7 +90,7 @@ def scores_config(scores: StitchScores, anchors: Sequence[AnchorPage]) -> dict[s
 
 
 _IDENTITY = (
-    "model_type", "architectures", "path", "source_name", "target_name", "anchor_names", "stitches", "anchor_name",
+    "model_type", "architectures", "path", "source_name", "target_name", "anchor_names", "paths", "anchor_name",
     "anchor_fingerprint", "kind",
 )  # fmt: skip
 
@@ -175,25 +174,25 @@ def _supernet(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subjec
     names, revisions = (given or [None] * len(config.anchor_configs) for given in (
         config.anchor_names, config.anchor_revisions))  # fmt: skip
     anchors = anchor_pages(list(zip(names, revisions, strict=True)), base_model)
-    stitches = tuple(Stitch(*stitch) for stitch in config.stitches)
-    fits = [fit["r2"] for fit in config.layer_fits or []]
+    fits = [fit["r2"] for fit in config.joint_fits or []]
     start = "The stitching layers started from random weights."
     if fits:
         start = f"The stitching layers started from least squares (R² from {min(fits):.3f} to {max(fits):.3f})."
     listed = "\n".join(f"{place}. {_with_revision(anchor)}" for place, anchor in enumerate(anchors))
     images = config.image_size is not None
-    macs = f"{min(what.path_macs) / 1e6:,.1f} to {max(what.path_macs) / 1e6:,.1f} million"
+    macs = [cost.macs / 1e6 for cost in what.path_costs]
+    between = f"{min(macs):,.1f} to {max(macs):,.1f} million"
     return Subject(
         kind="Stitched supernet",
-        summary=f"{len(anchors)} anchors and {len(stitches)} stitches between them that were trained together, made "
+        summary=f"{len(anchors)} anchors and {len(config.paths)} paths through them that were trained together, made "
         f"with `klas_hf`. Every path is a model of its own.\n\n{listed}",
         anchors=anchors,
-        code=usage.supernet(stitches[-1]),
-        facts={"paths": str(len(what.paths)), "MACs of a path": macs} | _parameter_facts(what),
+        code=usage.supernet(config.paths[-1]),
+        facts={"paths": str(len(what.paths)), "MACs of a path": between} | _parameter_facts(what),
         origin=start,
         limits=_MODEL_LIMITS,
         task="image-classification" if images else "text-generation",
-        paths=stitches,
+        paths=tuple(config.paths),
         processor="image processor" if images else "tokenizer",
         identity=identity(public_config(config.to_dict(), anchors)),
     )

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-from klas_hf.paths import Stitch
-
 Code = Callable[[str, bool], str]
 
 
@@ -87,18 +85,17 @@ print([tuple(features.shape) for features in model(pixels).feature_maps])
     return code
 
 
-def supernet(stitch: Stitch) -> Code:
+def supernet(path: str) -> Code:
     """One path as a model of its own."""
-    path = (stitch.source_stop, stitch.target_start, stitch.source, stitch.target)
 
     def code(repo_id: str, processor: bool) -> str:
         return f"""
 from klas_hf import StitchedSupernet
 
 supernet = StitchedSupernet.from_pretrained("{repo_id}")
-for path, macs in zip(supernet.paths, supernet.path_macs):
-    print(path, macs)
-model = supernet.extract({path})  # an ordinary stitched model: generate, pipeline, save_pretrained
+for path, cost in zip(supernet.paths, supernet.path_costs):
+    print(path, cost.macs)
+model = supernet.extract("{path}")  # an ordinary stitched model: generate, pipeline, save_pretrained
 print(type(model).__name__)
 """
 

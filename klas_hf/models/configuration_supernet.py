@@ -1,5 +1,6 @@
-"""Configuration of a stitched supernet: its anchors, its stitches, and which of them share a stitching layer."""
+"""Configuration of a stitched supernet: its anchors, its paths, and the stitching layers that these run."""
 
+from itertools import count
 from typing import Any, ClassVar
 
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
@@ -12,10 +13,10 @@ class StitchedSupernetConfig(PreTrainedConfig):
     """Configuration of every `StitchedSupernet`; `StitchedSupernet.from_anchors` makes it.
 
     Args:
-        anchor_configs: configurations (or their dicts) of the anchors, cheapest first.
-        stitches: `[i, j, source, target]` of every stitch, the last two being positions of anchors.
-        layer_of: the stitching layer of every stitch; stitches with the same number share one.
-        layer_fits: how each stitching layer was initialised (`r2`, `ridge`, `rows`), or None.
+        anchor_configs: configurations (or their dicts) of the anchors.
+        paths: as texts such as "0[:8] 1[14:]", those with a joint.
+        joint_of: numbers of the stitching layers that each path runs, in order; paths may share one. None: none do.
+        joint_fits: how each stitching layer was initialised (`r2`, `ridge`, `rows`), or None.
         image_size: (height, width) in pixels; None takes the dearest anchor's. None for text.
         tokens: of the sequence that the costs of language models are counted for.
         generation_configs: of language models, each anchor's own settings.
@@ -26,10 +27,10 @@ class StitchedSupernetConfig(PreTrainedConfig):
 
     Example:
         >>> config = StitchedSupernetConfig(
-        ...     anchor_configs=[small.config, large.config], stitches=[(1, 2, 0, 1), (2, 3, 0, 1)], layer_of=[0, 0]
+        ...     anchor_configs=[small.config, large.config], paths=["0[:1] 1[2:]", "0[:2] 1[3:]"], joint_of=[[0], [0]]
         ... )
         >>> supernet = StitchedSupernetForImageClassification(config)  # of random weights
-        >>> len(supernet.paths), len(supernet.stitches), config.image_size
+        >>> len(supernet.paths), len(supernet.joints), config.image_size
         (4, 1, [16, 16])
     """
 
@@ -37,9 +38,9 @@ class StitchedSupernetConfig(PreTrainedConfig):
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
 
     anchor_configs: Any = None
-    stitches: Any = None
-    layer_of: Any = None
-    layer_fits: list[dict[str, Any]] | None = None
+    paths: list[str] | None = None
+    joint_of: list[list[int]] | None = None
+    joint_fits: list[dict[str, Any]] | None = None
     image_size: list[int] | None = None
     tokens: int = 128
     generation_configs: list[dict[str, Any]] | None = None
@@ -51,8 +52,10 @@ class StitchedSupernetConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.anchor_configs = [as_config(config) for config in self.anchor_configs or [None]]
-        self.stitches = [list(stitch) for stitch in self.stitches or []]
-        self.layer_of = list(range(len(self.stitches))) if self.layer_of is None else self.layer_of
+        self.paths = list(self.paths or [])
+        if self.joint_of is None:
+            numbers = count()
+            self.joint_of = [[next(numbers) for _ in path.split()[1:]] for path in self.paths]
         if type(self.anchor_configs[-1]) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
             self.image_size = list(self.image_size or image_size(self.anchor_configs[-1]))
         super().__post_init__(**kwargs)

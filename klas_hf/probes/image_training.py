@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from klas_hf.anchors.classes import check_classes
-from klas_hf.anchors.images import image_batches
+from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.vision import VisionAnchor, load_vision_anchor
 from klas_hf.errors import TrainingDiverged
 from klas_hf.probes.images import ImageProbeConfig, ImageProbeNet, pooled_features
@@ -103,7 +103,7 @@ class _Features:
                 self._check_labels(labels)
                 share = self._share(pixels)
                 # A process whose share of a batch is empty waits for the others' gradients all the same.
-                yield pooled_features(self.anchor, share) if len(share) else self._nothing(), labels
+                yield pooled_features(self.anchor, ImageBatch(share)) if len(share) else self._nothing(), labels
 
     def _share(self, rows: Tensor) -> Tensor:
         state = process_state()

@@ -71,7 +71,7 @@ class ImageProbeNet(Publishable, PreTrainedModel):
     Example:
         >>> _ = train_probes(small, images, ImageProbeConfig(epochs=1)).save_pretrained(folder)
         >>> probes = ImageProbeNet.from_pretrained(folder)
-        >>> probes.log_probs(VisionAnchor(small), [torch.zeros(8, 16)] * 3).shape  # blocks, images, labels
+        >>> probes.log_probs([torch.zeros(8, 16)] * 3).shape  # blocks, images, labels
         torch.Size([3, 8, 3])
     """
 
@@ -90,12 +90,14 @@ class ImageProbeNet(Publishable, PreTrainedModel):
         for parameter in module.parameters(recurse=False):
             nn.init.zeros_(parameter)
 
-    def log_probs(self, anchor: VisionAnchor, pooled: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    def log_probs(
+        self, pooled: Sequence[Tensor], anchor: VisionAnchor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """Class log-probabilities of all probes, fp32, in nats.
 
         Args:
-            anchor: the anchor that the probes are of.
             pooled: `(images, width)` of every block.
+            anchor: the anchor that the probes are of; these have no need of it.
             out: fp32 tensor to write to; None makes one.
 
         Returns:

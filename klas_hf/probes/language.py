@@ -120,12 +120,12 @@ class ProbeNet(Publishable, PreTrainedModel):
         moved = hidden + self.offsets[block]
         return moved + self.translators[block](hidden) if self.translators else moved
 
-    def log_probs(self, anchor: LanguageAnchor, hidden: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    def log_probs(self, hidden: Sequence[Tensor], anchor: LanguageAnchor, out: Tensor | None = None) -> Tensor:
         """Next-token log-probabilities of all probes, fp32, in nats.
 
         Args:
-            anchor: the anchor that the probes are of.
             hidden: `(tokens, width)` output of every block.
+            anchor: the anchor that the probes are of.
             out: fp32 tensor to write to; None makes one. Taking new memory for a large vocabulary costs a CPU more
                 than filling it.
 

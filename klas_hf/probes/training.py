@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW
 
-from klas_hf.anchors.batches import TokenBatch, token_batches
+from klas_hf.anchors.batches import TokenBatch
 from klas_hf.anchors.language import LanguageAnchor, load_anchor
 from klas_hf.anchors.vision import is_vision
 from klas_hf.errors import TrainingDiverged
@@ -61,7 +61,7 @@ def train_probes(
     anchor = load_anchor(anchor)
     if config.kind != "tuned":
         return fit_probes(anchor, data, config)
-    batches = list(token_batches(data))
+    batches = list(anchor.read(data))
     probes = fit_probes(anchor, batches, config).float()
     _tune(probes, anchor, batches)
     return probes
@@ -89,15 +89,15 @@ def _tuning_step(probes: ProbeNet, anchor: LanguageAnchor, batch: TokenBatch) ->
     """Put the gradients of all probes on one batch in place; each process takes its share of the sequences."""
     state = process_state()
     rows = slice(state.process_index, None, state.num_processes)
-    counted = batch.counted(anchor.config.bos_token_id)
-    counted[:, :-1] &= batch.attention_mask[:, 1:].bool()  # a token whose next one is known, for either loss
+    counted = batch.counted.clone()
+    counted[:, :-1] &= batch.attention_mask[:, 1:].bool().cpu()  # a token whose next one is known, for either loss
     counted[:, -1] = False
     total = int(counted.sum())
     gradients = [torch.zeros_like(parameter) for parameter in probes.parameters()]
     if total and counted[rows].any():
         share = TokenBatch(batch.input_ids[rows], batch.attention_mask[rows])
-        *earlier, last = (h[counted[rows].to(h.device)] for h in anchor.hidden_states(share))
-        following = share.input_ids[:, 1:][counted[rows][:, :-1]].to(last.device)
+        *earlier, last = (state[counted[rows].to(state.device)] for state in anchor.states(share)[1:])
+        following = share.input_ids[:, 1:].cpu()[counted[rows][:, :-1]].to(last.device)
         for block, hidden in enumerate(earlier):
             loss = _block_loss(probes, anchor, block, hidden, last, following) / total
             if not loss.isfinite():

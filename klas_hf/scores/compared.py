@@ -4,6 +4,7 @@
 themselves. An image is the unit of all means.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from klas_hf.anchors.images import ImageBatch
+from klas_hf.anchors.streaming import Gathered
 from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.maths.divergences import consecutive_kl, pairwise_kl
 from klas_hf.maths.least_squares import RIDGE
@@ -20,8 +22,7 @@ from klas_hf.models.vision_features import Features
 from klas_hf.paths import StitchCosts
 from klas_hf.probes import ImageProbeNet
 from klas_hf.processes import process_state, sum_array_over_processes, sum_over_processes
-from klas_hf.scores.sides import ClassifierPair
-from klas_hf.scores.streaming import Gathered
+from klas_hf.scores.probed import Distributions
 
 MOMENT_BYTES = 4 << 30
 MOMENT_IMAGES = 256
@@ -54,7 +55,7 @@ class ComparedSums(Gathered):
     """Sums over images of all that KLAS is compared with, for all pairs of blocks.
 
     Args:
-        anchors: of m and n blocks.
+        distributions: of two anchors of m and n blocks.
         probes: of both.
         settings: what is measured.
         costs: of all stitches, for images of the size that is scored.
@@ -65,10 +66,11 @@ class ComparedSums(Gathered):
     """
 
     def __init__(
-        self, anchors: ClassifierPair, probes: Probes, settings: ImageScoring, costs: StitchCosts, labelled: bool
+        self, distributions: Distributions, probes: Probes, settings: ImageScoring, costs: StitchCosts, labelled: bool
     ):
-        self.anchors, self.probes, self.settings = anchors, probes, settings
-        first, last = anchors.first, anchors.last
+        self.distributions, self.probes, self.settings = distributions, probes, settings
+        first, last = self.anchors = distributions.anchors
+        assert isinstance(first, VisionAnchor) and isinstance(last, VisionAnchor)
         m, n = first.num_blocks, last.num_blocks
         self.images = 0
         self.plain: dict[str, np.ndarray] = {name: np.zeros((m, n)) for name in ("theta_reversed", "mse", "ce")}
@@ -82,7 +84,7 @@ class ComparedSums(Gathered):
         if not settings.moment_images:
             return
         pairs = _equal_grids(first, last, (costs.image_height, costs.image_width))
-        widths, widths_last = (of_one[1:] for of_one in anchors.widths)
+        widths, widths_last = (anchor.widths[1:] for anchor in self.anchors)
         needed = PairMoments.bytes_needed(pairs, widths, widths_last)
         if needed > settings.moment_bytes:
             raise ValueError(
@@ -92,25 +94,28 @@ class ComparedSums(Gathered):
             )
         self.moments = PairMoments(pairs, widths, widths_last, first.device)
         if labelled:
-            self.by_class = ClassConditionalCka(pairs, (m, n), first.config.num_labels)
+            self.by_class = ClassConditionalCka(pairs, (m, n), first.classes)
 
     @property
     def will_have(self) -> set[str]:
         """Names of the statistics that the pass gathers."""
         return {*self.plain} | ({"cka", "dm"} if self.moments else set()) | ({"class_cka"} if self.by_class else set())
 
-    def update(self, states: tuple[list[Features], list[Features]], batch: ImageBatch) -> None:
-        for log_p, log_q, _ in self.anchors.log_probs(states, batch, self.probes):
+    def update(self, states: Sequence[list[Features]], batch: ImageBatch) -> None:
+        for log_p, log_q, _ in self.distributions.of(states, batch, self.probes):
             self.plain["theta_reversed"] += _sum(pairwise_kl(log_q, log_p)).T
             self.plain["mse"] += _sum(pairwise_mse(log_p, log_q))
             self.plain["ce"] += _sum(pairwise_ce(log_p, log_q))
         if self.settings.shuffled:
-            for log_p, log_q, _ in self.anchors.log_probs(states, batch, self.settings.shuffled):
+            for log_p, log_q, _ in self.distributions.of(states, batch, self.settings.shuffled):
                 self.plain["cross_shuffled"] += _sum(pairwise_kl(log_p, log_q))
                 self.plain["capacity_shuffled"] += _sum(consecutive_kl(log_q))
         if self.by_class:
-            pooled = self.anchors.pooled(states)
-            self.by_class.update(pooled[0], pooled[1], batch.labelled()[1])
+            read = [
+                [anchor.probed(state, batch).float() for state in of_one[1:]]
+                for anchor, of_one in zip(self.anchors, states, strict=True)
+            ]
+            self.by_class.update(read[0], read[1], batch.labelled()[1])
         self._add_moments(states, batch)
         self.images += len(batch)
 
@@ -132,14 +137,16 @@ class ComparedSums(Gathered):
             found["class_cka"] = self.by_class.cka()
         return found
 
-    def _add_moments(self, states: tuple[list[Features], list[Features]], batch: ImageBatch) -> None:
+    def _add_moments(self, states: Sequence[list[Features]], batch: ImageBatch) -> None:
         # Each process takes its share of the images that moments are measured on.
         share = -(-self.settings.moment_images // process_state().num_processes) - self.measured
         if self.moments is None or share <= 0:
             return
-        taken = [[one._replace(hidden=one.hidden[:share]) for one in found[1:]] for found in states]
+        first, last = self.anchors
+        taken = [[one._replace(hidden=one.hidden[:share]) for one in of_one[1:]] for of_one in states]
         self.measured += len(taken[0][0].hidden)
-        self.moments.update(*self.anchors.rows((taken[0], taken[1]), batch))
+        source = [first.rows(one, batch, last) for one in taken[0]]
+        self.moments.update(source, [last.rows(one, batch).to(first.device) for one in taken[1]])
 
 
 def _sum(terms: Tensor) -> np.ndarray:

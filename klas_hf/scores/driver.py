@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from klas_hf.anchors.vision import is_vision
+from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.loading import check_different, load_pair
+from klas_hf.anchors.streaming import stream
+from klas_hf.anchors.vision import VisionAnchor, is_vision
+from klas_hf.costs import measure_stitch_costs
 from klas_hf.paths import StitchCosts
 from klas_hf.probes import ProbeNet, fit_probes
 from klas_hf.rows import library_versions
 from klas_hf.scores.compared import ComparedSums, ImageScoring
 from klas_hf.scores.functional import FunctionalResult, FunctionalScoring, score_functionally
-from klas_hf.scores.probed import ProbedSums
-from klas_hf.scores.sides import AnchorPair, ClassifierPair, check_different, load_pair
-from klas_hf.scores.streaming import stream
+from klas_hf.scores.probed import Distributions, ProbedSums
 from klas_hf.scores.values import NEEDED, PROBED, SCORES, STITCHED, StitchScores, check_score
 
 WORKSPACE_BYTES = 1 << 29
@@ -81,20 +83,28 @@ def score_stitches(
         )
     if functional is None and set(NEEDED[score]) & set(STITCHED):
         functional = FunctionalScoring()
-    anchors = load_pair(source, target, workspace_bytes)
+    anchors = load_pair(source, target)
     data = list(data) if functional and iter(data) is data else data  # an iterator can be read once
-    batches = anchors.read(data)
+    batches = anchors[1].read(data)
     first = next(batches, None)
-    costs = anchors.costs(first, tokens, positions)
+    if first is None:
+        raise ValueError(
+            f"got no {anchors[1].unit} to score on; expected batches. Check that an iterator was not used up before"
+        )
+    images_given = isinstance(anchors[0], VisionAnchor)
+    size = tuple(first.pixel_values.shape[-2:]) if images_given else None
+    configs = [anchor.config for anchor in anchors]
+    costs = measure_stitch_costs(*configs, tokens=tokens, image_size=size, positions=positions)
     costs.check_direction()
     if probes is not None:
-        for probe, anchor in zip(probes, (anchors.first, anchors.last), strict=True):
+        for probe, anchor in zip(probes, anchors, strict=True):
             probe.check(anchor)
     probing = probes is not None or needs_probes
+    distributions = Distributions(anchors, workspace_bytes)
     compared = None
-    if probing and isinstance(anchors, ClassifierPair):
-        assert first is not None  # or there were no costs
-        compared = ComparedSums(anchors, probes, images or ImageScoring(), costs, first.labels is not None)
+    if probing and images_given:
+        labelled = first.unit_labels is not None
+        compared = ComparedSums(distributions, probes, images or ImageScoring(), costs, labelled)
     check_score(
         score,
         {*(PROBED if probing else ()), *(compared.will_have if compared else ()), *(STITCHED if functional else ())},
@@ -102,15 +112,15 @@ def score_stitches(
     stitched = score_functionally(anchors, data, costs, functional) if functional else None
     if not probing:
         return _scores(score, anchors, costs, None, None, stitched)
-    every: Iterable[Any] = batches if first is None else chain([first], batches)
+    every: Iterable[Any] = chain([first], batches)
     if probes is None:
         probes, every = _own_probes(anchors, every)
-    probed = ProbedSums(anchors, probes)
+    probed = ProbedSums(distributions, probes)
     stream(anchors, every, [probed, compared] if compared else [probed], "scoring stitches")
     return _scores(score, anchors, costs, probed, compared, stitched)
 
 
-def _own_probes(anchors: AnchorPair, batches: Iterable[Any]) -> tuple[list[ProbeNet], Sequence[Any]]:
+def _own_probes(anchors: tuple[Anchor, Anchor], batches: Iterable[Any]) -> tuple[list[ProbeNet], Sequence[Any]]:
     """Ridge probes of two language models, fitted to the first half of the batches, and the second half."""
     every = list(batches)
     half = len(every) // 2
@@ -119,12 +129,12 @@ def _own_probes(anchors: AnchorPair, batches: Iterable[Any]) -> tuple[list[Probe
             f"got {len(every)} batches; expected at least two, one to fit probes and one to score on. Pass smaller "
             "batches, or probes=(…, …) trained on other data"
         )
-    return [fit_probes(anchor, every[:half]) for anchor in (anchors.first, anchors.last)], every[half:]
+    return [fit_probes(anchor, every[:half]) for anchor in anchors], every[half:]
 
 
 def _scores(
     score: str,
-    anchors: AnchorPair,
+    anchors: tuple[Anchor, Anchor],
     costs: StitchCosts,
     probed: ProbedSums | None,
     compared: ComparedSums | None,
@@ -133,7 +143,7 @@ def _scores(
     """All that the passes found, as one value."""
     nothing = np.full(costs.macs.shape, np.nan)
     provenance: dict[str, Any] = {"versions": library_versions()}
-    for place, (side, anchor) in enumerate((("source", anchors.first), ("target", anchors.last))):
+    for place, (side, anchor) in enumerate(zip(("source", "target"), anchors, strict=True)):
         provenance[side] = {"name": anchor.name, "revision": anchor.revision, "fingerprint": anchor.fingerprint}
         if probed:
             provenance[side]["probes"] = probed.probes[place].summary

@@ -9,7 +9,7 @@ Where the matrices of all pairs do not fit into the memory allowed, pairs are ta
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.fitting import fit_stitches, fitted_joint
+from klas_hf.anchors.streaming import Gathered, stream
+from klas_hf.anchors.weights import evaluating
 from klas_hf.maths.divergences import kl_divergence
 from klas_hf.maths.estimates import RatioSums
 from klas_hf.maths.least_squares import RIDGE, LinearFit, warn_of_few_rows
 from klas_hf.maths.similarities import PairMoments
 from klas_hf.paths import Stitch, StitchCosts
-from klas_hf.processes import sum_array_over_processes, sum_over_processes
-from klas_hf.scores.sides import AnchorPair
-from klas_hf.scores.streaming import Gathered, stream
+from klas_hf.processes import sum_array_over_processes
 
 Array = NDArray[np.float64]
 Pair = tuple[int, int]
+Anchors = tuple[Anchor, Anchor]  # source and target
 
 
 @dataclass(frozen=True)
@@ -100,26 +103,24 @@ class FunctionalResult:
 
 
 def score_functionally(
-    anchors: AnchorPair, data: Iterable[Any], costs: StitchCosts, settings: FunctionalScoring
+    anchors: Anchors, data: Iterable[Any], costs: StitchCosts, settings: FunctionalScoring
 ) -> FunctionalResult:
     """Functional KL of the candidates that the settings name, or of all; data and errors as for `score_stitches`."""
     pairs = _candidates(costs, settings)
-    calibration, scored = _parts(anchors, data, settings)
+    calibration, scored = _parts(anchors[1], data, settings)
     return functional_statistics(anchors, pairs, calibration, scored, settings)
 
 
-def _parts(
-    anchors: AnchorPair, data: Iterable[Any], settings: FunctionalScoring
-) -> tuple[Iterable[Any], Iterable[Any]]:
+def _parts(anchor: Anchor, data: Iterable[Any], settings: FunctionalScoring) -> tuple[Iterable[Any], Iterable[Any]]:
     """Batches to fit to and batches to score on; no more are held in memory than are used."""
     items = settings.scored_items
     if settings.calibration is not None:
-        calibration = list(anchors.read(settings.calibration))
-        scored: Iterable[Any] = _Batches(anchors, data) if items is None else _first(anchors, data, items)
+        calibration = list(anchor.read(settings.calibration))
+        scored: Iterable[Any] = _Batches(anchor, data) if items is None else _first(anchor, data, items)
         if not calibration:
             raise ValueError("got no batches to calibrate on; expected at least one. Was an iterator used up before?")
         return calibration, scored
-    taken = _first(anchors, data, None if items is None else 2 * items)
+    taken = _first(anchor, data, None if items is None else 2 * items)
     half = len(taken) // 2
     if not half:
         raise ValueError(
@@ -129,12 +130,12 @@ def _parts(
     return taken[:half], taken[half:]
 
 
-def _first(anchors: AnchorPair, data: Iterable[Any], items: int | None) -> list[Any]:
+def _first(anchor: Anchor, data: Iterable[Any], items: int | None) -> list[Any]:
     """The first batches, until they hold so many images or sequences."""
     taken, seen = [], 0
-    for batch in anchors.read(data):
+    for batch in anchor.read(data):
         taken.append(batch)
-        seen += anchors.items(batch)
+        seen += len(batch)
         if items is not None and seen >= items:
             break
     return taken
@@ -143,11 +144,11 @@ def _first(anchors: AnchorPair, data: Iterable[Any], items: int | None) -> list[
 class _Batches:
     """All batches, read anew for every group of pairs."""
 
-    def __init__(self, anchors: AnchorPair, data: Iterable[Any]):
-        self.anchors, self.data = anchors, data
+    def __init__(self, anchor: Anchor, data: Iterable[Any]):
+        self.anchor, self.data = anchor, data
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.anchors.read(self.data))
+        return self.anchor.read(self.data)
 
 
 def _candidates(costs: StitchCosts, settings: FunctionalScoring) -> list[Pair]:
@@ -176,7 +177,7 @@ def _candidates(costs: StitchCosts, settings: FunctionalScoring) -> list[Pair]:
 
 
 def functional_statistics(
-    anchors: AnchorPair,
+    anchors: Anchors,
     pairs: Sequence[Pair],
     calibration: Iterable[Any],
     data: Iterable[Any],
@@ -193,9 +194,10 @@ def functional_statistics(
     Raises:
         ValueError: nothing to fit to or to score on, a budget below one pair, or activations that are not finite.
     """
-    shape = len(anchors.widths[0]) - 1, len(anchors.widths[1]) - 1
+    widths = anchors[0].widths, anchors[1].widths
+    shape = anchors[0].num_blocks, anchors[1].num_blocks
     divergence, loss, unexplained = RatioSums(shape), RatioSums(shape), np.full(shape, np.nan)
-    groups = pair_groups(pairs, anchors.widths, settings.moment_bytes)
+    groups = pair_groups(pairs, widths, settings.moment_bytes)
     fewest: list[tuple[int, int]] = []
     items = units = 0
     for number, group in enumerate(groups):
@@ -230,65 +232,58 @@ def _rows_per_feature(fit: tuple[int, int]) -> float:
 
 
 def fit_pairs(
-    anchors: AnchorPair, pairs: Sequence[Pair], calibration: Iterable[Any], ridge: float, description: str
+    anchors: Anchors, pairs: Sequence[Pair], calibration: Iterable[Any], ridge: float, description: str
 ) -> dict[Pair, LinearFit]:
     """The least-squares map of every pair, in the target's dtype, from one pass over the calibration data."""
-    rows = _Rows(anchors, pairs)
-    if not stream(anchors, calibration, [rows], description):
-        raise ValueError("got no data to calibrate on; expected batches. Check that an iterator was not used up before")
-    dtype = anchors.last.model.dtype
-    return {pair: _narrowed(rows.moments.least_squares(*pair, ridge=ridge), dtype) for pair in pairs}
-
-
-def _narrowed(fit: LinearFit, dtype: torch.dtype) -> LinearFit:
-    """A map as stitched networks run it; kept for all pairs at once, in float64 it would fill the memory."""
-    return replace(fit, weight=fit.weight.to(dtype), bias=fit.bias.to(dtype))
-
-
-class _Rows(Gathered):
-    """Second moments of pairs of blocks, for least squares."""
-
-    def __init__(self, anchors: AnchorPair, pairs: Sequence[Pair]):
-        self.anchors, self.moments = anchors, PairMoments(pairs, *anchors.widths)
-
-    def update(self, states: tuple[list[Any], list[Any]], batch: Any) -> None:
-        self.moments.update(*self.anchors.rows(states, batch))
-
-    def combine(self) -> None:
-        self.moments.combine(sum_over_processes)
+    groups = [[Stitch(*pair)] for pair in pairs]
+    fits = fit_stitches(anchors, groups, calibration, ridge, description, dtype=anchors[1].model.dtype)
+    return dict(zip(pairs, fits, strict=True))
 
 
 class _StitchedAnswers(Gathered):
     """Divergence and loss of the networks stitched by these fits."""
 
-    def __init__(self, anchors: AnchorPair, fits: dict[Pair, LinearFit], settings: FunctionalScoring):
+    def __init__(self, anchors: Anchors, fits: dict[Pair, LinearFit], settings: FunctionalScoring):
         self.anchors, self.fits, self.settings, self.units = anchors, fits, settings, 0
-        shape = len(anchors.widths[0]) - 1, len(anchors.widths[1]) - 1
+        shape = anchors[0].num_blocks, anchors[1].num_blocks
         self.divergence, self.loss = RatioSums(shape), RatioSums(shape)
 
-    def update(self, states: tuple[list[Any], list[Any]], batch: Any) -> None:
+    def update(self, states: Sequence[list[Any]], batch: Any) -> None:
         """Add one batch: stitches into one target block run together."""
-        source, target = states
-        log_p = _log_probs(self.anchors.answer(target[-1], batch), self.settings.temperature)
-        labels, items, count = self.anchors.labels(batch), self.anchors.unit_items(batch), self.anchors.items(batch)
-        at_once = max(1, self.settings.rear_items // count)
+        answer = self.anchors[1].answers(states[1][-1], batch)
+        log_p = _log_probs(answer, self.settings.temperature)
+        labels = batch.unit_labels
+        at_once = max(1, self.settings.rear_items // len(batch))
         for start in sorted({j for _, j in self.fits}):
             stops = sorted(i for i, j in self.fits if j == start)
             for first in range(0, len(stops), at_once):
                 part = stops[first : first + at_once]
-                fits = [self.fits[i, start] for i in part]
-                answers = self.anchors.stitched_answers([source[i] for i in part], fits, start, batch)
-                for stop, logits in zip(part, answers, strict=True):
-                    place = stop - 1, start - 1
-                    terms = kl_divergence(log_p, _log_probs(logits, self.settings.temperature))
-                    _add(self.divergence, place, terms, torch.ones_like(terms), items, count)
-                    if labels is not None:
-                        known, classes = (labels >= 0).to(logits.device), labels.clamp_min(0).to(logits.device)
-                        picked = _log_probs(logits, 1.0).gather(-1, classes[:, None])[:, 0]
-                        _add(self.loss, place, -picked * known, known.to(picked), items, count)
-        self.divergence.sequences += count
-        self.loss.sequences += count
+                for stop, logits in zip(part, self._stitched(states[0], part, start, batch), strict=True):
+                    self._add((stop - 1, start - 1), log_p, logits, labels, batch)
+        self.divergence.sequences += len(batch)
+        self.loss.sequences += len(batch)
         self.units += len(log_p)
+
+    def _stitched(self, states: Sequence[Any], stops: Sequence[int], start: int, batch: Any) -> Iterator[Tensor]:
+        """Logits `(units, classes)` of the states that are stitched into one target block, which run together."""
+        first, last = self.anchors
+        moved = []
+        for stop in stops:
+            joint = fitted_joint(first, stop, last, start, self.fits[stop, start])
+            moved.append(joint(last.take(states[stop])))
+        with evaluating(last.model):
+            state = last.run(last.stacked(moved), batch.inputs, start, last.num_blocks)
+            for one in last.split(state, len(stops)):
+                yield last.answers(one, batch)
+
+    def _add(self, place: Pair, log_p: Tensor, logits: Tensor, labels: Tensor | None, batch: Any) -> None:
+        items, count = batch.unit_items, len(batch)
+        terms = kl_divergence(log_p, _log_probs(logits, self.settings.temperature))
+        _add(self.divergence, place, terms, torch.ones_like(terms), items, count)
+        if labels is not None:
+            known, classes = (labels >= 0).to(logits.device), labels.clamp_min(0).to(logits.device)
+            picked = _log_probs(logits, 1.0).gather(-1, classes[:, None])[:, 0]
+            _add(self.loss, place, -picked * known, known.to(picked), items, count)
 
     def combine(self) -> None:
         for sums in (self.divergence, self.loss):

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from klas_hf.anchors.anchor import check_anchors
 from klas_hf.anchors.images import image_batches
-from klas_hf.anchors.vision import VisionAnchor, check_anchors, load_vision_anchor
+from klas_hf.anchors.vision import VisionAnchor, load_vision_anchor
 from klas_hf.costs import measure_costs
 from klas_hf.maths.divergences import pairwise_kl
 from klas_hf.processes import progress, shared_out, sum_array_over_processes
@@ -49,7 +50,7 @@ def select_anchors(anchors: Sequence[Any], data: Iterable[Any], *, rule: AnchorR
     sums, images = np.zeros((len(loaded), len(loaded))), 0
     choose_pairs(sums, macs, rule)  # raises now what it would raise after the pass
     for batch in progress(shared_out(chain([first], batches)), "comparing anchors"):
-        logits = [anchor.logits(anchor.features(batch.pixel_values)[-1]).cpu() for anchor in loaded]
+        logits = [anchor.answers(anchor.states(batch)[-1], batch).cpu() for anchor in loaded]
         log_probs = torch.stack(logits).float().log_softmax(-1)
         sums += pairwise_kl(log_probs, log_probs).sum(0).numpy()
         images += len(batch)

@@ -6,34 +6,32 @@ their anchors' checkpoints, so whatever transformers renames on loading it renam
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.checkpoints import ClassifierCheckpoint, UnreadTensor
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.language import HUB_OPTIONS, anchor_config
-from klas_hf.anchors.vision import check_labels
-from klas_hf.anchors.vision_stitches import rows
+from klas_hf.anchors.vision import check_labels, feature_rows
 from klas_hf.anchors.weights import evaluating
 from klas_hf.costs import measure_costs
-from klas_hf.maths.least_squares import LeastSquares, LinearFit, warn_of_few_rows
 from klas_hf.models import StitchedBackbone, StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import StitchingLayer, dropped_prefix
 from klas_hf.models.vision_features import image_size
 from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.models.vision_shapes import FeatureShape, trace
 from klas_hf.paths import Path as AnchorPath
-from klas_hf.processes import progress, shared_out, sum_over_processes
-from klas_hf.stitching.calibration import sampled
-from klas_hf.stitching.loading import load_parts, warn_of_random_stitches, with_revision, write_parameter
+from klas_hf.stitching.joints import fit_joints
+from klas_hf.stitching.loading import load_parts, warn_of_random_stitches, with_revision
 
+from klas_hf.stitching.calibration import sampled
 
 def stitch_classifiers(
     anchors: Sequence[str | Path | PreTrainedModel],
@@ -82,7 +80,7 @@ def stitch_classifiers(
         if path.joints and batches is None:
             warn_of_random_stitches()
         elif batches is not None and path.joints:
-            fit_joints(model, opened, batches, ridge, dtype=dtype)
+            _fit(model, opened, batches, ridge, dtype=dtype)
     return model
 
 
@@ -167,73 +165,32 @@ def usable_images(calibration: Iterable[Any], *configs: PreTrainedConfig) -> Ite
     Raises:
         ValueError: there is no image, or one that a model of these configurations does not take.
     """
-    batches = image_batches(calibration)
+    batches = (batch for batch in image_batches(calibration) if len(batch))
     for batch in batches:
-        if len(batch):
-            for config in configs:
-                vision_kind(config).check_pixels(batch.pixel_values, config)
-            return chain([batch], batches)
+        for config in configs:
+            vision_kind(config).check_pixels(batch.pixel_values, config)
+        return chain([batch], batches)
     raise ValueError("got no calibration images; expected some. Check that an iterator was not used up before")
 
 
-@torch.no_grad()
-def fit_joints(
-    model: StitchedForImageClassification,
-    anchors: Mapping[int, ClassifierCheckpoint],
-    calibration: Iterable[Any],
-    ridge: float | None = None,
-    **loading: Any,
-) -> None:
-    """Set the stitching layers of a model to least-squares maps, one after the other, over all positions of all images.
+def _fit(
+    model: StitchedForImageClassification, anchors: Mapping[int, ClassifierCheckpoint],
+    calibration: Iterable[ImageBatch], ridge: float | None, **loading: Any,
+) -> None:  # fmt: skip
+    """Fit the joints, over all positions of all images; `loading` is `dtype` of the anchors' first blocks."""
+    config, layers = model.config, model.stitching_layers()
+    kinds = [vision_kind(config.slice_config(number)) for number in range(len(config.slices))]
 
-    Each maps what the path before it really gives, to what the next slice's anchor has there: the output of its block
-    `start`, or of its embedding for 0.
+    def entering(joint: int, batch: ImageBatch) -> Tensor:
+        state = _last_features(model, batch, joint + 1)
+        return feature_rows(state, kinds[joint], dropped_prefix(kinds[joint], kinds[joint + 1]))
 
-    Args:
-        calibration: batches of images; read once for every joint, so more than one joint keeps them in memory.
-        loading: `dtype` of the anchors' first blocks.
+    def wanted(joint: int) -> Callable[[ImageBatch], Tensor]:
+        place, start, _ = config.slices[joint + 1]
+        prefix = _prefix(anchors[place], start, config, **loading).to(_device(layers[joint]))
+        return lambda batch: feature_rows(_last_features(prefix, batch, None), kinds[joint + 1])
 
-    Raises:
-        ValueError: no image, or activations that are not finite.
-    """
-    config = model.config
-    batches = list(calibration) if len(model.joints) > 1 else calibration
-    fits = []
-    for number, layer in enumerate(model.stitching_layers()):
-        place, start, _ = config.slices[number + 1]
-        wanted = _prefix(anchors[place], start, config, **loading).to(_device(layer))
-        fit = _fit_joint(model, number, wanted, batches, ridge)
-        write_parameter(layer, "weight", fit.weight.reshape(layer.weight.shape))
-        if layer.bias is not None:
-            write_parameter(layer, "bias", fit.bias)
-        fits.append({"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows})
-    config.joint_fits = fits
-    seen = [(int(fit["rows"]), width) for fit, (width, _) in zip(fits, config.joint_channels, strict=True)]
-    warn_of_few_rows(*min(seen, key=lambda pair: pair[0] / pair[1]))
-
-
-def _fit_joint(
-    model: StitchedForImageClassification,
-    number: int,
-    wanted: StitchedBackbone,
-    calibration: Iterable[Any],
-    ridge: float | None,
-) -> LinearFit:
-    """Least-squares map from what enters a joint to what a backbone gives, in one pass."""
-    kinds = [vision_kind(model.config.slice_config(place)) for place in (number, number + 1)]
-    dropped = dropped_prefix(*kinds)
-    source, target = model.config.joint_channels[number]
-    equations: LeastSquares | None = None
-    for batch in progress(shared_out(image_batches(calibration)), "calibrating the stitching layer"):
-        if not len(batch):
-            continue
-        x, y = (_last_features(one, batch, count) for one, count in ((model, number + 1), (wanted, None)))
-        equations = equations or LeastSquares(source, target, x.hidden.device)
-        equations.update(rows(x, kinds[0], dropped), rows(y, kinds[1]).to(x.hidden.device))
-    if equations is None:  # other processes have read all there is
-        equations = LeastSquares(source, target, torch.device("cpu"))
-    equations.combine(sum_over_processes)
-    return equations.solve(ridge)
+    fit_joints(model, entering, wanted, calibration, ridge)
 
 
 def _last_features(model: Any, batch: ImageBatch, count: int | None) -> Any:

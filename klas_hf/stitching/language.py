@@ -4,7 +4,6 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ from klas_hf.anchors.families import DecoderFamily, decoder_family
 from klas_hf.anchors.language import HUB_OPTIONS
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
-from klas_hf.maths.least_squares import LeastSquares, LinearFit, warn_of_few_rows
 from klas_hf.models import StitchedConfig, StitchedForCausalLM
 from klas_hf.models.modeling_stitched import StitchedTextModel
 from klas_hf.paths import Path as AnchorPath
-from klas_hf.processes import progress, shared_out, sum_over_processes
-from klas_hf.stitching.calibration import sampled
-from klas_hf.stitching.loading import load_parts, prefix_map, warn_of_random_stitches, with_revision, write_parameter
+from klas_hf.stitching.joints import fit_joints
+from klas_hf.stitching.loading import load_parts, prefix_map, warn_of_random_stitches, with_revision
 
+from klas_hf.stitching.calibration import sampled
 
 def stitch_decoders(
     anchors: Sequence[str | Path | PreTrainedModel],
@@ -68,7 +66,7 @@ def stitch_decoders(
         if path.joints and batches is None:
             warn_of_random_stitches()
         elif batches is not None and path.joints:
-            fit_joints(model, opened, batches, ridge, dtype=loading["dtype"], device_map=prefix_map(device_map))
+            _fit(model, opened, batches, ridge, dtype=loading["dtype"], device_map=prefix_map(device_map))
     return model.eval()
 
 
@@ -103,10 +101,10 @@ def stitched_config(anchors: Mapping[int, DecoderCheckpoint], path: AnchorPath, 
     depths = [anchors[place].config.num_hidden_layers if place in anchors else 0 for place in range(count)]
     bounds = path.bounds(depths)
     last = anchors[bounds[-1][0]]
-    configs = [cut_config(anchors[place].config, start, stop) for place, start, stop in bounds]
-    for config, (place, *_) in zip(configs[1:], bounds[1:], strict=True):
-        for name, value in anchors[place].family.fed_hidden.items():
-            setattr(config, name, value)
+    configs = [
+        cut_config(anchors[place].config, start, stop, fed=number > 0)
+        for number, (place, start, stop) in enumerate(bounds)
+    ]
     given: dict[str, Any] = {"slice_configs": configs, "slices": [list(one) for one in bounds]}
     return StitchedConfig(
         **given,
@@ -139,9 +137,9 @@ def usable_batches(calibration: Iterable[Any], bos_token_id: int | None) -> Iter
     Raises:
         ValueError: no batch has a token that is neither padding nor BOS.
     """
-    batches = token_batches(calibration)
+    batches = token_batches(calibration, bos_token_id)
     for batch in batches:
-        if batch.counted(bos_token_id).any():
+        if batch.counted.any():
             return chain([batch], batches)
     raise ValueError(
         "got calibration batches without a token that is neither padding nor BOS; expected text. Check the "
@@ -149,76 +147,25 @@ def usable_batches(calibration: Iterable[Any], bos_token_id: int | None) -> Iter
     )
 
 
-@torch.no_grad()
-def fit_joints(
-    model: StitchedForCausalLM,
-    anchors: Mapping[int, DecoderCheckpoint],
-    calibration: Iterable[Any],
-    ridge: float | None = None,
-    **loading: Any,
-) -> None:
-    """Set the stitching layers of a model to least-squares maps, one after the other.
+def _fit(
+    model: StitchedForCausalLM, anchors: Mapping[int, DecoderCheckpoint], calibration: Iterable[TokenBatch],
+    ridge: float | None, **loading: Any,
+) -> None:  # fmt: skip
+    """Fit the joints; `loading` are `dtype` and `device_map` of the anchors' first blocks."""
 
-    Each maps what the path before it really gives, to what the next slice's anchor has there: the output of its block
-    `start`. Padding and BOS are left out.
+    def entering(joint: int, batch: TokenBatch) -> Tensor:
+        return _counted(_front_states(model.model, joint, batch), batch)
 
-    Args:
-        calibration: batches of token ids; read once for every joint, so more than one joint keeps them in memory.
-        loading: `dtype` and `device_map` of the anchors' first blocks.
+    def wanted(joint: int) -> Callable[[TokenBatch], Tensor]:
+        place, start, _ = model.config.slices[joint + 1]
+        prefix = _prefix(anchors[place], start, **loading)
+        return lambda batch: _counted(_last_hidden(prefix, batch), batch)
 
-    Raises:
-        ValueError: activations that are not finite.
-    """
-    config = model.config
-    batches = list(calibration) if len(config.slices) > 2 else calibration
-    fits = []
-    for number, layer in enumerate(model.stitching_layers()):
-        place, start, _ = config.slices[number + 1]
-        wanted = _prefix(anchors[place], start, **loading)
-        front = partial(_front_states, model.model, number)
-        fit = fit_rows(front, partial(_last_hidden, wanted), layer, batches, config.bos_token_id, ridge)
-        set_linear(layer, fit)
-        fits.append({"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows})
-    config.joint_fits = fits
-    widths = [layer.in_features for layer in model.stitching_layers()]
-    warn_of_few_rows(int(fits[0]["rows"]), max(widths))  # every joint sees the same tokens
+    fit_joints(model, entering, wanted, calibration, ridge)
 
 
-def fit_rows(
-    source: Callable[[TokenBatch], Tensor],
-    target: Callable[[TokenBatch], Tensor],
-    layer: nn.Linear,
-    calibration: Iterable[Any],
-    bos_token_id: int | None,
-    ridge: float | None = None,
-) -> LinearFit:
-    """Least-squares map between the hidden states that two functions of a batch give, in one pass.
-
-    Args:
-        source, target: a batch to `(batch, tokens, width)`.
-        layer: whose widths they have.
-        calibration: batches of token ids; padding and BOS are left out.
-
-    Raises:
-        ValueError: no token left, or activations that are not finite.
-    """
-    equations: LeastSquares | None = None
-    for batch in progress(shared_out(token_batches(calibration)), "calibrating the stitching layer"):
-        counted = batch.counted(bos_token_id)
-        x, y = source(batch), target(batch)
-        equations = equations or LeastSquares(layer.in_features, layer.out_features, x.device)
-        equations.update(x[counted.to(x.device)], y[counted.to(y.device)].to(x.device))
-    if equations is None:  # another process has read all there is
-        equations = LeastSquares(layer.in_features, layer.out_features, torch.device("cpu"))
-    equations.combine(sum_over_processes)
-    return equations.solve(ridge)
-
-
-def set_linear(layer: nn.Linear, fit: LinearFit) -> None:
-    """Put a fit into a stitching layer, wherever its parameters are."""
-    write_parameter(layer, "weight", fit.weight)
-    if layer.bias is not None:
-        write_parameter(layer, "bias", fit.bias)
+def _counted(hidden: Tensor, batch: TokenBatch) -> Tensor:
+    return hidden[batch.counted.to(hidden.device)]
 
 
 def _front_states(model: StitchedTextModel, joint: int, batch: TokenBatch) -> Tensor:

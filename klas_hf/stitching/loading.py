@@ -1,11 +1,8 @@
-"""Loading a model whose tensors come from several checkpoints, and setting its stitching layers."""
+"""Loading a model whose tensors come from several checkpoints."""
 
 import warnings
 from typing import Any
 
-import torch
-from accelerate.hooks import SequentialHook
-from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 RANDOM_STITCH = (
@@ -50,16 +47,3 @@ def prefix_map(device_map: Any) -> Any:
 def with_revision(hub: dict[str, Any], revision: str | None) -> dict[str, Any]:
     """Hub options with a revision, where there is one."""
     return hub if revision is None else hub | {"revision": revision}
-
-
-@torch.no_grad()
-def write_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Set a parameter of a module in its own dtype, also where accelerate has offloaded it to memory or disk."""
-    parameter = module.get_parameter(name)
-    if not parameter.is_meta:
-        parameter.copy_(value)
-        return
-    hook: Any = module._hf_hook
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
-    (weights,) = (one.weights_map for one in hooks if one.weights_map is not None)
-    weights.dataset.state_dict[f"{weights.prefix}{name}"] = value.to(device="cpu", dtype=parameter.dtype)

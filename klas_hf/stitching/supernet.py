@@ -1,27 +1,37 @@
-"""A supernet: several anchors with stitching layers between them, of which a forward runs one path (SN-Net).
+"""A supernet: anchors with stitching layers between their blocks, of which a forward runs one path (SN-Net).
 
-A path is an anchor run whole, or a stitch: the first blocks of one anchor, a stitching layer, the last blocks of
-another. All paths share the anchors' weights.
+All paths share the anchors' weights. Every stitching layer starts from least squares, in one pass over the calibration
+data for the first joints of all paths, and in one more for every joint behind: it maps what its path really gives.
 """
 
 import copy
 import os
+import warnings
 from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from importlib import import_module
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.actions import Publishable
-from klas_hf.costs import measure_costs, measure_stitch_costs
+from klas_hf.anchors.anchor import Anchor, check_anchors
+from klas_hf.anchors.fitting import fit_stitches, linear, write_fit
+from klas_hf.anchors.loading import load_anchors
+from klas_hf.anchors.weights import evaluating
+from klas_hf.costs import Cost, PathCosts, measure_path_costs
+from klas_hf.maths.least_squares import LeastSquares, LinearFit
 from klas_hf.models import StitchedModel
 from klas_hf.models.checkpoint_files import load_whole, replacing
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
-from klas_hf.paths import Stitch
+from klas_hf.paths import Path, Stitch
+from klas_hf.processes import progress, shared_out, sum_over_processes
+from klas_hf.stitching.loading import RANDOM_STITCH
 
-Path = int | Stitch
+AnyPath = Path | Stitch | str | Sequence[int]
 
 
 class StitchedSupernet(Publishable, PreTrainedModel):
@@ -31,15 +41,16 @@ class StitchedSupernet(Publishable, PreTrainedModel):
     `StitchedSupernetForImageClassification` or a `StitchedSupernetForCausalLM`.
 
     Attributes:
-        anchors: the models, cheapest first.
-        stitches: the stitching layers.
+        anchors: the models.
+        joints: the stitching layers.
 
     Example:
-        >>> supernet = StitchedSupernet.from_anchors([small, large], [(1, 2), (2, 1)], calibration=images)
-        >>> supernet.paths  # the anchors, then the stitches
-        (0, 1, Stitch(source_stop=1, target_start=2, source=0, target=1), Stitch(source_stop=2, ...))
+        >>> paths = [(1, 2), "1[:1] 0[1:2] 1[2:]"]
+        >>> supernet = StitchedSupernet.from_anchors([small, large], paths, calibration=images)
+        >>> [str(path) for path in supernet.paths]  # the anchors, then the paths
+        ['0[:]', '1[:]', '0[:1] 1[2:]', '1[:1] 0[1:2] 1[2:]']
         >>> pixels = images[0]["pixel_values"]
-        >>> torch.equal(supernet.extract((1, 2))(pixels).logits, supernet(pixels, path=Stitch(1, 2)).logits)
+        >>> torch.equal(supernet.extract(paths[1])(pixels).logits, supernet(pixels, path=paths[1]).logits)
         True
         >>> alone = StitchedModel.from_anchors(small, large, (1, 2), calibration=images)
         >>> torch.allclose(alone(pixels).logits, supernet(pixels, path=Stitch(1, 2)).logits, atol=1e-4)
@@ -49,24 +60,70 @@ class StitchedSupernet(Publishable, PreTrainedModel):
     config_class = StitchedSupernetConfig
     base_model_prefix = ""
     _supports_sdpa = True
+    anchor_class: ClassVar[type[Anchor]]
 
     anchors: nn.ModuleList
-    stitches: nn.ModuleList
+    joints: nn.ModuleList
 
     @classmethod
-    def from_anchors(cls, anchors: Any, stitches: Any, **kwargs: Any) -> "StitchedSupernet":
-        """Join anchors by many stitches; see `klas_hf.stitching.supernets.assemble_supernet`.
+    def from_anchors(
+        cls,
+        anchors: Sequence[Any],
+        paths: Iterable[AnyPath],
+        *,
+        calibration: Iterable[Any] | None = None,
+        shared: Sequence[int] | None = None,
+        ridge: float | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        tokens: int = 128,
+    ) -> "StitchedSupernet":
+        """Join anchors on many paths.
 
         Args:
-            anchors: Hub ids, local folders or models, all image classifiers or all causal language models.
-            stitches: a selection, or any stitches; of two anchors `(i, j)`, of more `Stitch(i, j, source, target)`.
-            kwargs: `calibration` batches for the least-squares start (None: random, with a warning), `shared` layers
-                (see `snnet_groups`), `ridge`, and for the costs `image_size` in pixels or `tokens`.
+            anchors: Hub ids, local folders or models, all image classifiers or all causal language models; they are
+                read, never changed. Paths name them by position.
+            paths: a selection of stitches, or any paths.
+            calibration: batches of images (see `image_batches`) or token ids (`token_batches`) on which all stitching
+                layers are fitted by least squares; None leaves them random, with a warning.
+            shared: a number per path of one joint; paths of one number share it (see `snnet_groups`). None: none do.
+            ridge: penalty of the fits; None chooses (see `LeastSquares.solve`).
+            image_size: pixels of the images, where the anchors' configurations are for different ones.
+            tokens: length of the sequences that the costs of language models are counted for.
+
+        Returns:
+            The supernet in eval mode.
 
         Raises:
-            ValueError: anchors or stitches that do not fit each other.
+            ValueError: an anchor listed twice, different classes or vocabularies, anchors for text and for images, no
+                paths, one listed twice, out of range, between different grids or a stitch from a dearer anchor to a
+                cheaper, or layers shared between widths.
         """
-        return import_module("klas_hf.stitching.supernets").assemble_supernet(anchors, stitches, **kwargs)
+        chosen = [Path.of(path) for path in paths]
+        loaded = load_anchors(anchors)
+        kind = next(kind for kind in StitchedSupernet.__subclasses__() if kind.anchor_class is type(loaded[0]))
+        _check_paths(loaded, chosen)
+        layers = _shared_layers(loaded, chosen, shared)
+        config = StitchedSupernetConfig(
+            **{"anchor_configs": [copy.deepcopy(one.config) for one in loaded], "tokens": tokens}
+            | kind.settings(loaded, chosen, image_size),
+            paths=[str(path) for path in chosen],
+            joint_of=layers,
+            anchor_names=[one.path for one in loaded],
+            anchor_revisions=[one.revision for one in loaded],
+            architectures=[kind.__name__],
+        )
+        _check_directions(costs_of(config), chosen)
+        batches = None if calibration is None else kind.usable(calibration, loaded)
+        supernet = kind(config).eval()
+        last = loaded[-1].model
+        supernet.to(device=last.device, dtype=last.dtype)  # before weights that float32 would round
+        for model, one in zip(supernet.anchors, loaded, strict=True):
+            model.load_state_dict(one.model.state_dict())
+        if batches is None:
+            warnings.warn(RANDOM_STITCH, stacklevel=2)
+            return supernet
+        supernet._fit(loaded, batches, ridge)
+        return supernet
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "StitchedSupernet":
@@ -90,97 +147,234 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         with replacing(save_directory, kwargs.get("variant")) as part:
             super().save_pretrained(part, *args, **kwargs)
 
+    @classmethod
+    @abstractmethod
+    def settings(
+        cls, anchors: Sequence[Anchor], paths: Sequence[Path], image_size: int | tuple[int, int] | None
+    ) -> dict[str, Any]:
+        """Fields of the configuration that only this kind of data has, and ValueError where paths do not fit it."""
+
+    @classmethod
+    @abstractmethod
+    def usable(cls, calibration: Iterable[Any], anchors: Sequence[Anchor]) -> Iterable[Any]:
+        """The batches, checked before long work."""
+
+    @abstractmethod
+    def _extracted(self, path: Path) -> StitchedModel: ...
+
     @cached_property
     def paths(self) -> tuple[Path, ...]:
-        """Every path: the positions of the anchors that a stitch joins, then the stitches."""
-        stitches = [Stitch(*stitch) for stitch in self.config.stitches]
-        joined = sorted({place for stitch in stitches for place in (stitch.source, stitch.target)})
-        return (*joined, *stitches)
+        """Every path: the anchors that a path uses, alone, then the paths that the supernet was made with."""
+        made = [Path.parse(path) for path in self.config.paths]
+        alone = [Path.parse(f"{place}[:]") for place in sorted({place for path in made for place in path.anchors})]
+        return tuple(dict.fromkeys([*alone, *made]))
 
     @cached_property
-    def path_macs(self) -> tuple[int, ...]:
-        """MACs of every path for one image, or one sequence of `config.tokens`, in the order of `paths`."""
-        return tuple(macs for macs, _ in self._path_costs)
-
-    @cached_property
-    def path_parameters(self) -> tuple[int, ...]:
-        """Parameters of every path, as a model of its own, in the order of `paths`."""
-        return tuple(parameters for _, parameters in self._path_costs)
-
-    @cached_property
-    def _path_costs(self) -> list[tuple[int, int]]:
-        configs, given = self.config.anchor_configs, self.config
-        size = None if given.image_size is None else (given.image_size[0], given.image_size[1])
-        pairs = {(path.source, path.target) for path in self.paths if isinstance(path, Stitch)}
-        costs = {
-            pair: measure_stitch_costs(*(configs[one] for one in pair), image_size=size, tokens=given.tokens)
-            for pair in pairs
-        }
-        whole = [measure_costs(config, image_size=size, tokens=given.tokens) for config in configs]
-        return [
-            costs[path.source, path.target].of(path)
-            if isinstance(path, Stitch)
-            else (whole[path].macs, whole[path].parameters)
-            for path in self.paths
-        ]
+    def path_costs(self) -> tuple[Cost, ...]:
+        """What each path costs as a model of its own, in the order of `paths`; MACs are those of one image, or of one
+        sequence of `config.tokens`."""
+        costs = costs_of(self.config)
+        return tuple(costs.of(path) for path in self.paths)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.anchors[0].get_input_embeddings()
 
-    def layer_of(self, stitch: Stitch) -> nn.Module:
-        """The stitching layer that a `stitch` runs.
+    def anchor(self, place: int) -> Anchor:
+        """The anchor at a `place`, read by blocks."""
+        return self._read[place]
+
+    def joints_of(self, path: AnyPath) -> list[nn.Module]:
+        """The stitching layers that a `path` runs, in order.
 
         Raises:
-            ValueError: the supernet has no such stitch.
+            ValueError: the supernet has no such path.
         """
-        return self.stitches[self.config.layer_of[self.check_path(stitch)]]
+        path = self.check_path(path)
+        return [self.joints[n] for n in self.config.joint_of[self._numbers[path]]] if path.joints else []
 
-    def extract(self, stitch: Stitch | tuple[int, int] | tuple[int, int, int, int]) -> StitchedModel:
-        """The stitched model of one `stitch`, with a copy of its weights: what the supernet gives on that path.
+    def extract(self, path: AnyPath) -> StitchedModel:
+        """The stitched model of one `path`, with a copy of its weights: what the supernet gives on that path.
 
         Raises:
-            ValueError: the supernet has no such stitch.
+            ValueError: the supernet has no such path.
         """
-        stitch = Stitch.of(stitch)
-        self.check_path(stitch)
-        return self._extracted(stitch)
+        return self._extracted(self.check_path(path))
 
-    @abstractmethod
-    def _extracted(self, stitch: Stitch) -> StitchedModel: ...
-
-    def check_path(self, path: Path) -> int:
-        """The number of a `path`: of a stitch among the supernet's, or of an anchor.
+    def check_path(self, path: AnyPath) -> Path:
+        """A `path` in one form: of those that the supernet was made with, or an anchor alone.
 
         Raises:
             ValueError: there is no such path.
         """
-        if isinstance(path, Stitch):
-            known = self._numbers
-            if path in known:
-                return known[path]
+        path = Path.of(path)
+        known = list(self._numbers)
+        if path not in known and not (path.joints == 0 and path.slices[0].anchor < len(self.anchors)):
             raise ValueError(
-                f"got stitch {path}, which this supernet of {len(known)} stitches was not made with; expected one of "
-                f"{', '.join(map(str, list(known)[:10]))}{' …' if len(known) > 10 else ''}"
+                f"got path {path}, which this supernet of {len(known)} paths was not made with; expected one of "
+                f"{', '.join(map(str, known[:10]))}{' …' if len(known) > 10 else ''}, or an anchor alone, such as 0[:]"
             )
-        if not (isinstance(path, int) and 0 <= path < len(self.anchors)):
-            raise ValueError(f"got path={path!r}; expected an anchor from 0 to {len(self.anchors) - 1}, or a stitch")
         return path
 
+    def path_logits(self, path: AnyPath | None, inputs: Mapping[str, Any]) -> Tensor:
+        """What one path answers; None is the last anchor.
+
+        Args:
+            inputs: of the anchors' own forward.
+        """
+        path = Path.parse(f"{len(self.anchors) - 1}[:]") if path is None else self.check_path(path)
+        state = self._run(path, inputs, path.joints)
+        return self.anchor(path.slices[-1].anchor).logits(state)
+
+    def logits_of(self, paths: Sequence[Path], batch: Any) -> Iterator[Tensor]:
+        """What each path answers to a batch; each anchor runs once for all paths that begin with it."""
+        stops: dict[int, int] = {}
+        for path in paths:
+            place, _, stop = self._bounds(path)[0]
+            stops[place] = max(stop, stops.get(place, 0))
+        states = {place: self.anchor(place).states(batch, stop) for place, stop in stops.items()}
+        for path in paths:
+            place, _, stop = self._bounds(path)[0]
+            state = self._behind(path, states[place][stop], batch.inputs, path.joints)
+            yield self.anchor(path.slices[-1].anchor).logits(state)
+
+    def _run(self, path: Path, inputs: Mapping[str, Any], joints: int) -> Any:
+        """The state on a path behind so many joints and the slice that follows them."""
+        place, _, stop = self._bounds(path)[0]
+        return self._behind(path, self.anchor(place).front(inputs, stop), inputs, joints)
+
+    def _behind(self, path: Path, state: Any, inputs: Mapping[str, Any], joints: int) -> Any:
+        """The same, from the state that enters the first joint."""
+        behind = list(zip(self.joints_of(path), self._bounds(path)[1:], strict=True))
+        for joint, (place, start, stop) in behind[:joints]:
+            state = self.anchor(place).run(joint(state), inputs, start, stop)
+        return state
+
+    def _bounds(self, path: Path) -> list[tuple[int, int, int]]:
+        return path.bounds([one.num_blocks for one in self._read])
+
     @cached_property
-    def _numbers(self) -> dict[Stitch, int]:
-        return {Stitch(*stitch): number for number, stitch in enumerate(self.config.stitches)}
+    def _read(self) -> list[Anchor]:
+        return [self.anchor_class(model) for model in self.anchors]
 
-    def ends_of_layers(self) -> list[Stitch]:
-        """A stitch of every stitching layer."""
-        layers = range(len(set(self.config.layer_of)))
-        return [Stitch(*self.config.stitches[self.config.layer_of.index(layer)]) for layer in layers]
+    @cached_property
+    def _numbers(self) -> dict[Path, int]:
+        return {Path.parse(path): number for number, path in enumerate(self.config.paths)}
+
+    def _joint_ends(self) -> list[tuple[int, int, int, int]]:
+        """(anchor, stop) and (anchor, start) that every stitching layer leads from and to."""
+        ends: dict[int, tuple[int, int, int, int]] = {}
+        for path, number in self._numbers.items():
+            for layer, (one, other) in zip(self.config.joint_of[number], pairwise(path.slices), strict=True):
+                ends.setdefault(layer, (one.anchor, one.stop or 0, other.anchor, other.start))
+        return [ends[layer] for layer in sorted(ends)]
+
+    def _made_joints(self) -> nn.ModuleList:
+        ends = self._joint_ends()
+        return nn.ModuleList(self.anchor(a).joint(stop, self.anchor(b), start) for a, stop, b, start in ends)
+
+    def _fit(self, anchors: Sequence[Anchor], calibration: Iterable[Any], ridge: float | None) -> None:
+        """Set all stitching layers to least-squares maps, the first of each path first."""
+        joint_of = self.config.joint_of
+        most = max((path.joints for path in self._numbers), default=0)
+        batches = list(calibration) if most > 1 else calibration
+        groups: dict[int, list[Stitch]] = {}
+        for path, number in self._numbers.items():
+            for one, other in pairwise(path.slices[:2]):
+                stitch = Stitch(one.stop or 0, other.start, one.anchor, other.anchor)
+                groups.setdefault(joint_of[number][0], []).append(stitch)
+        found: dict[int, LinearFit] = {}
+        if groups:
+            found = dict(zip(groups, fit_stitches(anchors, list(groups.values()), batches, ridge), strict=True))
+        for layer, fit in found.items():
+            write_fit(linear(self.joints[layer]), fit)
+        for joints in range(1, most):
+            found |= self._fit_behind(joints, batches, ridge)
+        self.config.joint_fits = [
+            {"r2": found[layer].r2, "ridge": found[layer].ridge, "rows": found[layer].rows} for layer in sorted(found)
+        ]
+
+    @torch.no_grad()
+    def _fit_behind(self, joints: int, batches: Iterable[Any], ridge: float | None) -> dict[int, LinearFit]:
+        """Fit the joint of every path that stands behind so many others, in one pass."""
+        sums: dict[int, LeastSquares] = {}
+        paths = {path: number for path, number in self._numbers.items() if path.joints > joints}
+        with evaluating(self):
+            for batch in progress(shared_out(self._read[0].read(batches)), f"calibrating joint {joints + 1}"):
+                for path, number in paths.items():
+                    one, other = (self.anchor(part.anchor) for part in path.slices[joints : joints + 2])
+                    x = one.rows(self._run(path, batch.inputs, joints), batch, other)
+                    start = path.slices[joints + 1].start
+                    y = other.rows(other.front(batch.inputs, start), batch)
+                    layer = self.config.joint_of[number][joints]
+                    sums.setdefault(layer, LeastSquares(x.shape[1], y.shape[1], x.device)).update(x, y)
+        found = {}
+        for number in paths.values():
+            layer = self.config.joint_of[number][joints]
+            out, into = linear(self.joints[layer]).weight.shape[:2]
+            equations = sums.get(layer) or LeastSquares(into, out, self.device)  # other processes have read all
+            equations.combine(sum_over_processes)
+            found[layer] = equations.solve(ridge)
+            write_fit(linear(self.joints[layer]), found[layer])
+        return found
 
 
-def note_origin(config: Any, supernet: StitchedSupernet, stitch: Stitch) -> None:
-    """Write into a stitched model's configuration where its anchors and its layer come from, and its training."""
+def costs_of(config: StitchedSupernetConfig) -> PathCosts:
+    """Costs of every path through a supernet's anchors."""
+    size = None if config.image_size is None else (config.image_size[0], config.image_size[1])
+    return measure_path_costs(config.anchor_configs, image_size=size, tokens=config.tokens)
+
+
+def note_origin(config: PreTrainedConfig, supernet: StitchedSupernet, path: Path) -> None:
+    """Write into a stitched model's configuration where its anchors and joints come from, and its training."""
     given = supernet.config
     config.training = copy.deepcopy(given.training)
     if given.anchor_names:
         config.anchor_names, config.anchor_revisions = list(given.anchor_names), list(given.anchor_revisions)
-    if given.layer_fits:
-        config.joint_fits = [given.layer_fits[given.layer_of[supernet.check_path(stitch)]]]
+    if given.joint_fits and path.joints:
+        config.joint_fits = [given.joint_fits[n] for n in given.joint_of[supernet._numbers[path]]]
+
+
+def _check_paths(anchors: Sequence[Anchor], paths: Sequence[Path]) -> None:
+    """Raise ValueError unless there are paths within the anchors, each once."""
+    if not paths:
+        raise ValueError("got no paths; expected at least one. Pass a selection, such as select_stitches gives")
+    if repeated := [path for path in paths if paths.count(path) > 1]:
+        raise ValueError(f"got path {repeated[0]} more than once; expected each one once")
+    for path in paths:
+        path.bounds([one.num_blocks for one in anchors])
+    check_anchors(anchors, least=1)
+
+
+def _check_directions(costs: PathCosts, paths: Sequence[Path]) -> None:
+    """Raise ValueError where a stitch leads from a dearer anchor to a cheaper one."""
+    for path in paths:
+        if path.stitch is not None:
+            source, target = (costs.anchors[place].total_macs for place in (path.stitch.source, path.stitch.target))
+            if source > target:
+                raise ValueError(
+                    f"got the stitch {path} from a source of {source:,} MACs to a target of {target:,}: reversed; "
+                    "expected the cheaper anchor as the source. Swap source and target"
+                )
+
+
+def _shared_layers(anchors: Sequence[Anchor], paths: Sequence[Path], shared: Sequence[int] | None) -> list[list[int]]:
+    """The stitching layers of every path, by number."""
+    if shared is None:
+        numbers = iter(range(sum(path.joints for path in paths)))
+        return [[next(numbers) for _ in range(path.joints)] for path in paths]
+    if len(shared) != len(paths) or any(path.joints != 1 for path in paths):
+        raise ValueError(
+            f"got {len(shared)} numbers in shared for {len(paths)} paths; expected one per path of one joint"
+        )
+    order = {number: place for place, number in enumerate(dict.fromkeys(shared))}
+    ends: dict[int, tuple[int, ...]] = {}
+    for path, number in zip(paths, shared, strict=True):
+        one, other = path.slices
+        widths = anchors[one.anchor].widths[one.stop or 0], anchors[other.anchor].widths[other.start]
+        end = (one.anchor, other.anchor, *widths)
+        if ends.setdefault(number, end) != end:
+            raise ValueError(
+                f"got path {path} sharing a layer with paths between other anchors or widths ({ends[number]} and "
+                f"{end}: source, target, widths); expected equal ones"
+            )
+    return [[order[number]] for number in shared]

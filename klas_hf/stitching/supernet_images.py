@@ -1,19 +1,23 @@
 """Supernets of image classifiers."""
 
+import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.models import StitchedForImageClassification
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
-from klas_hf.models.modeling_stitched_vision import StitchingLayer, stochastic_depth
-from klas_hf.models.vision_features import drop_block
+from klas_hf.models.modeling_stitched_vision import stochastic_depth
 from klas_hf.models.vision_kinds import vision_kind
-from klas_hf.models.vision_shapes import classifier, trace
-from klas_hf.paths import Stitch
-from klas_hf.stitching.supernet import Path, StitchedSupernet
+from klas_hf.models.vision_shapes import classifier
+from klas_hf.paths import Path
+from klas_hf.stitching.images import check_grids, common_size, stitched_vision_config, usable_images
+from klas_hf.stitching.loading import load_parts
+from klas_hf.stitching.supernet import AnyPath, StitchedSupernet, note_origin
 
 
 class StitchedSupernetForImageClassification(StitchedSupernet):
@@ -33,13 +37,14 @@ class StitchedSupernetForImageClassification(StitchedSupernet):
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    anchor_class = VisionAnchor
 
     def __init__(self, config: StitchedSupernetConfig):
         super().__init__(config)
         for one in config.anchor_configs:
             one.id2label, one.label2id = config.id2label, config.label2id
         self.anchors = nn.ModuleList(classifier(one) for one in config.anchor_configs)
-        self.stitches = nn.ModuleList(self._layer(stitch) for stitch in self.ends_of_layers())
+        self.joints = self._made_joints()
         self.num_labels = config.num_labels
         self.loss_type = "ForImageClassification"  # transformers would go by the name of the class
         self.post_init()
@@ -49,7 +54,7 @@ class StitchedSupernetForImageClassification(StitchedSupernet):
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
-        path: Path | None = None,
+        path: AnyPath | None = None,
         return_dict: bool | None = None,
         drop_path: float | None = None,
         **kwargs: Any,
@@ -59,49 +64,53 @@ class StitchedSupernetForImageClassification(StitchedSupernet):
         Args:
             pixel_values: `(batch, channels, height, width)`.
             labels: `(batch,)` class numbers.
-            path: position of an anchor, or a stitch; None takes the last anchor.
+            path: one of the supernet's; None takes the last anchor.
             drop_path: stochastic depth of the path's last block in training; None takes the configuration's.
         """
-        path = len(self.anchors) - 1 if path is None else path
-        sides = self._sides(path)
-        kinds = [vision_kind(model.config) for model, _ in sides]
-        kinds[0].check_pixels(pixel_values, sides[0][0].config)
-        kinds[-1].check_size(pixel_values, sides[-1][0].config)
-        blocks = [kind.blocks(model.config)[part] for kind, (model, part) in zip(kinds, sides, strict=True)]
+        path = Path.parse(f"{len(self.anchors) - 1}[:]") if path is None else self.check_path(path)
+        inputs: dict[str, Any] = {"pixel_values": pixel_values}
         rate = self.config.drop_path_rate if drop_path is None else drop_path
-        pairs = [(model, kind) for kind, (model, _) in zip(kinds, sides, strict=True)]
-        rates = iter(stochastic_depth(rate if self.training else 0.0, sum(map(len, blocks)), *pairs))
-        features = kinds[0].run_embed(sides[0][0], pixel_values)
-        for number, (model, kind) in enumerate(pairs):
-            if number:
-                assert isinstance(path, Stitch)
-                features = self.layer_of(path)(features)
-            for block in blocks[number]:
-                features = drop_block(features, kind.run_block(model, block, features), next(rates))
-        logits = pairs[-1][1].run_head(pairs[-1][0], features)
+        if rate and self.training:
+            sides = [(self.anchors[place], vision_kind(self.anchors[place].config)) for place in path.anchors]
+            depth = sum(stop - start for _, start, stop in self._bounds(path))
+            inputs["rates"] = iter(stochastic_depth(rate, depth, *sides))
+        logits = self.path_logits(path, inputs)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         output = ImageClassifierOutput(loss=loss, logits=logits)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def _sides(self, path: Path) -> list[tuple[PreTrainedModel, slice]]:
-        """The models that a path runs, and which of their blocks."""
-        self.check_path(path)
-        if isinstance(path, Stitch):
-            source, target = self.anchors[path.source], self.anchors[path.target]
-            return [(source, slice(None, path.source_stop)), (target, slice(path.target_start, None))]
-        return [(self.anchors[path], slice(None))]
+    @classmethod
+    def settings(
+        cls, anchors: Sequence[Anchor], paths: Sequence[Path], image_size: int | tuple[int, int] | None
+    ) -> dict[str, Any]:
+        configs = [one.config for one in anchors]
+        used = sorted({place for path in paths for place in path.anchors})
+        size = common_size([configs[place] for place in used], image_size)
+        for path in paths:
+            check_grids(configs, path, size)
+        sides = copy.deepcopy(configs)
+        for side in sides:
+            for name, value in vision_kind(side).training.items():
+                setattr(side, name, value)
+        labels = {"id2label": dict(configs[-1].id2label), "label2id": dict(configs[-1].label2id)}
+        return {"anchor_configs": sides, "image_size": list(size)} | labels
 
-    def _layer(self, stitch: Stitch) -> StitchingLayer:
-        first, last = (self.config.anchor_configs[place] for place in (stitch.source, stitch.target))
-        return StitchingLayer(
-            vision_kind(first),
-            vision_kind(last),
-            trace(first)[stitch.source_stop].channels,
-            trace(last)[stitch.target_start].channels,
-        )
+    @classmethod
+    def usable(cls, calibration: Iterable[Any], anchors: Sequence[Anchor]) -> Iterable[Any]:
+        return usable_images(calibration, *(one.config for one in anchors))
 
-    def _extracted(self, stitch: Stitch) -> StitchedForImageClassification:
-        from klas_hf.stitching.supernet_image_parts import extract_classifier
-
-        return extract_classifier(self, stitch)
+    def _extracted(self, path: Path) -> StitchedForImageClassification:
+        given = self.config
+        config = stitched_vision_config(given.anchor_configs, path, (given.image_size[0], given.image_size[1]))
+        config.drop_path_rate = given.drop_path_rate
+        note_origin(config, self, path)
+        parts = {f"slices.{number}": self.anchors[one.anchor] for number, one in enumerate(path.slices)}
+        parts |= {f"joints.{number}": joint for number, joint in enumerate(self.joints_of(path))}
+        state = {
+            f"{part}.{name}": tensor.detach().clone()
+            for part, module in parts.items()
+            for name, tensor in module.state_dict().items()
+        }
+        model = load_parts(StitchedForImageClassification, config, state, dtype=self.dtype)
+        return model.to(self.device).eval()

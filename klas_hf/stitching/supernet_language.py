@@ -1,22 +1,26 @@
 """Supernets of causal language models.
 
-A path's two halves are decoders of their own that share the anchors' blocks, so masks and rotary embeddings are the
+A path's slices are decoders of their own that share the anchors' blocks, so masks and rotary embeddings are the
 family's, as in a stitched model.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from klas_hf.anchors.decoder_parts import decoder_front, decoder_rear
+from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.checkpoints import DecoderCheckpoint
 from klas_hf.anchors.language import LanguageAnchor
 from klas_hf.models import StitchedForCausalLM
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
-from klas_hf.paths import Stitch
-from klas_hf.stitching.supernet import Path, StitchedSupernet
+from klas_hf.paths import Path
+from klas_hf.stitching.language import generation_config_of, stitched_config, stitched_state, usable_batches
+from klas_hf.stitching.loading import load_parts
+from klas_hf.stitching.supernet import AnyPath, StitchedSupernet, note_origin
 
 
 class StitchedSupernetForCausalLM(StitchedSupernet):
@@ -26,14 +30,15 @@ class StitchedSupernetForCausalLM(StitchedSupernet):
         config: `StitchedSupernet.from_anchors` makes it, and the model.
 
     Example:
-        >>> supernet = StitchedSupernet.from_anchors([source, target], [(1, 2), (2, 1)], calibration=batches)
-        >>> supernet(**batches[0], path=Stitch(2, 1)).logits.shape
+        >>> supernet = StitchedSupernet.from_anchors([source, target], [(1, 2), "1[:1] 1[3:]"], calibration=batches)
+        >>> supernet(**batches[0], path=Stitch(1, 2)).logits.shape
         torch.Size([4, 16, 64])
-        >>> supernet.extract((2, 1)).generate(torch.tensor([[5, 6]]), max_new_tokens=3).shape
+        >>> supernet.extract("1[:1] 1[3:]").generate(torch.tensor([[5, 6]]), max_new_tokens=3).shape
         torch.Size([1, 5])
     """
 
     main_input_name = "input_ids"
+    anchor_class = LanguageAnchor
 
     def __init__(self, config: StitchedSupernetConfig):
         super().__init__(config)
@@ -42,12 +47,8 @@ class StitchedSupernetForCausalLM(StitchedSupernet):
         )
         for anchor, settings in zip(self.anchors, config.generation_configs or [], strict=False):
             anchor.generation_config = GenerationConfig(**settings)
-        self.stitches = nn.ModuleList(
-            nn.Linear(*(config.anchor_configs[place].hidden_size for place in (stitch.source, stitch.target)))
-            for stitch in self.ends_of_layers()
-        )
+        self.joints = self._made_joints()
         self.loss_type = "ForCausalLM"  # transformers would go by the name of the class
-        self._parts: dict[tuple[int, int, str], PreTrainedModel] = {}
         self.post_init()
         # transformers looks for tied embeddings among the children, not among theirs.
         self.all_tied_weights_keys.update(self.get_expanded_tied_weights_keys(all_submodels=True))
@@ -58,7 +59,7 @@ class StitchedSupernetForCausalLM(StitchedSupernet):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        path: Path | None = None,
+        path: AnyPath | None = None,
         return_dict: bool | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -69,17 +70,9 @@ class StitchedSupernetForCausalLM(StitchedSupernet):
             input_ids: `(batch, tokens)`.
             attention_mask: `(batch, tokens)`, 0 at padding.
             labels: `(batch, tokens)` token ids, -100 where no loss is taken; they are shifted here.
-            path: position of an anchor, or a stitch; None takes the last anchor.
+            path: one of the supernet's; None takes the last anchor.
         """
-        path = len(self.anchors) - 1 if path is None else path
-        self.check_path(path)
-        inputs = {"attention_mask": attention_mask, "use_cache": False, **kwargs}
-        if isinstance(path, Stitch):
-            front = self._part(path.source, path.source_stop, "front")
-            hidden = front(input_ids=input_ids, **inputs).last_hidden_state
-            logits = self.rear_logits(path, hidden, **inputs)
-        else:
-            logits = self.anchors[path](input_ids=input_ids, **inputs).logits
+        logits = self.path_logits(path, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -87,32 +80,28 @@ class StitchedSupernetForCausalLM(StitchedSupernet):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def rear_logits(self, stitch: Stitch, hidden: Tensor, **inputs: Any) -> Tensor:
-        """Logits `(batch, tokens, vocabulary)` from the source's hidden states at a stitch.
+    @classmethod
+    def settings(cls, anchors: Sequence[Anchor], paths: Sequence[Path], image_size: Any) -> dict[str, Any]:
+        last = anchors[-1].config
+        return {
+            "generation_configs": [one.model.generation_config.to_diff_dict() for one in anchors],
+            "bos_token_id": last.bos_token_id,
+            "eos_token_id": last.eos_token_id,
+            "pad_token_id": last.pad_token_id,
+            "tie_word_embeddings": False,
+        }
 
-        Args:
-            stitch: one of the supernet's.
-            hidden: `(batch, tokens, source width)` output of the stitch's last source block.
-            inputs: `attention_mask` and other inputs of the target's decoder.
-        """
-        rear = self._part(stitch.target, stitch.target_start, "rear")
-        moved = self.layer_of(stitch)(hidden)
-        return self.anchor(stitch.target).head(rear(inputs_embeds=moved, **inputs).last_hidden_state)
+    @classmethod
+    def usable(cls, calibration: Iterable[Any], anchors: Sequence[Anchor]) -> Iterable[Any]:
+        return usable_batches(calibration, anchors[-1].config.bos_token_id)
 
-    def anchor(self, place: int) -> LanguageAnchor:
-        """The anchor at a `place`, read by blocks."""
-        return LanguageAnchor(self.anchors[place])
-
-    def _part(self, place: int, block: int, side: str) -> PreTrainedModel:
-        """A half of an anchor, which shares its modules; made once, and no module of this one."""
-        if (place, block, side) not in self._parts:
-            make = decoder_front if side == "front" else decoder_rear
-            self._parts[place, block, side] = make(self.anchor(place), block)
-        part = self._parts[place, block, side]
-        part.training = self.training  # its blocks are the anchors', whose modes are set with this module's
-        return part
-
-    def _extracted(self, stitch: Stitch) -> StitchedForCausalLM:
-        from klas_hf.stitching.supernet_language_parts import extract_decoder
-
-        return extract_decoder(self, stitch)
+    def _extracted(self, path: Path) -> StitchedForCausalLM:
+        anchors = {place: DecoderCheckpoint(self.anchors[place]) for place in path.anchors}
+        config = stitched_config(anchors, path, len(self.anchors))
+        note_origin(config, self, path)
+        state = stitched_state(anchors, config)
+        for number, joint in enumerate(self.joints_of(path)):
+            state |= {f"model.joints.{number}.{name}": t.detach().clone() for name, t in joint.state_dict().items()}
+        model = load_parts(StitchedForCausalLM, config, state, dtype=self.dtype)
+        model.generation_config = generation_config_of(anchors[path.slices[-1].anchor])
+        return model.to(self.device).eval()

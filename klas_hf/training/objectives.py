@@ -24,7 +24,7 @@ from klas_hf.training.paths import path_sampler, takes
 _IS_NEW = hasattr(PreTrainedModel, "activation_checkpointing_enable")
 _CHECKPOINTING = "activation_checkpointing" if _IS_NEW else "gradient_checkpointing"
 # What a stitched model's configuration calls its anchors and the path through them.
-_MADE_OF = ("path", "anchor_names", "stitches")
+_MADE_OF = ("path", "anchor_names", "paths")
 
 
 class Objective(ABC):

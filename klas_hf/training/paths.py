@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedModel
 
-from klas_hf.paths import Stitch
 from klas_hf.training.config import TrainingConfig
 
 
@@ -47,8 +46,8 @@ def path_sampler(model: PreTrainedModel, config: TrainingConfig) -> PathSampler 
             raise ValueError(f"got sampling={config.sampling!r} for {name}, which has one path; expected a supernet")
         return None
     # Where only stitching layers learn, an anchor run whole has nothing to learn.
-    wanted = [n for n, path in enumerate(model.paths) if config.trainable != "stitch" or isinstance(path, Stitch)]
-    return PathSampler(model.path_macs, config.sampling, config.sampling_buckets, wanted)
+    wanted = [n for n, path in enumerate(model.paths) if config.trainable != "stitch" or path.joints]
+    return PathSampler([cost.macs for cost in model.path_costs], config.sampling, config.sampling_buckets, wanted)
 
 
 def takes(model: PreTrainedModel, option: str) -> bool:

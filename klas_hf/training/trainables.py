@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from klas_hf.training.config import TrainingConfig
 
-STITCHES = {"joints", "stitch", "stitches"}
 # Matrices by their shape, but positions, tokens and offsets by what they are: DeiT and Swin do not decay them.
 _UNDECAYED = re.compile(r"position_embeddings|\w+_token|\w+_bias_table|attention_biases")
 
@@ -64,7 +63,7 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
 
 def is_stitching(name: str) -> bool:
     """Whether a module or parameter of this name belongs to a stitching layer."""
-    return not STITCHES.isdisjoint(name.split("."))
+    return "joints" in name.split(".")
 
 
 def stitching_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -24,4 +24,4 @@ def test_batches_hold_as_many_counted_tokens_as_asked_for(tokens: int) -> None:
     script = runpy.run_path(str(SCRIPT))
     options = script["Options"](vocabulary=50, tokens=tokens, source_blocks=1)
     batch = script["batch"](options, script["thin_anchor"](options, 1, 8))
-    assert int(batch.counted(None).sum()) == tokens
+    assert int(batch.counted.sum()) == tokens

@@ -160,7 +160,7 @@ def test_rows_are_those_of_the_extracted_models(source: str, target: str, tmp_pa
     rows = evaluate_supernet(supernet, data, rule="klas", rows=rows_in(tmp_path), seed=3, classes=AMONG)
     assert supernet.training and len(rows) == len(supernet.paths)
     for path, row in zip(supernet.paths, rows, strict=True):
-        alone = supernet.anchors[path] if isinstance(path, int) else supernet.extract(path)
+        alone = supernet.extract(path) if path.joints else supernet.anchors[path.anchors[0]]
         expected = evaluate(alone, data, classes=AMONG)
         assert (
             row.metrics == pytest.approx(expected.metrics, rel=1e-6) and row.metrics.keys() == expected.metrics.keys()
@@ -169,7 +169,7 @@ def test_rows_are_those_of_the_extracted_models(source: str, target: str, tmp_pa
         assert (row.seed, row.rule, row.details["images"]) == (3, "klas", 24)
         if source == "vit":
             assert row.macs == measure_costs(alone).macs
-        assert row.is_of(f"{path}[:]" if isinstance(path, int) else path)
+        assert row.is_of(path)
     assert len({row.metrics["loss"] for row in rows}) == len(rows)
     assert list(rows_in(tmp_path)) == rows
 
@@ -213,7 +213,7 @@ def test_what_a_file_has_is_not_measured_again(tmp_path: Path) -> None:
     assert evaluate_supernet(supernet, [], rule="all", rows=rows_in(tmp_path)) == first
     assert not seen
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
-    place = supernet.paths.index(Stitch(1, 2))
+    place = supernet.paths.index(Stitch(1, 2).path)
     (tmp_path / "rows.jsonl").write_text("".join(lines[: 1 + place] + lines[2 + place :]))
     assert evaluate_supernet(supernet, data, rule="all", rows=rows_in(tmp_path)) == first
     assert seen == [(0, 0), (0, 1), (1, 3)]
@@ -228,7 +228,7 @@ def test_rows_of_another_supernet_are_not_taken_for_its_own(tmp_path: Path) -> N
     data = labelled("vit", 1, 6)
     first = evaluate_supernet(supernet, data, rule="all", rows=rows_in(tmp_path))
     with torch.no_grad():
-        supernet.stitches[0].projection.weight.mul_(3)
+        supernet.joints[0].projection.weight.mul_(3)
     trained = {"max_steps": 3}
     second = evaluate_supernet(supernet, data, rule="all", rows=rows_in(tmp_path), training=trained)
     assert [row.training for row in first + second] == [None] * len(first) + [trained] * len(first)
@@ -269,7 +269,7 @@ def test_recalibrated_rows_are_those_of_recalibrated_models(kind: str, tmp_path:
     assert not changed(supernet, before)
     plain = evaluate_supernet(supernet, data, rule="plain", rows=rows_in(tmp_path))
     for path, row, other in zip(supernet.paths, rows, plain, strict=True):
-        alone = copy.deepcopy(supernet.anchors[path]) if isinstance(path, int) else supernet.extract(path)
+        alone = supernet.extract(path) if path.joints else copy.deepcopy(supernet.anchors[path.anchors[0]])
         assert other.metrics == pytest.approx(evaluate(alone, data).metrics, rel=1e-6)
         assert recalibrate_batch_norm(alone, fresh) > 0
         assert row.metrics == pytest.approx(evaluate(alone, data).metrics, rel=1e-6)

@@ -244,7 +244,10 @@ def test_metadata_of_a_supernet(tmp_path: Path) -> None:
     assert card.data.base_model == ["a/b", "c/d"] and card.data.base_model_relation == "merge"
     results = {r.metric_name: r.metric_value for r in card.data.eval_results}
     assert results["accuracy, path 0[:1] 1[1:]"] == 3.0 and results["accuracy, path 0[:2] 1[2:]"] == 2.5
-    assert f"{max(supernet.path_macs) / 1e6:,.1f} million" in card.text and str(len(supernet.paths)) in card.text
+    assert (
+        f"{max(cost.macs for cost in supernet.path_costs) / 1e6:,.1f} million" in card.text
+        and str(len(supernet.paths)) in card.text
+    )
     assert "0. [a/b](https://huggingface.co/a/b)" in card.text
 
 

@@ -30,6 +30,7 @@ from transformers import (
     ViTConfig,
 )
 
+from klas_hf.anchors.images import ImageBatch
 from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.models.vision_features import Features, drop_block
 from klas_hf.models.vision_kinds import VISION_KINDS, vision_kind
@@ -65,7 +66,7 @@ def test_embedding_blocks_and_head_are_the_model_bit_for_bit(
         pixels = torch.randn(3, 3, *size, dtype=dtype)
         expected, logits = outputs(model, pixels)
         anchor = VisionAnchor(model)
-        found = anchor.features(pixels)
+        found = anchor.states(ImageBatch(pixels))
         assert len(found) == anchor.num_blocks + 1 == len(expected)
         for number, (features, hidden) in enumerate(zip(found, expected, strict=True)):
             assert torch.equal(features.hidden, hidden), number
@@ -77,7 +78,7 @@ def test_embedding_blocks_and_head_are_the_model_bit_for_bit(
 def test_grids_follow_the_images(kind: str, changes: dict[str, Any], size: tuple[int, int]) -> None:
     """Where hidden states are maps they show their grid; tokens are as many as it has positions."""
     model = tiny_classifier(kind, **changes)
-    features = VisionAnchor(model).features(torch.randn(1, 3, *size, dtype=torch.float64))
+    features = VisionAnchor(model).states(ImageBatch(torch.randn(1, 3, *size, dtype=torch.float64)))
     shapes = trace(model.config, size)
     for one, shape in zip(features, shapes, strict=True):
         assert (one.height, one.width) == shape.grid
@@ -221,7 +222,7 @@ def test_what_is_not_kept_becomes_an_identity_and_names_stay(kind: str, embed: b
 def test_pooled_features_are_the_mean_over_the_grid(kind: str) -> None:
     model = tiny_classifier(kind)
     anchor = VisionAnchor(model)
-    for features in anchor.features(images(kind)):
+    for features in anchor.states(ImageBatch(images(kind))):
         pooled = anchor.kind.pooled(features)
         for sample in range(2):
             hidden = features.hidden[sample]
@@ -256,7 +257,7 @@ def test_images_of_other_channels_or_dimensions_are_refused(kind: str) -> None:
     anchor, side = VisionAnchor(tiny_classifier(kind)), SIDE[kind]
     for shape in ((2, 1, side, side), (3, side, side), (2, side, side, 3)):
         with pytest.raises(ValueError, match=r"pixel_values of shape \(.*expected \(batch, 3, height, width\)"):
-            anchor.features(torch.zeros(shape))
+            anchor.states(ImageBatch(torch.zeros(shape)))
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "levit"])
@@ -264,7 +265,7 @@ def test_images_of_another_size_are_refused_where_one_size_is_needed(kind: str) 
     side = SIDE[kind]
     config = tiny_config(kind)
     with pytest.raises(ValueError, match=rf"\(48, {side}\) pixels for a {kind} of \({side}, {side}\).*image processor"):
-        VisionAnchor(tiny_classifier(kind)).features(torch.zeros(1, 3, 48, side))
+        VisionAnchor(tiny_classifier(kind)).states(ImageBatch(torch.zeros(1, 3, 48, side)))
     with pytest.raises(ValueError, match="expected that size"):
         trace(config, (48, side))
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from klas_hf import ImageProbeConfig, ImageProbeNet, ProbeConfig, TrainingDiverged, train_probes
+from klas_hf.anchors.images import ImageBatch
 from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.probes.image_training import train_image_probes
 from klas_hf.probes.images import pooled_features
@@ -73,7 +74,7 @@ def of_block(found: list[tuple[list[Tensor], Tensor]], block: int) -> list[tuple
 
 def log_probs(probes: ImageProbeNet, model: PreTrainedModel, batches: list[Batch]) -> Tensor:
     with torch.no_grad():
-        return probes.log_probs(pooled_features(VisionAnchor(model), joined(batches)[0]))
+        return probes.log_probs(pooled_features(VisionAnchor(model), ImageBatch(joined(batches)[0])))
 
 
 def forwards(model: PreTrainedModel) -> list[int]:
@@ -306,7 +307,7 @@ def test_shuffled_labels_can_be_learnt_by_heart() -> None:
 @pytest.mark.parametrize("kind", [*KINDS, "dinov2", "swinv2", "convnext", "mobilenet_v1"])
 def test_pooling_is_the_mean_over_the_grid_without_class_tokens(kind: str) -> None:
     model, pixels = tiny_classifier(kind), images(kind, 3)
-    got, expected = pooled_features(VisionAnchor(model), pixels), outputs(model, pixels)[0][1:]
+    got, expected = pooled_features(VisionAnchor(model), ImageBatch(pixels)), outputs(model, pixels)[0][1:]
     for x, hidden in zip(got, expected, strict=True):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, as_rows(model, hidden, bare=True).mean(1).float())
@@ -316,7 +317,7 @@ def test_on_maps_a_probe_is_a_convolution_and_then_the_mean() -> None:
     model, data = tiny_classifier("resnet"), labelled("resnet", 5)
     probes, pixels = train_probes(model, data), images("resnet", 3)
     with torch.no_grad():
-        got = probes.log_probs(pooled_features(VisionAnchor(model), pixels))
+        got = probes.log_probs(pooled_features(VisionAnchor(model), ImageBatch(pixels)))
     for block, hidden in enumerate(outputs(model, pixels)[0][1:]):
         layer = probes.probes[block]
         maps = F.conv2d(hidden, layer.weight.double()[:, :, None, None], layer.bias.double())

@@ -76,7 +76,7 @@ def log_probs(probes: ProbeNet, model: LlamaForCausalLM, batch: dict[str, Tensor
     """`(blocks, batch · tokens, vocabulary)`."""
     hidden = torch.stack([h.flatten(0, 1) for h in block_outputs(model, batch)])
     with torch.no_grad():
-        return probes.log_probs(LanguageAnchor(model), hidden)
+        return probes.log_probs(hidden, LanguageAnchor(model))
 
 
 def test_logit_probes_are_the_logit_lens() -> None:
@@ -302,5 +302,5 @@ def test_log_probs_are_written_where_they_are_wanted() -> None:
     hidden = torch.stack([h.flatten(0, 1) for h in block_outputs(model, batch)])
     room = torch.full((3, 50, 29), torch.nan)[:, : hidden.shape[1]]
     with torch.no_grad():
-        got = probes.log_probs(LanguageAnchor(model), hidden, out=room)
+        got = probes.log_probs(hidden, LanguageAnchor(model), out=room)
     assert got is room and torch.equal(room, log_probs(probes, model, batch))

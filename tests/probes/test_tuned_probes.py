@@ -20,10 +20,10 @@ def distance_to_output(probes: ProbeNet, anchor: LanguageAnchor, batches: list[d
     for batch in batches:
         ids = batch["input_ids"]
         with torch.no_grad():
-            hidden = anchor.hidden_states(TokenBatch(ids, torch.ones_like(ids)))
+            hidden = anchor.states(TokenBatch(ids, torch.ones_like(ids)))[1:]
             own = Categorical(logits=anchor.model(ids).logits[:, 1:].flatten(0, 1))
             stacked = torch.stack([h[:, 1:].flatten(0, 1) for h in hidden])
-            for block, log_q in enumerate(probes.log_probs(anchor, stacked)):
+            for block, log_q in enumerate(probes.log_probs(stacked, anchor)):
                 sums[block] += kl_divergence(own, Categorical(logits=log_q)).sum()
         count += ids[:, 1:].numel()
     return sums / count
@@ -52,7 +52,7 @@ def test_cross_entropy_tuning_learns_the_next_token() -> None:
 
     def next_token_loss(probes: ProbeNet) -> float:
         with torch.no_grad():
-            hidden = anchor.hidden_states(TokenBatch(ids, torch.ones_like(ids)))[0][:, :-1].flatten(0, 1)
+            hidden = anchor.states(TokenBatch(ids, torch.ones_like(ids)))[1][:, :-1].flatten(0, 1)
             log_q = anchor.logits(probes.translate(0, hidden)).log_softmax(-1)
         return float(-log_q.gather(1, ids[:, 1:].reshape(-1, 1)).mean())
 

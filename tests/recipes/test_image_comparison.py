@@ -319,8 +319,8 @@ def test_supernets_start_from_the_anchors_and_learn_under_the_seed(
     assert not all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     for anchor, state in zip(vits, before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in anchor.state_dict().items())
-    fits = measured_with[0].config.layer_fits
-    assert [fit["rows"] for fit in fits] == [20 * 5] * len(measured_with[0].stitches)  # images × tokens
+    fits = measured_with[0].config.joint_fits
+    assert [fit["rows"] for fit in fits] == [20 * 5] * len(measured_with[0].joints)  # images × tokens
 
 
 def test_only_the_stitches_of_snnet_share_layers(
@@ -330,8 +330,8 @@ def test_only_the_stitches_of_snnet_share_layers(
     comparison.run()
     chosen = comparison.selection("snnet", 0)
     one, other = measured_with
-    assert tuple(one.config.layer_of) == snnet_groups(chosen, comparison.costs("nearest"))
-    assert len(one.stitches) < len(chosen) and len(other.stitches) == len(comparison.selection("klas", 0))
+    assert tuple(number for (number,) in one.config.joint_of) == snnet_groups(chosen, comparison.costs("nearest"))
+    assert len(one.joints) < len(chosen) and len(other.joints) == len(comparison.selection("klas", 0))
 
 
 @pytest.mark.parametrize("teacher", ["target", "folder"])

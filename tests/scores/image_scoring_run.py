@@ -45,7 +45,7 @@ def found(rows: RowFile) -> tuple[StitchScores, dict[str, Any]]:
         "reports": reports,
         "divergences": [chosen.divergence.tolist(), one_batch.divergence.tolist()],
         "macs": [chosen.macs, one_batch.macs],
-        "r2": [fit["r2"] for fit in supernet.config.layer_fits],
+        "r2": [fit["r2"] for fit in supernet.config.joint_fits],
         "metrics": [[row.metrics[name] for name in sorted(row.metrics)] for row in measured],
         "images": [row.details["images"] for row in measured],
     }

@@ -2,13 +2,13 @@
 
 import copy
 import warnings
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_supernets import by_hooks, stitches_of, three_vits, tiny_supernet
+from tiny_supernets import alone, by_hooks, stitches_of, three_vits, tiny_supernet
 from tiny_vision import (
     SIDE,
     as_rows,
@@ -17,6 +17,8 @@ from tiny_vision import (
     images,
     outputs,
     possible,
+    sample_paths,
+    sized,
     tiny_classifier,
     tiny_config,
     tiny_pair,
@@ -24,7 +26,15 @@ from tiny_vision import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from klas_hf import Stitch, StitchedModel, StitchedSupernet, StitchedSupernetConfig, measure_costs
+from klas_hf import (
+    Path,
+    Stitch,
+    StitchedModel,
+    StitchedSupernet,
+    StitchedSupernetConfig,
+    StitchedSupernetForImageClassification,
+    measure_costs,
+)
 from klas_hf.training.batch_norm import batch_norms
 
 PAIRS = [("vit", "vit"), ("swin", "swin"), ("resnet", "resnet"), ("resnet", "swin"), ("dinov2", "swin")]
@@ -59,10 +69,10 @@ def test_stitching_layers_start_at_their_least_squares_map(source: str, target: 
     batches = [images(target, 7, seed=0), images(target, 5, seed=1)]
     stitches = [Stitch(*stitch) for stitch in possible(*pair, batches[0])]
     supernet = StitchedSupernet.from_anchors(pair, stitches, calibration=iter(batches), image_size=side)
-    assert stitches_of(supernet) == stitches and len(supernet.stitches) == len(stitches)
+    assert stitches_of(supernet) == stitches and len(supernet.joints) == len(stitches)
     for number, stitch in enumerate(stitches):
         x, y = sides(pair, stitch, torch.cat(batches))
-        layer, fit = supernet.layer_of(stitch), supernet.config.layer_fits[number]
+        (layer,), fit = supernet.joints_of(stitch), supernet.config.joint_fits[number]
         assert_layer(layer, x, y)
         assert fit["rows"] == len(x) and fit["ridge"] == 0
         assert fit["r2"] == pytest.approx(lstsq(x, y)[2], abs=1e-9)
@@ -73,15 +83,30 @@ def test_stitching_layers_start_at_their_least_squares_map(source: str, target: 
     assert extracted.config.joint_fits[0] == pytest.approx(alone.config.joint_fits[0])
 
 
+@pytest.mark.parametrize("kind", ["vit", "swin", "resnet"])
+def test_later_joints_start_as_those_of_the_path_alone(kind: str) -> None:
+    pair, calibration = tiny_pair(kind), [images(kind, 12), images(kind, 9, seed=1)]
+    paths = [path for path in sample_paths(pair, calibration[0]) if path.joints]
+    supernet = StitchedSupernet.from_anchors(pair, paths, calibration=calibration, **sized(kind))
+    for path in paths:
+        model = StitchedModel.from_path(pair, path, calibration=calibration, **sized(kind))
+        extracted = supernet.extract(path)
+        for one, other in zip(extracted.stitching_layers(), model.stitching_layers(), strict=True):
+            torch.testing.assert_close(one.weight, other.weight, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(one.bias, other.bias, rtol=1e-6, atol=1e-7)
+        for one, other in zip(extracted.config.joint_fits, model.config.joint_fits, strict=True):
+            assert one == pytest.approx(other)
+
+
 def test_a_ridge_is_handed_on() -> None:
     pair, calibration = tiny_pair("vit"), [images("vit", 6)]
     alone = StitchedModel.from_anchors(*pair, (1, 1), calibration=calibration, ridge=0.1)
     supernet = StitchedSupernet.from_anchors(pair, [(1, 1)], calibration=calibration, ridge=0.1)
-    weight = supernet.stitches[0].projection.weight
+    weight = supernet.joints[0].projection.weight
     torch.testing.assert_close(weight, alone.stitching_layers()[0].weight, rtol=1e-9, atol=1e-9)
     plain = StitchedSupernet.from_anchors(pair, [(1, 1)], calibration=calibration)
-    assert not torch.allclose(weight, plain.stitches[0].projection.weight, rtol=1e-2)
-    assert supernet.config.layer_fits[0]["ridge"] == 0.1
+    assert not torch.allclose(weight, plain.joints[0].projection.weight, rtol=1e-2)
+    assert supernet.config.joint_fits[0]["ridge"] == 0.1
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
@@ -92,14 +117,14 @@ def test_a_shared_layer_is_the_map_of_all_its_stitches_together(kind: str) -> No
     supernet = StitchedSupernet.from_anchors(
         pair, stitches, calibration=[pixels], shared=[7, 7, 3, 7], image_size=SIDE[kind]
     )
-    assert len(supernet.stitches) == 2 and supernet.config.layer_of == [0, 0, 1, 0]
+    assert len(supernet.joints) == 2 and supernet.config.joint_of == [[0], [0], [1], [0]]
     together = [sides(pair, stitch, pixels) for stitch in (stitches[0], stitches[1], stitches[3])]
     x, y = (np.concatenate(rows) for rows in zip(*together, strict=True))
-    assert_layer(supernet.stitches[0], x, y)
-    assert_layer(supernet.stitches[1], *sides(pair, stitches[2], pixels))
-    assert supernet.config.layer_fits[0]["rows"] == len(x)
+    assert_layer(supernet.joints[0], x, y)
+    assert_layer(supernet.joints[1], *sides(pair, stitches[2], pixels))
+    assert supernet.config.joint_fits[0]["rows"] == len(x)
     for stitch in stitches:
-        assert supernet.layer_of(stitch) is supernet.stitches[int(stitch == Stitch(2, 2))]
+        assert supernet.joints_of(stitch) == [supernet.joints[int(stitch == Stitch(2, 2))]]
         expected = by_hooks(supernet, pair, stitch, pixels)
         with torch.no_grad():
             torch.testing.assert_close(supernet(pixels, path=stitch).logits, expected, rtol=1e-9, atol=1e-9)
@@ -118,28 +143,28 @@ def test_three_anchors_are_fitted_in_one_pass_no_further_than_needed() -> None:
     run = {(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)}
     assert set(seen) == run and len(seen) == 2 * len(run)
     for stitch in stitches:
-        assert_layer(supernet.layer_of(stitch), *sides(anchors, stitch, torch.cat(batches)))
+        assert_layer(supernet.joints_of(stitch)[0], *sides(anchors, stitch, torch.cat(batches)))
 
 
 def test_an_anchor_stitched_to_itself_skips_blocks() -> None:
     anchors, pixels = three_vits()[1:], images("vit", 12)
     skip = Stitch(1, 3, 1, 1)
     supernet = StitchedSupernet.from_anchors(anchors, [skip], calibration=[pixels])
-    assert supernet.paths == (1, skip)
-    assert_layer(supernet.stitches[0], *sides(anchors, skip, pixels))
+    assert supernet.paths == (alone(1), skip.path)
+    assert_layer(supernet.joints[0], *sides(anchors, skip, pixels))
     with torch.no_grad():
         expected = by_hooks(supernet, anchors, skip, pixels)
         torch.testing.assert_close(supernet(pixels, path=skip).logits, expected, rtol=1e-9, atol=1e-9)
-    assert supernet.path_macs[1] < supernet.path_macs[0]
+    assert supernet.path_costs[1].macs < supernet.path_costs[0].macs
 
 
 def test_without_calibration_layers_are_random_with_a_warning() -> None:
     pair = tiny_pair("vit")
     with pytest.warns(UserWarning, match="the stitching layer is random") as caught:
         supernet = StitchedSupernet.from_anchors(pair, [(1, 1), (2, 1)])
-    assert [Path(one.filename).name for one in caught] == [Path(__file__).name]
-    assert supernet.config.layer_fits is None and supernet.extract((1, 1)).config.joint_fits is None
-    assert all(layer.projection.weight.any() for layer in supernet.stitches)
+    assert [FilePath(one.filename).name for one in caught] == [FilePath(__file__).name]
+    assert supernet.config.joint_fits is None and supernet.extract((1, 1)).config.joint_fits is None
+    assert all(layer.projection.weight.any() for layer in supernet.joints)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         StitchedSupernet.from_anchors(pair, [(1, 1)], calibration=[images("vit", 6)])
@@ -163,7 +188,7 @@ def test_anchors_are_copied_and_left_as_they_were() -> None:
     assert batch_norms(supernet)
 
 
-def test_folders_are_loaded_and_named(tmp_path: Path) -> None:
+def test_folders_are_loaded_and_named(tmp_path: FilePath) -> None:
     pair = [model.float() for model in tiny_pair("swin")]
     folders = [str(tmp_path / "small"), tmp_path / "large"]
     for model, folder in zip(pair, folders, strict=True):
@@ -184,7 +209,7 @@ def test_the_image_size_is_the_one_asked_for_or_the_anchors_own() -> None:
     usual = StitchedSupernet.from_anchors(pair, [(1, 1)], calibration=calibration)
     assert (small.config.image_size, usual.config.image_size) == ([64, 32], [224, 224])
     for supernet, size in ((small, (64, 32)), (usual, (224, 224))):
-        assert supernet.path_macs[:2] == tuple(measure_costs(model, image_size=size).macs for model in pair)
+        assert supernet.path_costs[:2] == tuple(measure_costs(model, image_size=size) for model in pair)
         assert supernet.extract((1, 1)).config.image_size == list(size)
     mixed = StitchedSupernet.from_anchors(tiny_pair("dinov2", "vit"), [(1, 1)], calibration=[images("vit", 6)])
     assert mixed.config.image_size == [32, 32]
@@ -192,38 +217,39 @@ def test_the_image_size_is_the_one_asked_for_or_the_anchors_own() -> None:
 
 def test_a_configuration_has_defaults() -> None:
     config = StitchedSupernetConfig(
-        anchor_configs=[tiny_config("resnet"), tiny_config("swin").to_dict()], stitches=[(1, 1, 0, 1), (2, 1, 0, 1)]
+        anchor_configs=[tiny_config("resnet"), tiny_config("swin").to_dict()],
+        paths=["0[:1] 1[1:]", "0[:2] 1[1:2] 1[3:]"],
     )
-    assert config.image_size == [32, 32] and config.layer_of == [0, 1]  # the last anchor's; nothing is shared
-    assert StitchedSupernet(config).paths == (0, 1, Stitch(1, 1), Stitch(2, 1))
+    assert config.image_size == [32, 32] and config.joint_of == [[0], [1, 2]]  # the last anchor's; nothing is shared
+    assert StitchedSupernetForImageClassification(config).paths == (alone(0), alone(1), *map(Path.of, config.paths))
 
 
 def test_any_form_of_stitches_will_do() -> None:
     pair = tiny_pair("vit")
-    given = [(1, 1), (2, 1, 0, 1), Stitch(2, 2)]
-    assert tiny_supernet(pair, iter(given)).paths == (0, 1, Stitch(1, 1), Stitch(2, 1), Stitch(2, 2))
+    given = [(1, 1), (2, 1, 0, 1), Stitch(2, 2), "0[:1] 1[2:]", Path.parse("1[:1] 1[2:]")]
+    assert tiny_supernet(pair, iter(given)).paths == (alone(0), alone(1), *map(Path.of, given))
 
 
 VIT, SWIN = tiny_pair("vit"), tiny_pair("swin")
 TWO = [Stitch(1, 1), Stitch(2, 1)]
 MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
-    "one anchor": (VIT[:1], TWO, {}, "got 1 anchor; expected at least two"),
+    "one anchor": (VIT[:1], TWO, {}, "for 1 anchors; expected positions from 0 to 0"),
     "an anchor twice": ([VIT[0], copy.deepcopy(VIT[0])], TWO, {}, "twice .*expected different anchors"),
     "other classes": ([tiny_classifier("vit", num_labels=7), VIT[1]], TWO, {}, "got anchors of 7 and 5 classes"),
-    "no stitch": (VIT, [], {}, "got no stitches; expected at least one"),
-    "a stitch twice": (VIT, [*TWO, (1, 1)], {}, r"got stitch \(1, 1\) more than once"),
-    "too far in the source": (VIT, [(3, 1)], {}, r"got stitch \(3, 1\), out of range for a source of 2"),
-    "too far in the target": (VIT, [(1, 3)], {}, r"out of range for a source of 2 and a target of 3 blocks"),
-    "no such anchor": (VIT, [(1, 1, 0, 2)], {}, "got a stitch between the anchors 0 and 2 of 2; expected positions"),
-    "no such source": (VIT, [(1, 1, -1, 1)], {}, "got a stitch between the anchors -1 and 1 of 2"),
+    "no stitch": (VIT, [], {}, "got no paths; expected at least one"),
+    "a stitch twice": (VIT, [*TWO, (1, 1)], {}, r"got path 0\[:1\] 1\[1:\] more than once"),
+    "too far in the source": (VIT, [(3, 1)], {}, r"out of range: 0\[:3\] of an anchor of 2 blocks"),
+    "too far in the target": (VIT, [(1, 4)], {}, r"out of range: 1\[4:\] of an anchor of 3 blocks"),
+    "no such anchor": (VIT, [(1, 1, 0, 2)], {}, "for 2 anchors; expected positions from 0 to 1"),
+    "no such source": (VIT, [(1, 1, -1, 1)], {}, "expected positions of 0 or more"),
     "other grids": (SWIN, [(1, 3)], {}, "joints are possible between equal grids only"),
     "reversed": (VIT[::-1], TWO, {}, "reversed; expected the cheaper anchor as the source"),
     "reversed positions": (VIT, [(1, 1, 1, 0)], {}, "reversed; expected the cheaper anchor as the source"),
     "class tokens": ([SWIN[0], VIT[1]], [(1, 1)], {}, "got a source with 0 class tokens and a target with 1"),
     "other sizes": ([VIT[0], tiny_classifier("vit", large=True, image_size=64)], TWO, {}, "anchors for one image size"),
     "another size": (VIT, TWO, {"image_size": 64}, "anchors for one image size"),
-    "shared of wrong length": (VIT, TWO, {"shared": [0]}, "got 1 numbers in shared for 2 stitches"),
-    "shared between widths": (SWIN, [(1, 1), (2, 3)], {"shared": [0, 0]}, "sharing a layer with stitches between"),
+    "shared of wrong length": (VIT, TWO, {"shared": [0]}, "got 1 numbers in shared for 2 paths"),
+    "shared between widths": (SWIN, [(1, 1), (2, 3)], {"shared": [0, 0]}, "sharing a layer with paths between"),
     "no calibration images": (VIT, TWO, {"calibration": []}, "got no calibration images; expected some"),
     "calibration of another size": (
         VIT, TWO, {"calibration": [torch.zeros(1, 3, 64, 64)]}, r"got images of \(64, 64\) pixels",
@@ -243,23 +269,24 @@ def test_mistakes_are_told(mistake: str) -> None:
 def test_mistakes_among_three_anchors_are_told() -> None:
     anchors = three_vits()
     stitches = [Stitch(1, 1), Stitch(1, 1, 1, 2)]
-    with pytest.raises(ValueError, match="sharing a layer with stitches between other anchors or widths"):
+    with pytest.raises(ValueError, match="sharing a layer with paths between other anchors or widths"):
         StitchedSupernet.from_anchors(anchors, stitches, shared=[0, 0])
     deeper = tiny_classifier("vit", large=True, num_hidden_layers=5)  # as wide as the one in the middle
-    with pytest.raises(ValueError, match="sharing a layer with stitches between other anchors or widths"):
+    with pytest.raises(ValueError, match="sharing a layer with paths between other anchors or widths"):
         StitchedSupernet.from_anchors([*anchors[:2], deeper], [Stitch(1, 1), Stitch(1, 1, 0, 2)], shared=[0, 0])
     with pytest.raises(ValueError, match="reversed"):
         StitchedSupernet.from_anchors(anchors, [*stitches, Stitch(1, 1, 2, 0)])
-    with pytest.raises(ValueError, match=r"got stitch 1→2 \(4, 1\), out of range"):
+    with pytest.raises(ValueError, match=r"got path 1\[:4\] 2\[1:\], out of range"):
         StitchedSupernet.from_anchors(anchors, [Stitch(1, 1), Stitch(4, 1, 1, 2)])
     sizeless = [tiny_classifier("resnet"), tiny_classifier("resnet", large=True), tiny_classifier("swin", large=True)]
     mixed = [Stitch(1, 1), Stitch(2, 1, 0, 2)]
-    with pytest.raises(ValueError, match=r"got anchors for images of .*expected one size. Pass image_size"):
-        StitchedSupernet.from_anchors(sizeless, mixed)
-    assert tiny_supernet(sizeless, mixed, image_size=32).config.image_size == [32, 32]
+    assert tiny_supernet(sizeless, mixed).config.image_size == [32, 32]  # the dearest's
+    assert tiny_supernet(sizeless, mixed, image_size=64).config.image_size == [64, 64]
 
 
 def test_a_bad_form_of_stitch_is_refused() -> None:
-    for stitch in ((1,), (1, 1, 1), "12a", 3):
+    with pytest.raises(ValueError, match="expected slices of anchors by position"):
+        StitchedSupernet.from_anchors(VIT, ["12a"])
+    for stitch in ((1,), (1, 1, 1), 3):
         with pytest.raises(TypeError, match=r"expected Stitch\(i, j\) or a pair"):
             StitchedSupernet.from_anchors(VIT, [stitch])

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from klas_hf import Stitch
+from klas_hf import Cost, Path, Stitch
 from klas_hf.training import loop
 
 CLASSES = 3
@@ -100,27 +100,27 @@ class ToySupernet(PreTrainedModel):
     def __init__(self, config: ToySupernetConfig):
         super().__init__(config)
         self.anchors = nn.ModuleList([_Anchor(8, config), _Anchor(12, config)])
-        self.stitches = nn.ModuleDict({"a": nn.Linear(8, 12), "b": nn.Linear(8, 12)})
-        self.layer_of = {Stitch(1, 1): "a", Stitch(2, 1): "b"}
-        self.paths: tuple[int | Stitch, ...] = (0, Stitch(1, 1), Stitch(2, 1), 1)
-        self.path_macs = (100, 190, 195, 300)
-        self.seen: list[tuple[int | Stitch, Tensor, float]] = []
+        self.joints = nn.ModuleDict({"a": nn.Linear(8, 12), "b": nn.Linear(8, 12)})
+        self.layer_of = {Stitch(1, 1).path: "a", Stitch(2, 1).path: "b"}
+        self.paths = tuple(map(Path.of, ("0[:]", (1, 1), (2, 1), "1[:]")))
+        self.path_costs = tuple(Cost(macs, 0) for macs in (100, 190, 195, 300))
+        self.seen: list[tuple[Path, Tensor, float]] = []
         self.post_init()
 
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, *, path: int | Stitch | None = None,
+        self, pixel_values: Tensor, labels: Tensor | None = None, *, path: Path | None = None,
         drop_path: float = 0.0,
     ) -> ImageClassifierOutput:  # fmt: skip
         path = self.paths[-1] if path is None else path
         self.seen.append((path, pixel_values.detach().clone(), drop_path))
         first, last = self.anchors
         flat = pixel_values.flatten(1)
-        if isinstance(path, int):
-            anchor = self.anchors[path]
+        if path.stitch is None:
+            anchor = self.anchors[path.anchors[0]]
             return ImageClassifierOutput(logits=anchor.head(anchor.run(anchor.embed(flat), 0, 2, drop_path)))
-        hidden = first.run(first.embed(flat), 0, path.source_stop, drop_path)
-        hidden = self.stitches[self.layer_of[path]](hidden)
-        return ImageClassifierOutput(logits=last.head(last.run(hidden, path.target_start, 2, drop_path)))
+        hidden = first.run(first.embed(flat), 0, path.stitch.source_stop, drop_path)
+        hidden = self.joints[self.layer_of[path]](hidden)
+        return ImageClassifierOutput(logits=last.head(last.run(hidden, path.stitch.target_start, 2, drop_path)))
 
 
 def toy_supernet(seed: int = 0, **settings: Any) -> ToySupernet:

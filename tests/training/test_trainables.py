@@ -30,8 +30,8 @@ def settings_of(model: nn.Module, config: TrainingConfig) -> dict[str, tuple[flo
 def test_swins_rates() -> None:
     config = TrainingConfig(learning_rate=1e-4, stitch_learning_rate=1e-3, weight_decay=0.05)
     found = settings_of(toy_supernet(), config)
-    assert found["stitches.a.weight"] == (1e-3, 0.05)
-    assert found["stitches.a.bias"] == (1e-3, 0.0)
+    assert found["joints.a.weight"] == (1e-3, 0.05)
+    assert found["joints.a.bias"] == (1e-3, 0.0)
     assert found["anchors.0.blocks.0.weight"] == (1e-4, 0.05)
     assert found["anchors.1.norms.0.weight"] == (1e-4, 0.0)
     assert len(found) == len(list(toy_supernet().parameters()))
@@ -64,10 +64,10 @@ def test_the_optimiser_is_the_one_that_was_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("stitch.projection.weight", True),
-        ("base_model.model.model.stitch.weight", True),
-        ("stitches.0.weight", True),
-        ("model.stitches.0→1 (2, 3).projection.bias", True),
+        ("joints.projection.weight", True),
+        ("base_model.model.model.joints.1.weight", True),
+        ("joints.0.weight", True),
+        ("model.joints.3.projection.bias", True),
         ("target.stitching.weight", False),
         ("unstitched.weight", False),
     ],
@@ -78,18 +78,18 @@ def test_what_counts_as_stitching(name: str, expected: bool) -> None:
 
 def test_a_stitching_layer_with_its_linear_layer_inside() -> None:
     model = tiny_vit()
-    model.stitch = nn.Module()
-    model.stitch.projection = nn.Conv2d(4, 6, 1)
-    model.stitch.shape = nn.Identity()
-    assert list(stitching_layers(model)) == ["stitch.projection"]
+    model.joints = nn.Module()
+    model.joints.projection = nn.Conv2d(4, 6, 1)
+    model.joints.shape = nn.Identity()
+    assert list(stitching_layers(model)) == ["joints.projection"]
     with made_trainable(model, TrainingConfig(trainable="stitch")) as trainable:
         learning = [name for name, parameter in trainable.named_parameters() if parameter.requires_grad]
-    assert learning == ["stitch.projection.weight", "stitch.projection.bias"]
+    assert learning == ["joints.projection.weight", "joints.projection.bias"]
     with made_trainable(model, TrainingConfig(trainable="stitch", low_rank_stitches=2)) as trainable:
         learning = {name: p.shape for name, p in trainable.named_parameters() if p.requires_grad}
     assert [tuple(shape) for shape in learning.values()] == [(2, 4, 1, 1), (6, 2, 1, 1)]
-    assert all("stitch.projection.lora" in name for name in learning)
-    assert isinstance(model.stitch.projection, nn.Conv2d)
+    assert all("joints.projection.lora" in name for name in learning)
+    assert isinstance(model.joints.projection, nn.Conv2d)
 
 
 def test_a_low_rank_update_is_the_product_of_its_factors() -> None:
@@ -99,7 +99,7 @@ def test_a_low_rank_update_is_the_product_of_its_factors() -> None:
         for parameter in factors.values():
             torch.nn.init.normal_(parameter)
         down, up = (next(p.detach().clone() for n, p in factors.items() if kind in n) for kind in ("lora_A", "lora_B"))
-    update = model.stitches["a"].weight - before.stitches["a"].weight
+    update = model.joints["a"].weight - before.joints["a"].weight
     torch.testing.assert_close(update, up @ down)
 
 

@@ -1,0 +1,45 @@
+"""Anchors of either kind, from whatever names them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.language import load_anchor
+from klas_hf.anchors.vision import is_vision, load_vision_anchor
+
+_ONE_ANCHOR = "as source and as target; expected two different anchors, the cheaper one as the source"
+
+
+def load_anchors(anchors: Sequence[Any]) -> list[Anchor]:
+    """Hub ids, folders, models or anchors, all causal language models or all image classifiers, as anchors.
+
+    Raises:
+        OSError: neither a folder nor to be had from the Hub.
+        ValueError: an unknown family, or anchors for text and for images.
+    """
+    images = [is_vision(anchor) for anchor in anchors]
+    if len(set(images)) > 1:
+        raise ValueError("got anchors for images and for text; expected all of one kind")
+    return [load_vision_anchor(anchor) if images[0] else load_anchor(anchor) for anchor in anchors]
+
+
+def load_pair(source: Any, target: Any) -> tuple[Anchor, Anchor]:
+    """Two different anchors, loaded where they are not.
+
+    Raises:
+        ValueError: one anchor twice, an unknown family, other classes or vocabularies.
+    """
+    check_different(source, target)
+    first, last = load_anchors([source, target])
+    first.check_like(last)
+    if first.fingerprint == last.fingerprint:
+        raise ValueError(f"got the anchor {last.name} {_ONE_ANCHOR}")
+    return first, last
+
+
+def check_different(source: Any, target: Any) -> None:
+    """Raise ValueError where two anchors are one by their names, or one model; nothing is loaded."""
+    named = all(isinstance(one, str | Path) for one in (source, target))
+    if source is target or (named and Path(source) == Path(target)):
+        raise ValueError(f"got the anchor {source if named else type(source).__name__} {_ONE_ANCHOR}")
