@@ -92,11 +92,11 @@ class Anchor(ABC, Generic[Batch, State]):
 
     @abstractmethod
     def logits(self, state: State) -> Tensor:
-        """The model's own head on a last state: `(…, classes)`."""
+        """The model's own head on a last state: `(…, classes)`; differentiable, in the mode that the model is in."""
 
     @abstractmethod
     def answers(self, state: State, batch: Batch) -> Tensor:
-        """The same of the units that count: `(units, classes)`."""
+        """The same of the units that count: `(units, classes)`, without gradients and as evaluated."""
 
     @abstractmethod
     def rows(self, state: State, batch: Batch, into: Any = None) -> Tensor:

@@ -95,6 +95,7 @@ class LanguageAnchor(Anchor[TokenBatch, Tensor]):
         normed = norm(state.to(device=head.weight.device, dtype=head.weight.dtype))
         return scale_logits(head(normed), self.config)
 
+    @torch.no_grad()
     def answers(self, state: Tensor, batch: TokenBatch) -> Tensor:
         return self.logits(self.rows(state, batch))
 

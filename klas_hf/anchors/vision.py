@@ -90,8 +90,10 @@ class VisionAnchor(Anchor[ImageBatch, Features]):
     def logits(self, state: Features) -> Tensor:
         return self.kind.run_head(self.model, state)
 
+    @torch.no_grad()
     def answers(self, state: Features, batch: ImageBatch) -> Tensor:
-        return self.logits(state)
+        with evaluating(self.model):
+            return self.logits(state)
 
     def rows(self, state: Features, batch: ImageBatch, into: "VisionAnchor | None" = None) -> Tensor:
         return feature_rows(state, self.kind, 0 if into is None else dropped_prefix(self.kind, into.kind))

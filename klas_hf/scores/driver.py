@@ -87,12 +87,10 @@ def score_stitches(
     data = list(data) if functional and iter(data) is data else data  # an iterator can be read once
     batches = anchors[1].read(data)
     first = next(batches, None)
-    if first is None:
-        raise ValueError(
-            f"got no {anchors[1].unit} to score on; expected batches. Check that an iterator was not used up before"
-        )
-    images_given = isinstance(anchors[0], VisionAnchor)
-    size = tuple(first.pixel_values.shape[-2:]) if images_given else None
+    of_images = isinstance(anchors[0], VisionAnchor)
+    if of_images and first is None:
+        raise ValueError("got no images to score on; expected batches. Check that an iterator was not used up before")
+    size = tuple(first.pixel_values.shape[-2:]) if of_images else None
     configs = [anchor.config for anchor in anchors]
     costs = measure_stitch_costs(*configs, tokens=tokens, image_size=size, positions=positions)
     costs.check_direction()
@@ -102,7 +100,7 @@ def score_stitches(
     probing = probes is not None or needs_probes
     distributions = Distributions(anchors, workspace_bytes)
     compared = None
-    if probing and images_given:
+    if probing and of_images:
         labelled = first.unit_labels is not None
         compared = ComparedSums(distributions, probes, images or ImageScoring(), costs, labelled)
     check_score(
@@ -112,7 +110,7 @@ def score_stitches(
     stitched = score_functionally(anchors, data, costs, functional) if functional else None
     if not probing:
         return _scores(score, anchors, costs, None, None, stitched)
-    every: Iterable[Any] = chain([first], batches)
+    every: Iterable[Any] = batches if first is None else chain([first], batches)
     if probes is None:
         probes, every = _own_probes(anchors, every)
     probed = ProbedSums(distributions, probes)

@@ -72,7 +72,7 @@ def test_a_model_in_training_is_read_in_eval_mode_and_put_back(kind: str, change
     anchor = VisionAnchor(model)
     found = anchor.states(ImageBatch(images(kind)))
     assert all(torch.equal(one.hidden, hidden) for one, hidden in zip(found, expected, strict=True))
-    assert torch.equal(anchor.logits(found[-1]), logits)
+    assert torch.equal(anchor.answers(found[-1], ImageBatch(images(kind))), logits)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 

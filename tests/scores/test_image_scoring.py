@@ -379,7 +379,7 @@ def test_one_image_has_scores_but_no_errors(vits: Pair, vit_probes: Probes) -> N
 
 
 def test_a_classifier_and_a_language_model_are_refused(vits: Pair, vit_probes: Probes) -> None:
-    with pytest.raises(ValueError, match="unknown type 'llama'"):
+    with pytest.raises(ValueError, match="anchors for images and for text"):
         score_stitches(vits[0], tiny_model(), labelled("vit", 1, 8), probes=vit_probes, score="klas")
 
 

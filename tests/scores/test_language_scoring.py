@@ -320,7 +320,7 @@ def test_too_few_batches_to_halve_are_refused(source: LlamaForCausalLM, target: 
 def test_data_without_a_token_is_refused(source: LlamaForCausalLM, target: LlamaForCausalLM, probes: Any) -> None:
     padding = {"input_ids": torch.full((2, 4), 5), "attention_mask": torch.zeros(2, 4, dtype=torch.long)}
     for data in ([], [padding, padding]):
-        with pytest.raises(ValueError, match="got no token to score that is neither padding nor BOS"):
+        with pytest.raises(ValueError, match="got no token that is neither padding nor BOS"):
             score_stitches(source, target, data, probes=probes, score="klas")
 
 
