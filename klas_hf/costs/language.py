@@ -2,14 +2,13 @@
 
 import copy
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.families import decoder_family
 from klas_hf.costs.counting import Cost, macs_by_module, parameter_count
-from klas_hf.costs.paths import AnchorCosts
+from klas_hf.costs.paths import AnchorCosts, stitch_costs
 from klas_hf.models.configuration_stitched import StitchedConfig, kv_shape
 from klas_hf.paths import StitchCosts
 
@@ -24,20 +23,7 @@ def decoder_costs(config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> 
 def decoder_stitch_costs(source: PreTrainedConfig, target: PreTrainedConfig, tokens: int) -> StitchCosts:
     """Costs of every stitch between two causal language models, from one counted forward of each."""
     first, last = (decoder_part_costs(config, torch.float32, tokens) for config in (source, target))
-    widths = source.hidden_size, target.hidden_size
-    return StitchCosts(
-        tokens=tokens,
-        source_blocks=np.array(first.block_macs, dtype=np.int64),
-        target_blocks=np.array(last.block_macs, dtype=np.int64),
-        stitch=tokens * widths[0] * widths[1],
-        source_total=first.total_macs,
-        target_total=last.total_macs,
-        ends=last.head_macs,
-        source_parameters=np.array(first.block_parameters, dtype=np.int64),
-        target_parameters=np.array(last.block_parameters, dtype=np.int64),
-        stitch_parameters=widths[0] * widths[1] + widths[1],
-        ends_parameters=first.embed_parameters + last.head_parameters,
-    )
+    return stitch_costs(first, last, tokens=tokens)
 
 
 def decoder_part_costs(config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> AnchorCosts:

@@ -1,10 +1,13 @@
-"""Costs of an anchor's parts, from which those of any path follow."""
+"""Costs of an anchor's parts, from which those of any path and of every stitch follow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from klas_hf.costs.counting import Cost
-from klas_hf.paths import Path, Stitch
+from klas_hf.paths import Path, Stitch, StitchCosts
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,28 @@ class AnchorCosts:
     def total_macs(self) -> int:
         """MACs of the whole anchor."""
         return self.embed_macs + sum(self.block_macs) + self.head_macs
+
+
+def stitch_costs(first: AnchorCosts, last: AnchorCosts, **about: Any) -> StitchCosts:
+    """Costs of every stitch between two anchors, whose layer (with a bias) runs at every position that it maps to.
+
+    Args:
+        about: the fields of `StitchCosts` that do not follow from the anchors' parts.
+    """
+    widths, to = np.outer(first.widths[1:], last.widths[:-1]), np.array(last.widths[:-1])
+    return StitchCosts(
+        source_blocks=np.array(first.block_macs, dtype=np.int64),
+        target_blocks=np.array(last.block_macs, dtype=np.int64),
+        stitch=widths * np.array(last.positions[:-1]),
+        source_total=first.total_macs,
+        target_total=last.total_macs,
+        ends=first.embed_macs + last.head_macs,
+        source_parameters=np.array(first.block_parameters, dtype=np.int64),
+        target_parameters=np.array(last.block_parameters, dtype=np.int64),
+        stitch_parameters=widths + to,
+        ends_parameters=first.embed_parameters + last.head_parameters,
+        **about,
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.costs.counting import Cost, macs_by_module, parameter_count
-from klas_hf.costs.paths import AnchorCosts
+from klas_hf.costs.paths import AnchorCosts, stitch_costs
 from klas_hf.models import StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import dropped_prefix
 from klas_hf.models.vision_kinds import vision_kind
@@ -42,25 +42,11 @@ def classifier_stitch_costs(
         positions: of the two anchors among several.
     """
     dropped_prefix(vision_kind(source), vision_kind(target))
-    first, last = anchor_costs(source, size), anchor_costs(target, size)
     outputs, inputs = trace(source, size)[1:], trace(target, size)[:-1]
-    # A stitch runs at every position, class tokens included where both sides have them.
-    prefix = vision_kind(target).prefix_tokens
-    area = np.array([shape.height * shape.width + prefix for shape in outputs])[:, None]
-    widths = np.outer(first.widths[1:], last.widths[:-1])
-    bias = np.array(last.widths[:-1])[None, :]
-    return StitchCosts(
+    return stitch_costs(
+        anchor_costs(source, size),
+        anchor_costs(target, size),
         tokens=0,
-        source_blocks=np.array(first.block_macs, dtype=np.int64),
-        target_blocks=np.array(last.block_macs, dtype=np.int64),
-        stitch=area * widths,
-        source_total=first.total_macs,
-        target_total=last.total_macs,
-        ends=first.embed_macs + last.head_macs,
-        source_parameters=np.array(first.block_parameters, dtype=np.int64),
-        target_parameters=np.array(last.block_parameters, dtype=np.int64),
-        stitch_parameters=widths + bias,
-        ends_parameters=first.embed_parameters + last.head_parameters,
         source=positions[0],
         target=positions[1],
         source_stages=np.array([shape.stage for shape in outputs]),
