@@ -2,6 +2,9 @@
 
 The divergences of all pairs of m source and n target distributions need one matrix product, because
 KL(p_i ‖ q_j) = E_{p_i}[log p_i] − E_{p_i}[log q_j] and the second term is the (i, j) entry of P log(Q)ᵀ.
+
+MSE and CE, which KLAS is compared with (Tab. 1 and 2), act on the same distributions, since features of two anchors
+differ in width: the paper's formulas are lost, and this is our reading.
 """
 
 from collections.abc import Iterator
@@ -61,6 +64,35 @@ def consecutive_kl(log_q: Tensor) -> Tensor:
         torch.sub(some[:-1], some[1:], out=difference)
         kl += difference.mul_(q).sum(-1)
     return kl.clamp_min_(0).T
+
+
+def pairwise_mse(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Mean over classes of (p_i − q_j)² for every pair (i, j) at every token or image.
+
+    Args:
+        log_p: `(m, tokens, classes)` log-probabilities of the source probes, fp32 or better.
+        log_q: `(n, tokens, classes)` log-probabilities of the target probes.
+
+    Returns:
+        `(tokens, m, n)`, float64; 0 where rounding would make it negative.
+    """
+    _check_precision(log_p, log_q)
+    sums = log_p.new_zeros(log_p.shape[1], len(log_p), len(log_q), dtype=torch.float64)
+    for some_p, some_q in zip(log_p.split(SLICE, -1), log_q.split(SLICE, -1), strict=True):
+        # In float64: the square's terms cancel where two distributions are close.
+        p, q = some_p.double().exp(), some_q.double().exp()
+        sums -= 2 * p.transpose(0, 1) @ q.permute(1, 2, 0)
+        sums += p.square().sum(-1).T[:, :, None] + q.square().sum(-1).T[:, None, :]
+    return sums.clamp_min_(0) / log_p.shape[-1]
+
+
+def pairwise_ce(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Cross-entropy −Σ p_i log q_j in nats of every pair (i, j) at every token or image; shapes as `pairwise_mse`."""
+    _check_precision(log_p, log_q)
+    sums = log_p.new_zeros(log_p.shape[1], len(log_p), len(log_q), dtype=torch.float64)
+    for some_p, some_q in zip(log_p.split(SLICE, -1), log_q.split(SLICE, -1), strict=True):
+        sums -= some_p.double().exp().transpose(0, 1) @ some_q.double().permute(1, 2, 0)
+    return sums
 
 
 @contextmanager

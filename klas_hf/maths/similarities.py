@@ -2,8 +2,7 @@
 
 Linear CKA (Kornblith et al., 2019) and DM ("direct matching"), the share of the target's variance that a least-squares
 map of the source leaves unexplained, come from sums over rows: memory does not grow with the data. Class-conditional
-CKA (App. D.2) keeps one pooled row per image. MSE and CE act on the probes' distributions, since features of two
-anchors differ in width: the paper's formulas are lost, and this is our reading.
+CKA (App. D.2) keeps one pooled row per image. MSE and CE stand with the divergences.
 
 Blocks are named by their positions, from 0, in the sequences that `update` is given.
 """
@@ -15,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klas_hf.maths.divergences import SLICE, _check_precision
 from klas_hf.maths.least_squares import LinearFit, NormalEquations, joint_equations, moved_gram
 
 Pair = tuple[int, int]
@@ -309,35 +307,6 @@ def _unit_grams(blocks: Sequence[Tensor]) -> Tensor:
         gram = (centred @ centred.T).flatten()
         grams.append(gram / gram.norm())
     return torch.stack(grams)
-
-
-def pairwise_mse(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Mean over classes of (p_i − q_j)² for every pair (i, j) at every token or image.
-
-    Args:
-        log_p: `(m, tokens, classes)` log-probabilities of the source probes, fp32 or better.
-        log_q: `(n, tokens, classes)` log-probabilities of the target probes.
-
-    Returns:
-        `(tokens, m, n)`, float64; 0 where rounding would make it negative.
-    """
-    _check_precision(log_p, log_q)
-    sums = log_p.new_zeros(log_p.shape[1], len(log_p), len(log_q), dtype=torch.float64)
-    for some_p, some_q in zip(log_p.split(SLICE, -1), log_q.split(SLICE, -1), strict=True):
-        # In float64: the square's terms cancel where two distributions are close.
-        p, q = some_p.double().exp(), some_q.double().exp()
-        sums -= 2 * p.transpose(0, 1) @ q.permute(1, 2, 0)
-        sums += p.square().sum(-1).T[:, :, None] + q.square().sum(-1).T[:, None, :]
-    return sums.clamp_min_(0) / log_p.shape[-1]
-
-
-def pairwise_ce(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Cross-entropy −Σ p_i log q_j in nats of every pair (i, j) at every token or image; shapes as `pairwise_mse`."""
-    _check_precision(log_p, log_q)
-    sums = log_p.new_zeros(log_p.shape[1], len(log_p), len(log_q), dtype=torch.float64)
-    for some_p, some_q in zip(log_p.split(SLICE, -1), log_q.split(SLICE, -1), strict=True):
-        sums -= some_p.double().exp().transpose(0, 1) @ some_q.double().permute(1, 2, 0)
-    return sums
 
 
 def _check_pairs(pairs: Sequence[Pair], sources: int, targets: int) -> None:

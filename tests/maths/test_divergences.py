@@ -14,7 +14,7 @@ from torch.distributions import Categorical
 from torch.distributions import kl_divergence as reference_kl
 
 from klas_hf.maths import divergences
-from klas_hf.maths.divergences import consecutive_kl, kl_divergence, pairwise_kl
+from klas_hf.maths.divergences import consecutive_kl, kl_divergence, pairwise_ce, pairwise_kl, pairwise_mse
 
 seeds = st.integers(0, 2**31)
 
@@ -155,6 +155,36 @@ def test_half_precision_is_refused(dtype: torch.dtype) -> None:
         lambda: pairwise_kl(bad, good),
         lambda: consecutive_kl(bad),
         lambda: kl_divergence(bad, bad),
+        lambda: pairwise_mse(good, bad),
+        lambda: pairwise_ce(bad, good),
     ):
         with pytest.raises(TypeError, match=f"got log-probabilities in {dtype}.*expected float32 or float64"):
             call()
+
+
+@pytest.mark.parametrize("classes", [2, 10, 5000])  # 5000: more than one slice
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_and_cross_entropies_of_all_pairs_are_those_of_a_loop(classes: int, dtype: torch.dtype) -> None:
+    log_p, log_q = (
+        log_probabilities(3, 4, classes, seed=0, dtype=dtype),
+        log_probabilities(2, 4, classes, seed=1, dtype=dtype),
+    )
+    mse, ce = pairwise_mse(log_p, log_q), pairwise_ce(log_p, log_q)
+    assert mse.shape == ce.shape == (4, 3, 2) and mse.dtype == ce.dtype == torch.float64
+    for t in range(4):
+        for i in range(3):
+            for j in range(2):
+                p, log_qj = log_p[i, t].double().exp(), log_q[j, t].double()
+                expected = torch.nn.functional.mse_loss(p, log_qj.exp())
+                assert float(mse[t, i, j]) == pytest.approx(float(expected), rel=1e-9)
+                entropy = torch.nn.functional.cross_entropy(log_qj[None], p[None])
+                assert float(ce[t, i, j]) == pytest.approx(float(entropy), rel=1e-6)
+
+
+def test_close_distributions_keep_their_small_error() -> None:
+    log_p = log_probabilities(1, 3, 8, seed=0, dtype=torch.float64)
+    log_q = (log_p + 1e-5 * log_probabilities(1, 3, 8, seed=1, dtype=torch.float64)).log_softmax(-1)
+    expected = (log_p.exp() - log_q.exp()).square().mean(-1)[0]
+    torch.testing.assert_close(pairwise_mse(log_p, log_q)[:, 0, 0], expected, rtol=1e-3, atol=0)
+    many = log_probabilities(1, 400, 300, seed=2)
+    assert 0 <= pairwise_mse(many, many).min() <= pairwise_mse(many, many).max() < 1e-16

@@ -1,7 +1,6 @@
 """Similarities against their definitions on all rows at once: numpy, scikit-learn, plain loops."""
 
 import threading
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +14,7 @@ from test_least_squares import LockStep
 from torch import Tensor
 
 from klas_hf.maths.least_squares import RIDGE, LeastSquares
-from klas_hf.maths.similarities import ROWS, ClassConditionalCka, PairMoments, pairwise_ce, pairwise_mse
+from klas_hf.maths.similarities import ROWS, ClassConditionalCka, PairMoments
 
 SOURCE, TARGET = [3, 4, 4], [4, 5, 5, 2]  # widths
 PAIRS = [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3)]
@@ -293,43 +292,3 @@ def test_class_cka_needs_two_images_of_a_class_and_labels_in_range() -> None:
     for wrong in ([0, 5], [-1, 2]):
         with pytest.raises(ValueError, match=f"got labels from {wrong[0]} to {wrong[1]}; expected 0 to 4"):
             made.update(source, target, torch.tensor(wrong))
-
-
-def log_probabilities(blocks: int, tokens: int, classes: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (3 * torch.randn(blocks, tokens, classes, generator=generator, dtype=dtype)).log_softmax(-1)
-
-
-@pytest.mark.parametrize("classes", [2, 10, 5000])  # 5000: more than one slice
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_errors_and_cross_entropies_of_all_pairs_are_those_of_a_loop(classes: int, dtype: torch.dtype) -> None:
-    log_p, log_q = log_probabilities(3, 4, classes, 0, dtype), log_probabilities(2, 4, classes, 1, dtype)
-    mse, ce = pairwise_mse(log_p, log_q), pairwise_ce(log_p, log_q)
-    assert mse.shape == ce.shape == (4, 3, 2) and mse.dtype == ce.dtype == torch.float64
-    for t in range(4):
-        for i in range(3):
-            for j in range(2):
-                p, log_qj = log_p[i, t].double().exp(), log_q[j, t].double()
-                expected = torch.nn.functional.mse_loss(p, log_qj.exp())
-                assert float(mse[t, i, j]) == pytest.approx(float(expected), rel=1e-9)
-                entropy = torch.nn.functional.cross_entropy(log_qj[None], p[None])
-                assert float(ce[t, i, j]) == pytest.approx(float(entropy), rel=1e-6)
-
-
-def test_close_distributions_keep_their_small_error() -> None:
-    log_p = log_probabilities(1, 3, 8, 0, torch.float64)
-    log_q = (log_p + 1e-5 * log_probabilities(1, 3, 8, 1, torch.float64)).log_softmax(-1)
-    expected = (log_p.exp() - log_q.exp()).square().mean(-1)[0]
-    torch.testing.assert_close(pairwise_mse(log_p, log_q)[:, 0, 0], expected, rtol=1e-3, atol=0)
-    many = log_probabilities(1, 400, 300, 2)
-    assert 0 <= pairwise_mse(many, many).min() <= pairwise_mse(many, many).max() < 1e-16
-
-
-def test_half_precision_is_refused() -> None:
-    log_p = log_probabilities(1, 2, 4, 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for call in (pairwise_mse, pairwise_ce):
-            for pair in ((log_p.half(), log_p), (log_p, log_p.bfloat16())):
-                with pytest.raises(TypeError, match="expected float32 or float64"):
-                    call(*pair)
