@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from klas_hf.curves.tradeoff import measured_models
+from klas_hf.curves.tradeoff import scored_stitches
 from klas_hf.rows import ResultRow
 from klas_hf.scores.values import StitchScores
 from klas_hf.selection.choice import bucket_of
@@ -50,13 +50,7 @@ def bucket_picks(
     """
     sign = 1.0 if higher_is_better else -1.0
     costs = scores.costs
-    known = [
-        (stitch, model.value)
-        for model in measured_models((row for row in rows if row.joints), metric)
-        if (stitch := model.rows[0].stitch) is not None
-        and (stitch.source, stitch.target) == (costs.source, costs.target)
-        and np.isfinite(scores.value_of(stitch))
-    ]
+    known = scored_stitches(scores, rows, metric)
     if not known:
         raise ValueError("got no measured stitch with a score; expected rows of stitches between these two anchors")
     macs = np.array([costs.of(stitch)[0] for stitch, _ in known])

@@ -10,6 +10,7 @@ import numpy as np
 
 from klas_hf import plotting
 from klas_hf.maths.correlations import pearson, spearman
+from klas_hf.paths import Stitch
 from klas_hf.rows import ResultRow, by_model, untuned_beside_tuned
 from klas_hf.scores.values import StitchScores
 
@@ -253,14 +254,17 @@ def correlation_report(
         (True, True)
     """
     sign = -1.0 if higher_is_better else 1.0
+    known = [(scores.value_of(stitch), sign * value) for stitch, value in scored_stitches(scores, rows, metric)]
+    if len(known) < 3:
+        raise ValueError(f"got {len(known)} stitches with a finite score; expected at least three to correlate")
+    values, drops = zip(*known, strict=True)
+    return CorrelationReport(pearson(values, drops), spearman(values, drops), len(known))
+
+
+def scored_stitches(scores: StitchScores, rows: Iterable[ResultRow], metric: str) -> list[tuple[Stitch, float]]:
+    """The measured stitches between the scores' anchors that have a finite score, with their mean over seeds."""
     anchors = scores.costs.source, scores.costs.target
-    pairs = [
-        (scores.value_of(stitch), sign * model.value)
-        for model in measured_models((row for row in rows if row.joints), metric)
-        if (stitch := model.rows[0].stitch) is not None and (stitch.source, stitch.target) == anchors
-    ]
-    finite = [pair for pair in pairs if np.isfinite(pair[0])]
-    if len(finite) < 3:
-        raise ValueError(f"got {len(finite)} stitches with a finite score; expected at least three to correlate")
-    values, drops = zip(*finite, strict=True)
-    return CorrelationReport(pearson(values, drops), spearman(values, drops), len(finite))
+    measured = measured_models((row for row in rows if row.joints), metric)
+    stitches = [(model.rows[0].stitch, model.value) for model in measured]
+    between = [(one, value) for one, value in stitches if one is not None and (one.source, one.target) == anchors]
+    return [(stitch, value) for stitch, value in between if np.isfinite(scores.value_of(stitch))]
