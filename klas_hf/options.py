@@ -5,8 +5,10 @@ would be, so that `no`, `8e-2`, or one value for a list, mean the same in both.
 """
 
 import argparse
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -68,6 +70,30 @@ def names(*kinds: type) -> set[str]:
             part = _dataclass(hint)
             found |= names(part) if part else {name}
     return found
+
+
+def named_as_options(message: str, *kinds: type) -> str:
+    """A message in which what Python calls `labels=` is called `--labels`, as the user of the options does."""
+    known = "|".join(names(*kinds))
+    return re.sub(rf"\b({known})=", r"--\1 ", message)
+
+
+@contextmanager
+def input_read(*options: Any) -> Iterator[None]:
+    """End the program with one line on stderr where what the options name cannot be read or does not fit.
+
+    Args:
+        options: dataclasses that `parse_options` has filled.
+
+    Raises:
+        SystemExit: code 2, instead of an error of bad input.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        message = " ".join(named_as_options(str(error), *map(type, options)).split())
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 class OptionHelp(argparse.HelpFormatter):

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from klas_hf import TrainingConfig, train_stitches
 from klas_hf.data.image_data import ImageDataArguments, load_task
 from klas_hf.files import write_folder_atomically
-from klas_hf.options import parse_options
+from klas_hf.options import input_read, parse_options
 from klas_hf.processes import process_state
 
 
@@ -40,7 +40,8 @@ def main() -> None:
         training, args.anchor_epochs = replace(training, max_steps=2, per_device_batch_size=8), 0.1
     state = process_state()
     state.print(f"{state.num_processes} process(es) on {state.device}")
-    task = load_task(data, own_labels=True)
+    with input_read(data):
+        task = load_task(data, own_labels=True)
     state.print(
         f"{len(task.train)} images to train on, {len(task.validation)} to score on, {len(task.test)} to measure on; "
         f"{task.train.skipped + task.test.skipped} corrupt ones left out"

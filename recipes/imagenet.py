@@ -17,7 +17,7 @@ from experiments.image_report import report
 
 from klas_hf import TrainingConfig
 from klas_hf.data.image_data import ImageDataArguments, load_task
-from klas_hf.options import parse_options
+from klas_hf.options import input_read, parse_options
 from klas_hf.processes import process_state
 
 
@@ -38,7 +38,8 @@ def main() -> None:
         training = replace(training, max_steps=2, per_device_batch_size=8)
     state = process_state()
     state.print(f"{state.num_processes} process(es) on {state.device}")
-    task = load_task(data)
+    with input_read(data):
+        task = load_task(data)
     state.print(
         f"{len(task.train)} images to train on, {len(task.validation)} to score on, {len(task.test)} to measure on; "
         f"{task.size[0]}×{task.size[1]} pixels; {task.train.skipped + task.test.skipped} corrupt ones left out"

@@ -36,7 +36,7 @@ from klas_hf import TrainingConfig
 from klas_hf.data.digits import load_digits_split
 from klas_hf.data.image_data import ImageDataArguments, load_task
 from klas_hf.maths.correlations import spearman
-from klas_hf.options import parse_options
+from klas_hf.options import input_read, parse_options
 from klas_hf.plotting import Series, lines
 from klas_hf.processes import process_state
 from klas_hf.rows import markdown_table
@@ -127,7 +127,8 @@ def study_of(family: str, args: StudyArguments, settings: StudySettings) -> Scor
     if family in small_llamas.PAIRS or family == "stories":
         if family == "stories":
             assert args.stories is not None
-            models, text = small_llamas.sibling_pair(*args.stories, cache, args.anchor_steps)
+            with input_read(args):
+                models, text = small_llamas.sibling_pair(*args.stories, cache, args.anchor_steps)
         else:
             models, text = small_llamas.documentation_pair(family, cache, args.anchor_steps, args.middle)
         fine_tuning = TrainingConfig(
@@ -142,7 +143,9 @@ def study_of(family: str, args: StudyArguments, settings: StudySettings) -> Scor
             validation_share=0.2,
         )  # fmt: skip
         training = replace(digits.DigitsTraining(), per_device_batch_size=32, learning_rate=2e-5)
-        anchors, task, names = list(args.anchors), load_task(data), [Path(anchor).name for anchor in args.anchors]
+        with input_read(args):
+            task = load_task(data)
+        anchors, names = list(args.anchors), [Path(anchor).name for anchor in args.anchors]
     else:
         train, validation, test = load_digits_split(scale=digits.SCALE.get(family, 1))
         task = ImageTask(train, validation, test, digits.MEAN, digits.STD)

@@ -40,7 +40,7 @@ from klas_hf.data.answering import encode_completion, measure_answers
 from klas_hf.data.text import TextBatches
 from klas_hf.data.truthfulqa import Question, degenerate_answers, load_truthfulqa, split_questions
 from klas_hf.evaluation.answers import compare_rules, score_answers
-from klas_hf.options import parse_options
+from klas_hf.options import input_read, parse_options
 from klas_hf.processes import process_state
 from klas_hf.scores.values import StitchScores
 
@@ -81,11 +81,12 @@ def main() -> None:
     if args.smoke:
         args.sizes, args.seeds, args.questions, args.max_new_tokens = 1, args.seeds[:1], 40, 8
         training = replace(training, max_steps=2, gradient_accumulation_steps=1)
-    questions = load_truthfulqa(args.data)[: args.questions]
     output = Path(args.output_dir)
     settings = {k: v for k, v in asdict(args).items() if k not in ("output_dir", "seeds", "rules", "data")}
-    rows = RowFile(output / "rows.jsonl", {"recipe": "truthfulqa", **settings, "training": asdict(training)})
-    experiment = Experiment(args, training, rows)
+    with input_read(args, training):
+        questions = load_truthfulqa(args.data)[: args.questions]
+        rows = RowFile(output / "rows.jsonl", {"recipe": "truthfulqa", **settings, "training": asdict(training)})
+        experiment = Experiment(args, training, rows)
     by_rule: dict[str, dict[int, list[ResultRow]]] = {rule: {} for rule in args.rules}
     for seed in args.seeds:
         for rule, chosen in experiment.run(questions, seed).items():

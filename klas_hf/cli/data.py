@@ -24,9 +24,14 @@ class DataOptions:
     labels: str | None = field(
         default=None, metadata={"metavar": "YAML", "help": "class of the images: the models' label, as in the recipes"}
     )
+    image_size: int | None = field(
+        default=None, metadata={"metavar": "N", "help": "pixels of the images' sides, where models have different ones"}
+    )
+    image_column: str = field(default="image", metadata={"help": "images of parquet files and Hub datasets"})
+    label_column: str = field(default="label", metadata={"help": "labels of parquet files and Hub datasets"})
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 3), ("batch_size", 1), ("samples", 1)):
+        for name, least in (("length", 3), ("batch_size", 1), ("samples", 1), ("image_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"got {name}={value}; expected at least {least}")
@@ -86,8 +91,10 @@ def _images(options: DataOptions, models: Sequence[str], split: str) -> Material
     from klas_hf.data.image_data import class_labels
     from klas_hf.data.images import common_processing, image_batches, load_images, map_labels, subset
 
-    processing = common_processing(models)
-    images = load_images(options.data, split, processing)
+    processing = common_processing(models, options.image_size)
+    images = load_images(
+        options.data, split, processing, image_column=options.image_column, label_column=options.label_column
+    )
     images = map_labels(images, class_labels(images.names, anchor_config(models[-1]).id2label, options.labels))
     if options.samples is not None and options.samples < len(images):
         images = subset(images, count=options.samples)

@@ -4,12 +4,11 @@ Options are fields of a frozen dataclass with the help in their metadata, as in 
 """
 
 import argparse
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from klas_hf.options import OptionParser, filled, names
+from klas_hf.options import OptionParser, filled, named_as_options, names
 
 
 def positional(help: str, metavar: str | None = None) -> Any:
@@ -57,11 +56,10 @@ class Command:
         arguments = [{key: given[key] for key in names(kind) & given.keys()} for kind in kinds]
         try:
             return self.run(filled(self.options, given), *arguments)
-        except (ValueError, TypeError) as error:  # what Python calls `labels=`, its user here calls `--labels`
-            if type(error) not in (ValueError, TypeError):
+        except (ValueError, TypeError, OSError) as error:
+            if type(error) not in (ValueError, TypeError, OSError) or len(error.args) != 1:
                 raise
-            known = "|".join(names(self.options, *kinds))
-            raise type(error)(re.sub(rf"\b({known})=", r"--\1 ", str(error))) from error
+            raise type(error)(named_as_options(str(error), self.options, *kinds)) from error
 
     def _parser(self, name: str, kinds: Sequence[type]) -> OptionParser:
         parser = OptionParser(prog=f"klas-hf {name}", description=self.description)

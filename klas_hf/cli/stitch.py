@@ -34,9 +34,10 @@ def run(options: StitchOptions) -> int:
     stitch = Stitch(*options.stitch)
     output = check_output(options.output, options.overwrite)
     material = load_material(options, [options.source, options.target], options.split)
+    sized = {} if options.image_size is None else {"image_size": options.image_size}
     model = StitchedModel.from_anchors(
-        options.source, options.target, stitch, calibration=material.batches, dtype=options.dtype,
-        device_map={"": process_state().device},
+        options.source, options.target, stitch, calibration=material.batches, calibration_items=options.samples,
+        dtype=options.dtype, device_map={"": process_state().device}, **sized,
     )  # fmt: skip
     save_model(model, material.processor, output)
     cost, fit = measure_costs(model, tokens=options.length), model.config.joint_fits[0]

@@ -43,7 +43,7 @@ class Processing:
 
 
 def common_processing(
-    anchors: Sequence[str | Path | BaseImageProcessor], size: int | tuple[int, int] | None = None
+    anchors: Sequence[str | Path | BaseImageProcessor], image_size: int | tuple[int, int] | None = None
 ) -> Processing:
     """The processing that all anchors of a stitched model share.
 
@@ -52,13 +52,13 @@ def common_processing(
 
     Args:
         anchors: Hub ids, local folders or image processors, source first.
-        size: height and width of the inputs, pixels, or one number for both. The ratio of resize edge to crop stays
-            the processor's. None: the anchors' own size.
+        image_size: height and width of the inputs, pixels, or one number for both. The ratio of resize edge to crop
+            stays the processor's. None: the anchors' own size.
 
     Raises:
         OSError: an anchor has no image processor.
-        ValueError: no anchor; normalisations differ; sizes differ and `size` is None; a processor does something
-            other than resizing, cropping and normalising, or cannot make inputs of `size`.
+        ValueError: no anchor; normalisations differ; sizes differ and `image_size` is None; a processor does
+            something other than resizing, cropping and normalising, or cannot make inputs of that size.
     """
     if not anchors:
         raise ValueError("got no anchors; expected at least one Hub id, local folder or image processor")
@@ -74,9 +74,9 @@ def common_processing(
                 "choose anchors that were trained alike"
             )
     sizes = {other: _output_size(its_processor) for other, its_processor in named}
-    if size is None and len(set(sizes.values())) > 1:
-        raise ValueError(f"got anchors with inputs of different sizes, {sizes}; give `size`, the one that all take")
-    wanted = (size, size) if isinstance(size, int) else size or sizes[name]
+    if image_size is None and len(set(sizes.values())) > 1:
+        raise ValueError(f"got anchors with inputs of different sizes, {sizes}; give image_size=…, one that all take")
+    wanted = (image_size, image_size) if isinstance(image_size, int) else image_size or sizes[name]
     return Processing(wanted, _resize_rule(processor, sizes[name], wanted, name), mean, std, processor)
 
 
@@ -161,5 +161,5 @@ def _resize_rule(
     crop = {"height": wanted[0], "width": wanted[1]}
     made = _output_size(processor, size=rule, crop_size=crop)
     if made != wanted:
-        raise ValueError(f"got size {wanted}, of which {name}'s image processor makes {made}; choose another size")
+        raise ValueError(f"got image_size={wanted}, of which {name}'s image processor makes {made}; choose another")
     return rule

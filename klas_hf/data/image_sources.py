@@ -150,7 +150,7 @@ def _undecoded(rows: Any, source: str, image_column: str, label_column: str) -> 
     if missing:
         raise ValueError(
             f"got {source} without the column(s) {missing}; it has {sorted(rows.column_names)}: name them by "
-            "image_column and label_column"
+            "image_column=… and label_column=…"
         )
     try:
         return rows.cast_column(image_column, Image(decode=False))

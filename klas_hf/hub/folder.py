@@ -37,8 +37,8 @@ def find_processor(subject: Subject, token: str | bool | None) -> Any:
             return auto.from_pretrained(anchor.folder)
         return auto.from_pretrained(anchor.base_model, revision=anchor.revision or "main", token=token)
     warnings.warn(
-        f"the anchor {anchor.title} has no {subject.processor}, so the repo gets none; pass "
-        "tokenizer_or_processor=… if there is one",
+        f"the anchor {anchor.title} has no {subject.processor}, so the repo gets none; save one "
+        "into the model's folder, or pass tokenizer_or_processor=…",
         stacklevel=3,
     )
     return None

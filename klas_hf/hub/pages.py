@@ -81,7 +81,8 @@ class AnchorPage:
         return OSError(
             f"cannot read the page of the anchor {self.title} on the Hub ({reason}); expected its card and licence. "
             "If the name was that of a folder, say by base_model=[…] which models on the Hub the anchors are; if the "
-            "anchor is gone, pass licence=… and tokenizer_or_processor=…"
+            "anchor is gone, pass licence=…, and save the tokenizer or image processor into the model's folder or pass "
+            "tokenizer_or_processor=…"
         )
 
 

@@ -10,6 +10,7 @@ import time
 import warnings
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -21,6 +22,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoTokenizer,
     PreTrainedModel,
+    ViTImageProcessorPil,
 )
 
 from klas_hf import (
@@ -85,6 +87,23 @@ def test_a_stitched_language_model_is_that_of_the_function(language: Path, stitc
     _same_weights(loaded, expected)
     assert loaded.config.joint_fits[0] == expected.config.joint_fits[0]
     assert AutoTokenizer.from_pretrained(stitched)("word5 word9")["input_ids"] == [5, 9]
+
+
+def test_columns_and_sizes_of_images_are_options_and_messages_name_them(vision: Path, tmp_path: Path, capsys) -> None:
+    pictures = [Image.open(path) for path in sorted((vision / "images" / "train").rglob("*.png"))]
+    table = {"picture": pictures, "kind": [number // 12 for number in range(len(pictures))]}
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("int64")})
+    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "table.parquet")
+    data, columns = str(tmp_path / "table.parquet"), ["--image_column", "picture", "--label_column", "kind"]
+    assert _stitch(vision, data, tmp_path / "without") == 2
+    assert "name them by --image_column … and --label_column …" in capsys.readouterr().err
+    assert _stitch(vision, data, tmp_path / "with", *columns) == 0
+    shutil.copytree(vision / "small", tmp_path / "small")
+    shutil.copytree(vision / "large", tmp_path / "large")
+    ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(tmp_path / "small")
+    assert _stitch(tmp_path, data, tmp_path / "sizes", *columns) == 2
+    assert "give --image_size …, one that all take" in capsys.readouterr().err
+    assert _stitch(tmp_path, data, tmp_path / "sizes", *columns, "--image_size", "32") == 0
 
 
 def test_a_stitched_classifier_is_that_of_the_function(vision: Path, classifier: Path) -> None:

@@ -72,7 +72,7 @@ def test_both_steps_together_are_the_processor(name: str, shape: tuple[int, int]
     ],
 )
 def test_another_size_keeps_the_rule(name: str, resized: dict[str, object], tmp_path: Path) -> None:
-    processing = common_processing([_anchor(tmp_path, name)], size=40)
+    processing = common_processing([_anchor(tmp_path, name)], image_size=40)
     by_hand = common_processing([_anchor(tmp_path, name, **resized)])
     assert processing.size == by_hand.size == (40, 40)
     assert processing.resize == by_hand.resize
@@ -90,12 +90,12 @@ def test_pixels_are_pillows_resize_and_crop(tmp_path: Path) -> None:
 
 def test_height_and_width_may_differ(tmp_path: Path) -> None:
     for name in ("mobilenet_v1", "vit"):
-        processing = common_processing([_anchor(tmp_path, name)], size=(40, 48))
+        processing = common_processing([_anchor(tmp_path, name)], image_size=(40, 48))
         assert processing.size == (40, 48)
         white = Image.new("RGB", (70, 90), "white")
         assert processing.pixels(white).equal(torch.full((3, 40, 48), 255, dtype=torch.uint8))  # no black edge
-    with pytest.raises(ValueError, match=r"size \(40, 48\).*makes \(40, 40\)|size \(40, 48\).*makes \(48, 48\)"):
-        common_processing([_anchor(tmp_path, "resnet")], size=(40, 48))
+    with pytest.raises(ValueError, match=r"image_size=\(40, 48\).*makes (\(40, 40\)|\(48, 48\))"):
+        common_processing([_anchor(tmp_path, "resnet")], image_size=(40, 48))
 
 
 def test_normalisation_as_the_processor_declares_it(tmp_path: Path) -> None:
@@ -139,10 +139,10 @@ def test_anchors_that_normalise_differently_are_named(tmp_path: Path) -> None:
 
 def test_anchors_of_different_sizes_need_one(tmp_path: Path) -> None:
     small, large = _anchor(tmp_path, "vit", size={"height": 32, "width": 32}), _anchor(tmp_path, "vit")
-    with pytest.raises(ValueError, match=r"different sizes.*\(32, 32\).*\(56, 56\).*give `size`"):
+    with pytest.raises(ValueError, match=r"different sizes.*\(32, 32\).*\(56, 56\).*give image_size=…"):
         common_processing([small, large])
-    assert isinstance(common_processing([small, large], size=48), Processing)
-    assert common_processing([small, large], size=48).size == (48, 48)
+    assert isinstance(common_processing([small, large], image_size=48), Processing)
+    assert common_processing([small, large], image_size=48).size == (48, 48)
 
 
 def test_inputs_of_unequal_sizes_are_refused(tmp_path: Path) -> None:

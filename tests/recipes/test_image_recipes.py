@@ -14,7 +14,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from klas_hf import TrainingConfig
 from klas_hf.data.image_data import ImageDataArguments, class_labels, load_task
-from klas_hf.options import parse_options
+from klas_hf.options import input_read, parse_options
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CLASSES = ("circle", "square", "stripe")
@@ -149,3 +149,33 @@ def test_a_task_measures_among_the_datas_classes_only(images: Path, tmp_path: Pa
 def test_bad_options_are_refused_before_anything_is_read(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageDataArguments(**{"data": "nowhere", "anchors": ["a", "b"]} | changes)
+
+
+def refused(recipe: str, *options: str) -> str:
+    """The one line that a recipe writes about options whose data or anchors are not there."""
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / recipe), *options], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith(f"{recipe}: error: "))
+    return line
+
+
+@pytest.mark.parametrize("recipe", ["imagenet.py", "cifar100.py", "score_study.py"])
+def test_a_typo_in_a_path_ends_in_one_line(recipe: str, images: Path, anchors: list[str], tmp_path: Path) -> None:
+    given = ["--output_dir", str(tmp_path / "out")]
+    given += ["--families", "mobilenet", "--image_size", "16"] if recipe == "score_study.py" else []
+    good = ["--data", str(images), "--anchors", *anchors]
+    assert "no-such-data" in refused(recipe, "--data", "./no-such-data", *good[2:], *given)
+    assert "no-such-anchor" in refused(recipe, *good[:3], "./no-such-anchor", anchors[1], *given)
+    labels = ["--test_split", "val", "--labels", str(tmp_path / "no.yaml")]
+    if recipe == "imagenet.py":
+        assert "no.yaml" in refused(recipe, *good, *given, *labels)
+
+
+def test_options_are_named_as_on_the_command_line(images: Path, anchors: list[str], tmp_path: Path, capsys) -> None:
+    ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((Path(anchors[0]) / "config.json").read_text())
+    with pytest.raises(SystemExit, match="2"), input_read(ImageDataArguments("", ["", ""])):
+        load_task(ImageDataArguments(str(images), [str(tmp_path), anchors[1]]))
+    assert "give --image_size …, one that all take" in capsys.readouterr().err

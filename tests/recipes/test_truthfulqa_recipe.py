@@ -70,11 +70,16 @@ def test_bad_input_is_refused_before_any_training(arguments: list[str], tmp_path
         run(arguments, "--rules", "best")
     assert re.search(r"\['best'\].*klas", capsys.readouterr().err)
     run(arguments, *SHORT, "--seeds", "0", "--rules", "klas")
-    with pytest.raises(ValueError, match="another run.*training.*another output folder"):
-        run(arguments, *SHORT, "--seeds", "0", "--learning_rate", "0.5")
-    with pytest.raises(OSError, match=r"(?s)no-such-folder.*local folder"):
-        run(arguments, "--source", str(tmp_path / "no-such-folder"), "--output_dir", str(tmp_path / "other"))
+    capsys.readouterr()
+    bad: list[tuple[str, list[str]]] = [
+        ("another run.*training.*another output folder", [*SHORT, "--seeds", "0", "--learning_rate", "0.5"]),
+        ("no-such-folder.*local folder", ["--source", f"{tmp_path}/no-such-folder", "--output_dir", f"{tmp_path}/o"]),
+        ("no-such-file.csv", [*SHORT, "--data", f"{tmp_path}/no-such-file.csv"]),
+    ]
     content = (tmp_path / "questions.csv").read_text().replace("Best Answer", "Worst Answer")
-    (tmp_path / "questions.csv").write_text(content)
-    with pytest.raises(ValueError, match="Best Answer"):
-        run(arguments, *SHORT)
+    (tmp_path / "others.csv").write_text(content)
+    bad.append(("Best Answer", [*SHORT, "--data", f"{tmp_path}/others.csv"]))
+    for message, options in bad:
+        with pytest.raises(SystemExit, match="2"):
+            run(arguments, *options)
+        assert re.search(f"error: .*{message}", capsys.readouterr().err)
