@@ -111,6 +111,11 @@ class Anchor(ABC, Generic[Batch, State]):
         """`(units, width)` what a probe reads of a state."""
 
     @abstractmethod
+    def grids(self, batch: Batch) -> list[tuple[int, int, int]]:
+        """(height, width, class tokens) of every state for such a batch, zeros for text: joints lead between equal
+        grids, where class tokens may be left out."""
+
+    @abstractmethod
     def joint(self, stop: int, into: Any, start: int, bias: bool = True) -> nn.Module:
         """A stitching layer, of random weights, from state `stop` to state `start` of another anchor."""
 

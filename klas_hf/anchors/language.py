@@ -106,6 +106,9 @@ class LanguageAnchor(Anchor[TokenBatch, Tensor]):
         sequence, token = batch.counted.nonzero()[units].to(state.device).unbind(1)
         return state[sequence, token]
 
+    def grids(self, batch: TokenBatch) -> list[tuple[int, int, int]]:
+        return [(0, 0, 0)] * (self.num_blocks + 1)
+
     def joint(self, stop: int, into: "LanguageAnchor", start: int, bias: bool = True) -> nn.Linear:
         return nn.Linear(self.width, into.width, bias=bias)
 

@@ -101,6 +101,10 @@ class VisionAnchor(Anchor[ImageBatch, Features]):
     def probed(self, state: Features, batch: ImageBatch, units: slice = slice(None)) -> Tensor:
         return self.kind.pooled(state)[units]
 
+    def grids(self, batch: ImageBatch) -> list[tuple[int, int, int]]:
+        shapes = self.shapes((batch.pixel_values.shape[-2], batch.pixel_values.shape[-1]))
+        return [(shape.height, shape.width, self.kind.prefix_tokens) for shape in shapes]
+
     def joint(self, stop: int, into: "VisionAnchor", start: int, bias: bool = True) -> StitchingLayer:
         return StitchingLayer(self.kind, into.kind, self.widths[stop], into.widths[start], bias)
 

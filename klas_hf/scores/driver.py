@@ -86,7 +86,7 @@ def score_stitches(
     anchors = load_pair(source, target)
     data = list(data) if functional and iter(data) is data else data  # an iterator can be read once
     batches = anchors[1].read(data)
-    first = next(batches, None)
+    first: Any = next(batches, None)
     of_images = isinstance(anchors[0], VisionAnchor)
     if of_images and first is None:
         raise ValueError("got no images to score on; expected batches. Check that an iterator was not used up before")

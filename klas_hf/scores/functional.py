@@ -107,11 +107,13 @@ def score_functionally(
 ) -> FunctionalResult:
     """Functional KL of the candidates that the settings name, or of all; data and errors as for `score_stitches`."""
     pairs = _candidates(costs, settings)
-    calibration, scored = _parts(anchors[1], data, settings)
+    calibration, scored = calibration_and_scored(anchors[1], data, settings)
     return functional_statistics(anchors, pairs, calibration, scored, settings)
 
 
-def _parts(anchor: Anchor, data: Iterable[Any], settings: FunctionalScoring) -> tuple[Iterable[Any], Iterable[Any]]:
+def calibration_and_scored(
+    anchor: Anchor, data: Iterable[Any], settings: FunctionalScoring
+) -> tuple[Iterable[Any], Iterable[Any]]:
     """Batches to fit to and batches to score on; no more are held in memory than are used."""
     items = settings.scored_items
     if settings.calibration is not None:

@@ -1,0 +1,184 @@
+"""What a search found: functional KL and cost of paths of every kind, the best of every size."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path as File
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from klas_hf import plotting
+from klas_hf.costs import Cost
+from klas_hf.costs.budgets import Budget
+from klas_hf.files import write_atomically
+from klas_hf.paths import Path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KINDS = ("anchor", "pruned", "stitch", "mixed")
+
+
+@dataclass(frozen=True)
+class PathScores:
+    """Functional KL of paths through some anchors, and what they cost; the anchors themselves are among them.
+
+    Attributes:
+        paths: through the anchors, by position.
+        divergence, error: `(paths,)` KL(dearest ‖ path) in nats per token or image, and its standard error.
+        costs: of each path.
+        names: of the anchors.
+        bytes_per_parameter: of the dearest anchor's dtype.
+        provenance: fingerprints, settings, versions, forwards that it took.
+
+    Example:
+        >>> found = search_paths([source, target], batches, tokens=16)
+        >>> found.best("70%").joints > 0, found.best(1.0) == Path.parse("1[:]")
+        (True, True)
+        >>> PathScores.load(found.save(folder / "paths.safetensors")).paths == found.paths
+        True
+    """
+
+    paths: tuple[Path, ...]
+    divergence: np.ndarray
+    error: np.ndarray
+    costs: tuple[Cost, ...]
+    names: tuple[str, ...]
+    bytes_per_parameter: float
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{len(self)} paths through {', '.join(self.names)}; the best of every size, nats against the dearest:"
+        ]
+        for path in self.pareto():
+            place = self.place(path)
+            lines.append(
+                f"  {self.share(path):4.0%} of the MACs: {path}  {self.divergence[place]:.4f} ({kind_of(path)})"
+            )
+        return "\n".join(lines)
+
+    def place(self, path: Path) -> int:
+        """Where a path stands.
+
+        Raises:
+            ValueError: it was not scored.
+        """
+        if path not in self._places:
+            raise ValueError(f"got path {path}, which was not scored; expected one of the {len(self)} in paths")
+        return self._places[path]
+
+    def share(self, path: Path) -> float:
+        """A path's MACs as a share of the dearest anchor's."""
+        return self.costs[self.place(path)].macs / self.dearest.macs
+
+    @property
+    def dearest(self) -> Cost:
+        """The cost of the dearest anchor."""
+        return max((self.costs[n] for n, path in enumerate(self.paths) if not path.joints), key=lambda cost: cost.macs)
+
+    def pareto(self) -> tuple[Path, ...]:
+        """The paths that no cheaper or equally dear one, anchors included, is predicted to beat, cheapest first."""
+        order = sorted(range(len(self)), key=lambda n: (self.costs[n].macs, self.divergence[n]))
+        best, kept = np.inf, []
+        for place in order:
+            if self.divergence[place] < best:
+                best = self.divergence[place]
+                kept.append(self.paths[place])
+        return tuple(kept)
+
+    def best(self, budget: Budget | Cost | str | float) -> Path:
+        """The path of least divergence within a budget (see `Budget.of`).
+
+        Raises:
+            ValueError: no path is within it; the range that can be had is named.
+        """
+        wanted = Budget.of(budget)
+        within = [n for n, cost in enumerate(self.costs) if wanted.allows(cost, self.dearest, self.bytes_per_parameter)]
+        if not within:
+            cheapest = min(self.costs, key=lambda cost: cost.macs)
+            size = cheapest.parameters * self.bytes_per_parameter / 1e9
+            raise ValueError(
+                f"got a budget of {wanted.text}, below what any path found here reaches; expected at least "
+                f"{cheapest.macs / self.dearest.macs:.1%} of the dearest anchor's MACs ({cheapest.parameters:,} "
+                f"parameters, {size:.3g} GB)"
+            )
+        return self.paths[min(within, key=lambda n: (self.divergence[n], self.costs[n].macs))]
+
+    def plot(self, path: str | File | None = None) -> "Figure":
+        """Divergence over cost: kinds of paths by colour, the best of every size, the line between the anchors.
+
+        Args:
+            path: where PNG and SVG are written, beside each other; None writes nothing.
+        """
+        shares = np.array([cost.macs for cost in self.costs]) / self.dearest.macs
+        series = []
+        for kind in KINDS:
+            places = [n for n, one in enumerate(self.paths) if kind_of(one) == kind]
+            if places:
+                order = sorted(places, key=lambda n: shares[n])
+                xs, ys = (list(values[order]) for values in (shares, self.divergence))
+                series.append(plotting.Series(kind, xs, ys, line=kind == "anchor"))
+        front = [self.place(one) for one in self.pareto()]
+        series.append(plotting.Series("best of every size", list(shares[front]), list(self.divergence[front])))
+        return plotting.lines(
+            series, "share of the dearest anchor's MACs", "KL to the dearest anchor, nats", "Paths by cost", path
+        )
+
+    def save(self, path: str | File) -> File:
+        """Write to `path` as one safetensors file, whole or not at all."""
+        plain = {
+            "paths": [str(one) for one in self.paths],
+            "costs": [asdict(cost) for cost in self.costs],
+            "names": list(self.names),
+            "bytes_per_parameter": self.bytes_per_parameter,
+            "provenance": dict(self.provenance),
+        }
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ("divergence", "error")}
+        return write_atomically(path, lambda part: save_file(arrays, part, {"klas_hf_paths": json.dumps(plain)}))
+
+    @classmethod
+    def load(cls, path: str | File) -> "PathScores":
+        """Read what `save` wrote to `path`.
+
+        Raises:
+            ValueError: a file of something else.
+            OSError: no file.
+        """
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            if "klas_hf_paths" not in metadata:
+                raise ValueError(f"got {path}, a file without path scores; expected one of PathScores.save")
+            arrays = {name: file.get_tensor(name) for name in ("divergence", "error")}
+        plain = json.loads(metadata["klas_hf_paths"])
+        return cls(
+            tuple(map(Path.parse, plain["paths"])), **arrays, costs=tuple(Cost(**cost) for cost in plain["costs"]),
+            names=tuple(plain["names"]), bytes_per_parameter=plain["bytes_per_parameter"],
+            provenance=plain["provenance"],
+        )  # fmt: skip
+
+    @cached_property
+    def _places(self) -> dict[Path, int]:
+        return {path: place for place, path in enumerate(self.paths)}
+
+
+def kind_of(path: Path) -> str:
+    """An "anchor" alone, one "pruned", a "stitch" of two, or a "mixed" path."""
+    if not path.joints:
+        return "anchor"
+    if len(path.anchors) == 1:
+        return "pruned"
+    return "stitch" if path.stitch is not None else "mixed"
+
+
+def as_scores(found: Mapping[Path, tuple[float, float]], costs: Sequence[Cost], **about: Any) -> PathScores:
+    """Scores of paths, as one value."""
+    values = np.array(list(found.values()), dtype=np.float64).reshape(-1, 2)
+    return PathScores(tuple(found), values[:, 0], values[:, 1], tuple(costs), **about)

@@ -1,0 +1,214 @@
+"""Functional KL of any path: what it answers at its least-squares start, against what the dearest anchor answers.
+
+    F(path) = mean over x of KL(dearest(x) ‖ path(x)),  every joint fitted to what the path before it really gives
+
+One reference for all, so that paths of every kind can be ranked together. Paths are taken in groups: one pass over the
+calibration data for each joint that a path has, in which paths with a common beginning run it once, then one pass over
+the data that are scored. Only sums are kept, so memory does not grow with the data.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.fitting import fitted_joint
+from klas_hf.anchors.weights import evaluating
+from klas_hf.maths.divergences import kl_divergence
+from klas_hf.maths.estimates import RatioSums
+from klas_hf.maths.least_squares import RIDGE, warn_of_few_rows
+from klas_hf.maths.similarities import PairMoments
+from klas_hf.paths import Path
+from klas_hf.processes import progress, shared_out, sum_array_over_processes, sum_over_processes
+
+Bound = tuple[int, int, int]  # anchor, start, stop
+Beginning = tuple[Bound, ...]  # a path up to a joint
+
+
+@dataclass(frozen=True)
+class PathScore:
+    """What was found of one path.
+
+    Attributes:
+        divergence, error: functional KL in nats per token or image, at least 0, and its standard error.
+        items: sequences or images that the mean is over.
+    """
+
+    divergence: float
+    error: float
+    items: int
+
+
+class PathScorer:
+    """Scores paths through some anchors.
+
+    Args:
+        anchors: as the paths count them.
+        reference: position of the dearest.
+        calibration: batches that joints are fitted to; held in memory.
+        scored: batches to score on; held in memory.
+        temperature: softens both distributions.
+        ridge: penalty of the fits, relative to the variance of a standardised feature.
+        moment_bytes: memory that the sums of one group's fits may take.
+
+    Attributes:
+        forwards: runs of one block on one sequence or image so far, in this process.
+    """
+
+    def __init__(
+        self,
+        anchors: Sequence[Anchor],
+        reference: int,
+        calibration: Sequence[Any],
+        scored: Sequence[Any],
+        *,
+        temperature: float = 1.0,
+        ridge: float = RIDGE,
+        moment_bytes: int = 2 << 30,
+    ):
+        self.anchors, self.reference = anchors, reference
+        self.calibration, self.scored = list(shared_out(calibration)), scored
+        self.temperature, self.ridge, self.moment_bytes = temperature, ridge, moment_bytes
+        self.forwards = 0
+        self.depths = [anchor.num_blocks for anchor in anchors]
+        self._joints: dict[tuple[Beginning, int, int], nn.Module] = {}
+        self._warned = False
+
+    @torch.no_grad()
+    def score(self, paths: Sequence[Path], batches: int | None = None) -> list[PathScore]:
+        """Functional KL of each path, on the first so many batches of those to score on (None: all).
+
+        Raises:
+            ValueError: a path out of range, or activations that are not finite.
+        """
+        found: list[PathScore] = []
+        for group in self._groups(paths):
+            for number in range(max(path.joints for path in group)):
+                self._fit(group, number)
+            found += self._measured(group, self.scored[:batches])
+            self._joints.clear()
+        return found
+
+    def _groups(self, paths: Sequence[Path]) -> Iterator[list[Path]]:
+        """Paths whose joints' sums fit into the memory allowed together; common beginnings stand beside each other."""
+        group: list[Path] = []
+        taken = 0
+        order = list(paths)
+        for path in order:
+            widths = [
+                (self.anchors[one[0]].widths[one[2]], self.anchors[other[0]].widths[other[1]])
+                for one, other in pairwise(path.bounds(self.depths))
+            ]
+            needed = max((8 * (x * x + x * y + y * y) for x, y in widths), default=0)
+            if group and taken + needed > self.moment_bytes:
+                yield group
+                group, taken = [], 0
+            group.append(path)
+            taken += needed
+        if group:
+            yield group
+
+    def _fit(self, paths: Sequence[Path], number: int) -> None:
+        """Fit the joints that stand behind `number` others, in one pass over the calibration data."""
+        wanted: dict[tuple[Beginning, int, int], None] = {}
+        for path in paths:
+            bounds = tuple(path.bounds(self.depths))
+            if len(bounds) > number + 1:
+                wanted[bounds[: number + 1], bounds[number + 1][0], bounds[number + 1][1]] = None
+        fronts = list(dict.fromkeys(front for front, _, _ in wanted))
+        ends = list(dict.fromkeys((place, start) for _, place, start in wanted))
+        pairs = [(fronts.index(front), ends.index((place, start))) for front, place, start in wanted]
+        moments = PairMoments(
+            pairs,
+            [self.anchors[front[-1][0]].widths[front[-1][2]] for front in fronts],
+            [self.anchors[place].widths[start] for place, start in ends],
+            self.anchors[self.reference].device,
+        )
+        into = {front: self.anchors[place] for front, place, _ in wanted}
+        for batch in progress(self.calibration, f"calibrating joint {number + 1} of {len(paths)} paths"):
+            run = _Run(self, batch, [*fronts, *(((place, 0, start),) for place, start in ends)])
+            x = [self._rows(front, run.state(front), batch, into[front]) for front in fronts]
+            y = [self._rows(((place, 0, start),), run.state(((place, 0, start),)), batch) for place, start in ends]
+            moments.update(x, y)
+        moments.combine(sum_over_processes)
+        fewest: list[tuple[int, int]] = []
+        for (front, place, start), pair in zip(wanted, pairs, strict=True):
+            fit = moments.least_squares(*pair, ridge=self.ridge)
+            fewest.append((fit.rows, fit.weight.shape[1]))
+            source = self.anchors[front[-1][0]]
+            joint = fitted_joint(source, front[-1][2], self.anchors[place], start, fit)
+            self._joints[front, place, start] = joint
+        if not self._warned:
+            self._warned = True
+            warn_of_few_rows(*min(fewest, key=lambda one: one[0] / one[1]))
+
+    def _rows(self, front: Beginning, state: Any, batch: Any, into: Anchor | None = None) -> Tensor:
+        rows = self.anchors[front[-1][0]].rows(state, batch, into)
+        return rows.to(self.anchors[self.reference].device)
+
+    def _measured(self, paths: Sequence[Path], batches: Sequence[Any]) -> list[PathScore]:
+        bounds = [tuple(path.bounds(self.depths)) for path in paths]
+        sums = RatioSums((len(paths),))
+        whole = ((self.reference, 0, self.depths[self.reference]),)
+        for batch in progress(shared_out(batches), f"scoring {len(paths)} paths"):
+            run = _Run(self, batch, [whole, *bounds])
+            log_p = self._log_probs(run.state(whole), batch, whole)
+            terms = torch.stack([kl_divergence(log_p, self._log_probs(run.state(b), batch, b)).cpu() for b in bounds])
+            if not terms.isfinite().all():
+                raise ValueError("got NaN or infinite divergences; expected finite activations. Check the anchors")
+            totals = torch.zeros(len(batch), len(paths), dtype=torch.float64)
+            totals.index_add_(0, batch.unit_items, terms.double().T)
+            units = torch.bincount(batch.unit_items, minlength=len(batch))
+            sums.update(totals.numpy(), units[:, None].numpy())
+        sums.set_moments(sum_array_over_processes(sums.moments()))
+        if not sums.sequences:
+            raise ValueError("got no data to score on; expected batches. Check that an iterator was not used up before")
+        values, errors = np.maximum(sums.value, 0.0), sums.standard_error
+        return [PathScore(float(v), float(e), sums.sequences) for v, e in zip(values, errors, strict=True)]
+
+    def _log_probs(self, state: Any, batch: Any, bounds: Beginning) -> Tensor:
+        logits = self.anchors[bounds[-1][0]].answers(state, batch).float()
+        return (logits / self.temperature).log_softmax(-1).to(self.anchors[self.reference].device)
+
+
+class _Run:
+    """States of one batch at the ends of some beginnings, each common part run once.
+
+    Args:
+        wanted: the beginnings that will be asked for.
+    """
+
+    def __init__(self, scorer: PathScorer, batch: Any, wanted: Sequence[Beginning]):
+        self.scorer, self.batch = scorer, batch
+        stops: dict[int, int] = {}
+        for front in wanted:
+            place, _, stop = front[0]
+            stops[place] = max(stop, stops.get(place, 0))
+        self._whole = {place: scorer.anchors[place].states(batch, stop) for place, stop in stops.items()}
+        scorer.forwards += len(batch) * sum(stops.values())
+        self._known: dict[Beginning, Any] = {}
+
+    def state(self, front: Beginning) -> Any:
+        """The state at the end of a beginning."""
+        if len(front) == 1:
+            return self._whole[front[0][0]][front[0][2]]
+        place, start, stop = front[-1]
+        before = front[:-1]
+        scorer, anchor = self.scorer, self.scorer.anchors[place]
+        known = next((at for at in range(stop, start - 1, -1) if (*before, (place, start, at)) in self._known), None)
+        if known is None:
+            known = start
+            state = scorer._joints[before, place, start](anchor.take(self.state(before)))
+        else:
+            state = self._known[(*before, (place, start, known))]
+        with evaluating(anchor.model):
+            state = anchor.run(state, self.batch.inputs, known, stop)
+        scorer.forwards += len(self.batch) * (stop - known)
+        if stop < anchor.num_blocks:
+            self._known[(*before, (place, start, stop))] = state
+        return state

@@ -1,0 +1,111 @@
+"""The moves by which a search goes from one path to others: cut a run out, shift a joint, bring in another anchor."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from klas_hf.paths import Path, Slice
+
+Bound = tuple[int, int, int]  # anchor, start, stop
+Grid = tuple[int, int, int]  # height, width, class tokens
+
+
+class Moves:
+    """What can be joined through some anchors, and the neighbours of a path.
+
+    Args:
+        grids: of every state of every anchor.
+        joints: joints that a path may have, at most.
+        least_slice: blocks that a slice has at least; the last may be empty, where the joint feeds the head.
+    """
+
+    def __init__(self, grids: Sequence[Sequence[Grid]], joints: int, least_slice: int):
+        self.grids, self.most, self.least = grids, joints, least_slice
+        self.depths = [len(of_one) - 1 for of_one in grids]
+
+    def single(self) -> Iterator[Path]:
+        """Every path of one joint."""
+        for one, depth in enumerate(self.depths):
+            for other, depth_other in enumerate(self.depths):
+                for stop in range(1, depth + 1):
+                    for start in range(depth_other + 1):
+                        if one != other or start > stop:
+                            yield from self._path([(one, 0, stop), (other, start, depth_other)])
+
+    def neighbours(self, path: Path) -> Iterator[Path]:
+        """Paths one move away: a run of one or two blocks cut out, a joint shifted, another anchor brought in."""
+        bounds = path.bounds(self.depths)
+        for place in range(len(bounds)):
+            yield from self._cut(bounds, place)
+        for joint in range(len(bounds) - 1):
+            yield from self._shifted(bounds, joint)
+            yield from self._inserted(bounds, joint)
+        yield from self._other_front(bounds)
+
+    def _cut(self, bounds: list[Bound], place: int) -> Iterator[Path]:
+        anchor, start, stop = bounds[place]
+        for first in range(start, stop):
+            for last in range(first + 1, min(first + 3, stop + 1)):
+                yield from self._path(
+                    [*bounds[:place], (anchor, start, first), (anchor, last, stop), *bounds[place + 1 :]]
+                )
+
+    def _shifted(self, bounds: list[Bound], joint: int) -> Iterator[Path]:
+        (one, begin, stop), (other, start, end) = bounds[joint], bounds[joint + 1]
+        for by_stop, by_start in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1)):
+            moved = [(one, begin, stop + by_stop), (other, start + by_start, end)]
+            yield from self._path([*bounds[:joint], *moved, *bounds[joint + 2 :]])
+
+    def _inserted(self, bounds: list[Bound], joint: int) -> Iterator[Path]:
+        (one, _, stop), (other, start, _) = bounds[joint], bounds[joint + 1]
+        for third, depth in enumerate(self.depths):
+            if third in (one, other):
+                continue
+            yield from self._between(bounds, joint, third, depth * stop // self.depths[one])
+        for third in {one, other} if one != other else ():
+            yield from self._between(bounds, joint, third, stop if third == one else max(0, start - 1))
+        if one == other:
+            for third, depth in enumerate(self.depths):
+                if third != one:
+                    yield from self._between(bounds, joint, third, depth * stop // self.depths[one])
+
+    def _between(self, bounds: list[Bound], joint: int, anchor: int, about: int) -> Iterator[Path]:
+        for start in (about - 1, about, about + 1):
+            for length in (1, 2):
+                piece = (anchor, start, start + length)
+                yield from self._path([*bounds[: joint + 1], piece, *bounds[joint + 1 :]])
+
+    def _other_front(self, bounds: list[Bound]) -> Iterator[Path]:
+        anchor, _, stop = bounds[0]
+        for other, depth in enumerate(self.depths):
+            if other != anchor:
+                about = depth * stop // self.depths[anchor]
+                for end in (about - 1, about, about + 1):
+                    yield from self._path([(other, 0, end), *bounds[1:]])
+                    yield from self._path([(other, 0, end), (anchor, stop - 1, stop), *bounds[1:]])
+
+    def _path(self, bounds: list[Bound]) -> Iterator[Path]:
+        """The path of these slices, if it is one: parts without blocks go, neighbours without a gap become one."""
+        kept: list[Bound] = []
+        for number, (anchor, start, stop) in enumerate(bounds):
+            last = number == len(bounds) - 1
+            if not (0 <= start <= stop <= self.depths[anchor]) or (last and stop != self.depths[anchor]):
+                return
+            if kept and kept[-1][0] == anchor and kept[-1][2] == start:
+                kept[-1] = (anchor, kept[-1][1], stop)
+            elif stop > start or last:
+                kept.append((anchor, start, stop))
+        if kept[0][1] or kept[0][2] == 0 or len(kept) - 1 > self.most or len(kept) == 1:
+            return
+        if any(stop - start < self.least for _, start, stop in kept[:-1]):
+            return
+        if all(
+            _joins(self.grids[one][stop], self.grids[other][start])
+            for (one, _, stop), (other, start, _) in pairwise(kept)
+        ):
+            *front, (anchor, start, _) = kept
+            yield Path((*(Slice(*bound) for bound in front), Slice(anchor, start)))
+
+
+def _joins(one: Grid, other: Grid) -> bool:
+    """Whether a joint leads from one grid to another; class tokens can be left out, not made up."""
+    return one[:2] == other[:2] and other[2] in (0, one[2])

@@ -1,0 +1,259 @@
+"""The best model of every size: a search over paths through one, two or more anchors, by functional KL.
+
+Paths of one joint come first: every cut of an anchor, every stitch of two. They are measured on a few batches, and the
+best of each cost bucket on all. Then each of these is grown by moves (`Moves`), and so on, until no bucket gets better
+or the forwards that are allowed have run. Nothing is trained. The idea is the beam search of greedy depth pruning, with
+the least-squares joints of ReplaceMe (arXiv 2505.02819) and SN-Net's stitches as further moves.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+import torch
+
+from klas_hf.anchors.anchor import Anchor, check_anchors
+from klas_hf.anchors.loading import load_anchors
+from klas_hf.costs import Cost, PathCosts, measure_path_costs
+from klas_hf.paths import Path
+from klas_hf.processes import process_state
+from klas_hf.rows import ResultRow, RowFile, library_versions
+from klas_hf.scores.functional import FunctionalScoring, calibration_and_scored
+from klas_hf.scores.path_scores import KINDS, PathScores, as_scores, kind_of
+from klas_hf.scores.paths import PathScorer
+from klas_hf.selection.moves import Moves
+
+GROUP = 32  # paths that are measured in one pass, and written when it ends
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How paths are searched.
+
+    Attributes:
+        buckets: cost buckets of equal width between `cheapest` and the dearest anchor, each with a best path.
+        beam: paths of each bucket that are measured on all items and grown.
+        joints: that a path may have.
+        kinds: of paths, of "pruned", "stitch" and "mixed".
+        least_slice: blocks that a slice has at least.
+        cheapest: share of the dearest anchor's MACs below which nothing is searched.
+        screened: share of the scored items that candidates are first measured on.
+        forwards: runs of a block on one sequence or image that may be spent; None: three times what scoring all
+            one-joint paths between the anchors' costs on all items takes.
+        scoring: how functional KL is measured.
+
+    Raises:
+        ValueError: a number out of its range, or an unknown kind.
+
+    Example:
+        >>> found = search_paths([source, target], batches, SearchConfig(joints=1, kinds=("pruned",)), tokens=16)
+        >>> {len(path.anchors) for path in found.paths}, max(path.joints for path in found.paths)
+        ({1}, 1)
+    """
+
+    buckets: int = 20
+    beam: int = 3
+    joints: int = 3
+    kinds: tuple[str, ...] = ("pruned", "stitch", "mixed")
+    least_slice: int = 1
+    cheapest: float = 0.2
+    screened: float = 0.25
+    forwards: int | None = None
+    scoring: FunctionalScoring = FunctionalScoring(temperature=1.0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kinds", tuple(self.kinds))
+        for name in ("buckets", "beam", "joints", "least_slice"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected at least 1")
+        for name in ("cheapest", "screened"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected a share above 0 and at most 1")
+        if not self.kinds or not set(self.kinds) < set(KINDS) - {"anchor"} | {""}:
+            raise ValueError(f"got kinds={self.kinds}; expected some of {KINDS[1:]}")
+
+
+def search_paths(
+    anchors: Sequence[Any],
+    data: Iterable[Any],
+    config: SearchConfig | None = None,
+    *,
+    tokens: int = 128,
+    output: str | File | None = None,
+) -> PathScores:
+    """Costs and functional KL of the best paths of every size through some anchors.
+
+    Args:
+        anchors: Hub ids, folders or models, of one vocabulary or the same classes; one is enough.
+        data: batches of token ids or images; the first half is what joints are fitted to, the second what is scored.
+        config: settings; None takes the defaults.
+        tokens: sequence length that a language model's costs are counted for.
+        output: JSONL file of all that was measured; a search that was interrupted goes on from it.
+
+    Returns:
+        All paths that were measured on all items, the anchors among them.
+
+    Raises:
+        ValueError: an anchor twice, other vocabularies or classes, too little data, or an output of another search.
+
+    Example:
+        >>> found = search_paths([source, target], batches, tokens=16)
+        >>> found.best("60%").joints > 0, found.pareto()[-1] == Path.parse("1[:]")
+        (True, True)
+    """
+    return _Search(anchors, data, config or SearchConfig(), tokens, output).run()
+
+
+class _Search:
+    """One search: its anchors, what is known of paths, and what has been spent."""
+
+    def __init__(
+        self, anchors: Sequence[Any], data: Iterable[Any], config: SearchConfig, tokens: int, output: str | File | None
+    ):
+        self.config = config
+        self.anchors: list[Anchor] = load_anchors(anchors)
+        check_anchors(self.anchors, least=1)
+        calibration, scored = (list(part) for part in calibration_and_scored(self.anchors[0], data, config.scoring))
+        first = scored[0]
+        size = tuple(first.inputs["pixel_values"].shape[-2:]) if "pixel_values" in first.inputs else None
+        self.costs: PathCosts = measure_path_costs(
+            [anchor.model for anchor in self.anchors], tokens=tokens, image_size=size
+        )
+        self.whole = [self.costs.of(f"{place}[:]") for place in range(len(self.anchors))]
+        self.reference = max(range(len(self.anchors)), key=lambda place: self.whole[place].macs)
+        self.dearest = self.whole[self.reference]
+        self.moves = Moves([anchor.grids(first) for anchor in self.anchors], config.joints, config.least_slice)
+        self.scorer = PathScorer(
+            self.anchors, self.reference, calibration, scored, temperature=config.scoring.temperature,
+            ridge=config.scoring.ridge, moment_bytes=config.scoring.moment_bytes,
+        )  # fmt: skip
+        self.few = max(1, round(len(scored) * config.screened))
+        self.limit = self._limit(sum(map(len, scored))) if config.forwards is None else config.forwards
+        fingerprints = [anchor.fingerprint for anchor in self.anchors]
+        plain = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "scoring"}
+        self.settings = plain | {
+            "temperature": config.scoring.temperature, "ridge": config.scoring.ridge, "tokens": tokens,
+            "anchors": fingerprints, "data": _digest([*calibration, *scored]),
+        }  # fmt: skip
+        self.rows = None if output is None else RowFile(output, {"search": self.settings})
+        self.calibration = calibration
+        self.known: dict[tuple[Path, int | None], tuple[float, float]] = {}
+        self.priced: set[tuple[Path, int | None]] = set()
+        for row in self.rows or []:
+            self.known[Path.parse(str(row.path)), row.setting["batches"]] = (
+                row.metrics["divergence"],
+                row.details["error"],
+            )
+        self.spent = 0
+
+    def run(self) -> PathScores:
+        """Screen, keep, grow."""
+        wholes = [Path.parse(f"{place}[:]") for place in range(len(self.anchors))]
+        self._measure(wholes, None)
+        seen: set[Path] = set()
+        front = self._thinned(self._wanted(self.moves.single(), seen))
+        grown: set[Path] = set()
+        while front and self.spent < self.limit:
+            self._measure(front, self.few)
+            self._measure([path for kept in self._kept(self.few) for path in kept], None)
+            best = [path for kept in self._kept(None) for path in kept if path not in grown]
+            grown.update(best)
+            front = self._thinned(self._wanted((one for path in best for one in self.moves.neighbours(path)), seen))
+        full = {path: self.known[path, None] for path, batches in self.priced if batches is None}
+        full = dict(sorted(full.items(), key=lambda pair: (self.costs.of(pair[0]).macs, str(pair[0]))))
+        costs = [self.costs.of(path) for path in full]
+        dtype = self.anchors[self.reference].model.dtype
+        return as_scores(
+            full, costs, names=tuple(anchor.name for anchor in self.anchors), bytes_per_parameter=dtype.itemsize,
+            provenance=self.settings | {"versions": library_versions(), "spent": self.spent, "limit": self.limit},
+        )  # fmt: skip
+
+    def _measure(self, paths: Sequence[Path], batches: int | None) -> None:
+        """Score what is not known yet, in groups that are written as they are done."""
+        wanted = [path for path in dict.fromkeys(paths) if (path, batches) not in self.priced]
+        wanted.sort(key=lambda path: path.bounds(self.moves.depths))  # common beginnings beside each other
+        for start in range(0, len(wanted), GROUP):
+            if self.spent >= self.limit:
+                return
+            group = wanted[start : start + GROUP]
+            self.spent += sum(self._price(path, batches) for path in group)
+            self.priced.update((path, batches) for path in group)
+            missing = [path for path in group if (path, batches) not in self.known]
+            for path, score in zip(missing, self.scorer.score(missing, batches), strict=True):
+                self.known[path, batches] = score.divergence, score.error
+                if self.rows is not None:
+                    cost = self.costs.of(path)
+                    row = ResultRow(
+                        "search", path, 0, cost.macs, cost.parameters, {"divergence": score.divergence},
+                        {"error": score.error, "items": score.items}, setting={"batches": batches},
+                    )  # fmt: skip
+                    self.rows.append(row, to_disk=process_state().is_main_process)
+
+    def _price(self, path: Path, batches: int | None) -> int:
+        """Forwards of a block that measuring a path takes, a group's share of the whole anchors included.
+
+        Counted beforehand, not as they run: a search that was interrupted spends the same.
+        """
+        bounds = path.bounds(self.moves.depths)
+        items, fitted = (sum(map(len, of_one)) for of_one in (self.scorer.scored[:batches], self.calibration))
+        between = sum(stop - start for _, start, stop in bounds[1:-1])
+        behind = between + (bounds[-1][2] - bounds[-1][1] if path.joints else 0)
+        return items * behind + fitted * between + sum(self.moves.depths) * (items + fitted * path.joints) // GROUP
+
+    def _wanted(self, paths: Iterable[Path], seen: set[Path]) -> list[Path]:
+        """New paths of the kinds and costs that are asked for."""
+        found = []
+        for path in paths:
+            if path not in seen:
+                seen.add(path)
+                if kind_of(path) in self.config.kinds and self._bucket(self.costs.of(path)) is not None:
+                    found.append(path)
+        return found
+
+    def _thinned(self, paths: list[Path]) -> list[Path]:
+        """As many of the paths, spread evenly over their costs, as half of what is left to spend can measure."""
+        prices = sum(self._price(path, self.few) for path in paths)
+        most = int(len(paths) * (self.limit - self.spent) / 2 / max(prices, 1))
+        if len(paths) <= most:
+            return paths
+        paths.sort(key=lambda path: (self.costs.of(path).macs, str(path)))
+        return [paths[place] for place in np.unique(np.linspace(0, len(paths) - 1, max(most, 1)).round().astype(int))]
+
+    def _kept(self, batches: int | None) -> list[list[Path]]:
+        """The best paths of every bucket, of those that were measured on so many batches."""
+        buckets: dict[int, list[tuple[float, Path]]] = {}
+        for path, on in self.priced:
+            place = self._bucket(self.costs.of(path))
+            if on == batches and path.joints and place is not None:
+                buckets.setdefault(place, []).append((self.known[path, on][0], path))
+        order = [sorted(of_one, key=lambda pair: (pair[0], str(pair[1]))) for _, of_one in sorted(buckets.items())]
+        return [[path for _, path in of_one[: self.config.beam]] for of_one in order]
+
+    def _bucket(self, cost: Cost) -> int | None:
+        """The cost bucket of a path; None outside."""
+        low = self.config.cheapest * self.dearest.macs
+        if not low <= cost.macs < self.dearest.macs:
+            return None
+        return int((cost.macs - low) * self.config.buckets // (self.dearest.macs - low))
+
+    def _limit(self, items: int) -> int:
+        """Three times the blocks that run behind the joints of all one-joint paths in range, on all items."""
+        blocks = 0
+        for path in self.moves.single():
+            if self._bucket(self.costs.of(path)) is not None:
+                *_, (_, start, stop) = path.bounds(self.moves.depths)
+                blocks += stop - start
+        return 3 * blocks * items
+
+
+def _digest(batches: Sequence[Any]) -> str:
+    """What identifies data."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in batch.inputs.items():
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
