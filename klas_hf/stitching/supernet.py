@@ -105,7 +105,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         layers = _shared_layers(loaded, chosen, shared)
         config = StitchedSupernetConfig(
             **{"anchor_configs": [copy.deepcopy(one.config) for one in loaded], "tokens": tokens}
-            | kind.settings(loaded, chosen, image_size),
+            | kind._settings(loaded, chosen, image_size),
             paths=[str(path) for path in chosen],
             joint_of=layers,
             anchor_names=[one.path for one in loaded],
@@ -113,7 +113,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             architectures=[kind.__name__],
         )
         _check_directions(costs_of(config), chosen)
-        batches = None if calibration is None else kind.usable(calibration, loaded)
+        batches = None if calibration is None else kind._usable(calibration, loaded)
         supernet = kind(config).eval()
         last = loaded[-1].model
         supernet.to(device=last.device, dtype=last.dtype)  # before weights that float32 would round
@@ -149,14 +149,14 @@ class StitchedSupernet(Publishable, PreTrainedModel):
 
     @classmethod
     @abstractmethod
-    def settings(
+    def _settings(
         cls, anchors: Sequence[Anchor], paths: Sequence[Path], image_size: int | tuple[int, int] | None
     ) -> dict[str, Any]:
         """Fields of the configuration that only this kind of data has, and ValueError where paths do not fit it."""
 
     @classmethod
     @abstractmethod
-    def usable(cls, calibration: Iterable[Any], anchors: Sequence[Anchor]) -> Iterable[Any]:
+    def _usable(cls, calibration: Iterable[Any], anchors: Sequence[Anchor]) -> Iterable[Any]:
         """The batches, checked before long work."""
 
     @abstractmethod

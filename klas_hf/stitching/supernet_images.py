@@ -81,7 +81,7 @@ class StitchedSupernetForImageClassification(StitchedSupernet):
         return output if return_dict else output.to_tuple()
 
     @classmethod
-    def settings(
+    def _settings(
         cls, anchors: Sequence[Anchor], paths: Sequence[Path], image_size: int | tuple[int, int] | None
     ) -> dict[str, Any]:
         configs = [one.config for one in anchors]
@@ -97,7 +97,7 @@ class StitchedSupernetForImageClassification(StitchedSupernet):
         return {"anchor_configs": sides, "image_size": list(size)} | labels
 
     @classmethod
-    def usable(cls, calibration: Iterable[Any], anchors: Sequence[Anchor]) -> Iterable[Any]:
+    def _usable(cls, calibration: Iterable[Any], anchors: Sequence[Anchor]) -> Iterable[Any]:
         return usable_images(calibration, *(one.config for one in anchors))
 
     def _extracted(self, path: Path) -> StitchedForImageClassification:

@@ -81,7 +81,7 @@ class StitchedSupernetForCausalLM(StitchedSupernet):
         return output if return_dict else output.to_tuple()
 
     @classmethod
-    def settings(cls, anchors: Sequence[Anchor], paths: Sequence[Path], image_size: Any) -> dict[str, Any]:
+    def _settings(cls, anchors: Sequence[Anchor], paths: Sequence[Path], image_size: Any) -> dict[str, Any]:
         last = anchors[-1].config
         return {
             "generation_configs": [one.model.generation_config.to_diff_dict() for one in anchors],
@@ -92,7 +92,7 @@ class StitchedSupernetForCausalLM(StitchedSupernet):
         }
 
     @classmethod
-    def usable(cls, calibration: Iterable[Any], anchors: Sequence[Anchor]) -> Iterable[Any]:
+    def _usable(cls, calibration: Iterable[Any], anchors: Sequence[Anchor]) -> Iterable[Any]:
         return usable_batches(calibration, anchors[-1].config.bos_token_id)
 
     def _extracted(self, path: Path) -> StitchedForCausalLM:

@@ -84,7 +84,7 @@ def test_text_says_where_it_comes_from_what_it_costs_and_how_good_it_is(tmp_path
         f"R² = {model.config.joint_fits[0]['r2']:.3f}",
         f"{model.config.joint_fits[0]['rows']:,} positions",
         "Measured on my text:",
-        "| klas   | (2, 3) | 0.00         | 2.0    | 50%       | 3.0000 ± 0.5000 |",
+        "| klas   | 0[:2] 1[3:] | 0.00         | 2.0    | 50%       | 3.0000 ± 0.5000 |",
         "![picture of the results](curve.png)",
         "`0.125`",
         "`stitch`",

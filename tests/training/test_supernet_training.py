@@ -105,7 +105,7 @@ def test_only_the_stitching_layers_learn() -> None:
     model, before = toy_supernet(), toy_supernet()
     train_stitches(model, ToyImages(), replace(QUICK, max_steps=20, trainable="stitch"))
     assert changed(model, before) == {f"joints.{name}.{kind}" for name in "ab" for kind in ("weight", "bias")}
-    assert {path.stitch for path, _, _ in model.seen} == {Stitch(1, 1), Stitch(2, 1)}  # an anchor would have nothing to learn
+    assert {path.stitch for path, _, _ in model.seen} == {Stitch(1, 1), Stitch(2, 1)}  # anchors have nothing to learn
 
 
 def test_lora_learns_the_anchors_at_a_low_rank_and_the_stitching_layers_whole() -> None:
