@@ -62,6 +62,7 @@ def main() -> None:
         for path in (options.train, options.test)
     )
     fitting = TextBatches(train[: options.sequences], 16)
+    fitted = {"calibration": fitting, "calibration_items": options.sequences}
     scoring, measuring = (TextBatches(test[part::2][: options.sequences], 16) for part in (0, 1))
 
     def measure(model) -> Measurement:
@@ -74,7 +75,7 @@ def main() -> None:
     depth = anchor.config.num_hidden_layers
 
     def self_stitch(stitch: Stitch):
-        return StitchedModel.from_anchors(anchor, anchor, stitch, calibration=fitting)
+        return StitchedModel.from_anchors(anchor, anchor, stitch, **fitted)
 
     pairs = [Stitch(i, j) for i in range(1, depth + 1) for j in range(depth)]
     kept = {"rows": rows, "seed": options.seed, "tokens": options.length}
@@ -98,7 +99,7 @@ def main() -> None:
     scores.plot(output / "heatmap")
 
     def stitched(stitch: Stitch):
-        return StitchedModel.from_anchors(sibling, anchor, stitch, calibration=fitting)
+        return StitchedModel.from_anchors(sibling, anchor, stitch, **fitted)
 
     training = TrainingConfig(
         trainable=options.trainable, max_steps=options.finetune_steps, per_device_batch_size=16,

@@ -188,7 +188,9 @@ class Quickstart:
 
     def make(self, stitch: Stitch) -> PreTrainedModel:
         """One stitched model, fine-tuned."""
-        model = StitchedModel.from_anchors(self.source, self.target, stitch, calibration=self.fitting)
+        model = StitchedModel.from_anchors(
+            self.source, self.target, stitch, calibration=self.fitting, calibration_items=1024
+        )
         train_stitches(model.to(self.state.device), self.examples, self.training)
         self.models[stitch] = model
         return model

@@ -55,22 +55,34 @@ class TokenBatch:
         """What a causal language model's forward takes."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
+    def check(self, vocabulary: int | None) -> None:
+        """Raise TypeError unless the ids are whole numbers, ValueError unless a model of so many ids knows them."""
+        if self.input_ids.is_floating_point():
+            raise TypeError(f"got input_ids of {self.input_ids.dtype}; expected whole numbers: token ids")
+        if vocabulary is not None and self.input_ids.numel():
+            lowest, highest = self.input_ids.aminmax()
+            check_ids(int(lowest), int(highest), vocabulary)
+
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The same on a device."""
         return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
 
 
-def token_batches(data: Iterable[Any], bos_token_id: int | None = None) -> Iterator[TokenBatch]:
+def token_batches(
+    data: Iterable[Any], bos_token_id: int | None = None, vocabulary: int | None = None
+) -> Iterator[TokenBatch]:
     """Read batches: mappings with `input_ids` and perhaps `attention_mask`, or plain tensors of ids.
 
     Args:
         bos_token_id: of the model that reads them.
+        vocabulary: how many ids that model knows; None: not known here.
 
     Raises:
-        TypeError, ValueError: a batch is of neither form, or is not `(batch, tokens)`.
+        TypeError, ValueError: a batch is of neither form, is not `(batch, tokens)`, or holds no ids of the model.
     """
     for batch in data:
         if isinstance(batch, TokenBatch):
+            batch.check(vocabulary)
             yield batch if bos_token_id is None else replace(batch, bos_token_id=bos_token_id)
             continue
         if not isinstance(batch, Tensor | Mapping):
@@ -89,4 +101,15 @@ def token_batches(data: Iterable[Any], bos_token_id: int | None = None) -> Itera
                 f"got input_ids of shape {tuple(input_ids.shape)} and attention_mask of shape {tuple(mask.shape)}; "
                 "expected both as (batch, tokens)"
             )
-        yield TokenBatch(input_ids, mask, bos_token_id)
+        read = TokenBatch(input_ids, mask, bos_token_id)
+        read.check(vocabulary)
+        yield read
+
+
+def check_ids(lowest: int, highest: int, vocabulary: int) -> None:
+    """Raise ValueError for token ids that a model of so many does not have."""
+    if lowest < 0 or highest >= vocabulary:
+        raise ValueError(
+            f"got the token id {lowest if lowest < 0 else highest} for a model with a vocabulary of {vocabulary}; "
+            f"expected ids from 0 to {vocabulary - 1}: use the tokenizer that the model was trained with"
+        )

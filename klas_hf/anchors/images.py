@@ -76,4 +76,8 @@ def image_batches(data: Iterable[Any]) -> Iterator[ImageBatch]:
                 f"{None if labels is None else tuple(labels.shape)}; expected (batch, channels, height, width) and "
                 "(batch,)"
             )
-        yield ImageBatch(pixels, labels)
+        if labels is not None and labels.is_floating_point():
+            raise TypeError(
+                f"got labels of {labels.dtype}; expected whole numbers, of classes: labels.long() if they are such"
+            )
+        yield ImageBatch(pixels, None if labels is None else labels.long())

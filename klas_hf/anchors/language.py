@@ -64,7 +64,7 @@ class LanguageAnchor(Anchor[TokenBatch, Tensor]):
         return self.model.get_input_embeddings().weight.device
 
     def read(self, data: Iterable[Any]) -> Iterator[TokenBatch]:
-        return token_batches(data, self.config.bos_token_id)
+        return token_batches(data, self.config.bos_token_id, self.classes)
 
     def check_like(self, other: "LanguageAnchor") -> None:
         check_vocabularies(self.path, self.config, other.path, other.config)

@@ -14,6 +14,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from klas_hf.anchors.batches import check_ids
 from klas_hf.training.data import collate
 
 
@@ -92,12 +93,8 @@ def _check_sequences(sequences: Sequence[Sequence[int]]) -> None:
 
 def check_vocabulary(sequences: Iterable[Sequence[int]], vocabulary: int) -> None:
     """Raise ValueError for token ids that a model of so many does not have."""
-    most = max((max(sequence) for sequence in sequences), default=0)
-    if most >= vocabulary:
-        raise ValueError(
-            f"got the token id {most} for a model of {vocabulary} ids; expected ids below that: use the tokenizer that "
-            "the model was trained with"
-        )
+    ids = {number for sequence in sequences for number in (min(sequence), max(sequence))}
+    check_ids(min(ids, default=0), max(ids, default=0), vocabulary)
 
 
 def python_documentation() -> list[str]:

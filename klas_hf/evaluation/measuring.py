@@ -120,12 +120,15 @@ class TextTask(Task):
 
     unit, metrics = "labels", ("loss",)
 
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
+
     def read(self, batches: Iterable[Any]) -> Iterator[TokenBatch]:
-        return token_batches(batches)
+        return token_batches(batches, vocabulary=self.vocabulary)
 
     def labelled(self, batches: Iterable[Any]) -> Iterator[tuple[TokenBatch, Tensor]]:
         for batch in batches:
-            (tokens,) = token_batches([batch])
+            (tokens,) = self.read([batch])
             if not isinstance(batch, Mapping) or "labels" not in batch:
                 raise ValueError(
                     "got a batch of text without 'labels'; expected token ids of shape (batch, tokens), -100 where no "
@@ -174,7 +177,9 @@ class ImageTask(Task):
 
 def task_of(model: PreTrainedModel) -> Task:
     """By what the model reads."""
-    return ImageTask() if model.main_input_name == "pixel_values" else TextTask()
+    if model.main_input_name == "pixel_values":
+        return ImageTask()
+    return TextTask(model.config.get_text_config().vocab_size)
 
 
 class Sums:

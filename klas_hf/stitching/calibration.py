@@ -6,13 +6,12 @@ from typing import Any, TypeVar
 
 ENOUGH_ITEMS = 256  # sequences or images
 ENOUGH_ROWS = 10  # per feature of the widest map
-B = TypeVar("B")
+B = TypeVar("B", bound=Sized)
 
 
 def sampled(
     calibration: Iterable[Any],
     read: Callable[[Iterable[Any]], Iterator[B]],
-    size: Callable[[B], int],
     features_per_row: Callable[[B], float],
     items: int | None = None,
 ) -> Iterator[B]:
@@ -23,7 +22,6 @@ def sampled(
     Args:
         calibration: batches.
         read: brings them into one form.
-        size: how many sequences or images a batch has.
         features_per_row: width of the widest map over the rows that a sequence or image has, told from the first batch.
         items: how many sequences or images; None: 256, or as many more as make ten rows per feature.
 
@@ -32,11 +30,11 @@ def sampled(
     """
     if items is not None and items < 1:
         raise ValueError(f"got calibration_items={items}; expected at least 1, or None for the default")
-    return _chosen(calibration, read, size, features_per_row, items)
+    return _chosen(calibration, read, features_per_row, items)
 
 
 def _chosen(
-    calibration: Iterable[Any], read: Callable[[Iterable[Any]], Iterator[B]], size: Callable[[B], int],
+    calibration: Iterable[Any], read: Callable[[Iterable[Any]], Iterator[B]],
     features_per_row: Callable[[B], float], items: int | None,
 ) -> Iterator[B]:  # fmt: skip
     seen, wanted, places = 0, 0, None
@@ -45,10 +43,10 @@ def _chosen(
             wanted = items or max(ENOUGH_ITEMS, ceil(ENOUGH_ROWS * features_per_row(batch)))
             if isinstance(calibration, Sized):
                 total = len(calibration)
-                count = min(total, ceil(wanted / max(1, size(batch))))
+                count = min(total, ceil(wanted / max(1, len(batch))))
                 places = {number * total // count for number in range(count)}
         if places is None or place in places:
             yield batch
-            seen += size(batch)
+            seen += len(batch)
         if seen >= wanted or (places is not None and place >= max(places)):
             return

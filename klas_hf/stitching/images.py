@@ -28,10 +28,10 @@ from klas_hf.models.vision_features import image_size
 from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.models.vision_shapes import FeatureShape, trace
 from klas_hf.paths import Path as AnchorPath
+from klas_hf.stitching.calibration import sampled
 from klas_hf.stitching.joints import fit_joints
 from klas_hf.stitching.loading import load_parts, warn_of_random_stitches, with_revision
 
-from klas_hf.stitching.calibration import sampled
 
 def stitch_classifiers(
     anchors: Sequence[str | Path | PreTrainedModel],
@@ -69,7 +69,7 @@ def stitch_classifiers(
         if calibration is not None:
             joints = _joined(configs, path, size)
             features = max((left.channels / (left.height * left.width) for left, _ in joints), default=0.0)
-            chosen = sampled(calibration, image_batches, len, lambda _: features, calibration_items)
+            chosen = sampled(calibration, image_batches, lambda _: features, calibration_items)
             batches = usable_images(chosen, *used)
         dtype = last.dtype if dtype in (None, "auto") else dtype
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}

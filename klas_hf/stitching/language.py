@@ -22,10 +22,10 @@ from klas_hf.anchors.weights import evaluating
 from klas_hf.models import StitchedConfig, StitchedForCausalLM
 from klas_hf.models.modeling_stitched import StitchedTextModel
 from klas_hf.paths import Path as AnchorPath
+from klas_hf.stitching.calibration import sampled
 from klas_hf.stitching.joints import fit_joints
 from klas_hf.stitching.loading import load_parts, prefix_map, warn_of_random_stitches, with_revision
 
-from klas_hf.stitching.calibration import sampled
 
 def stitch_decoders(
     anchors: Sequence[str | Path | PreTrainedModel],
@@ -124,9 +124,8 @@ def _sampled(calibration: Iterable[Any], config: StitchedConfig, items: int | No
     width = max(one.hidden_size for one in config.slice_configs)
     return sampled(
         calibration,
-        token_batches,
-        lambda batch: len(batch.input_ids),
-        lambda batch: width * len(batch.input_ids) / max(1, int(batch.attention_mask.sum())),
+        lambda data: token_batches(data, config.bos_token_id, config.vocab_size),
+        lambda batch: width * len(batch) / max(1, int(batch.attention_mask.sum())),
         items,
     )
 

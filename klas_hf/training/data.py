@@ -1,18 +1,26 @@
 """Examples into batches: an order that any number of processes shares, and padding that carries no loss."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from klas_hf.anchors.batches import check_ids
+
 IGNORED = -100
 FILLER = -1
 
 
 def batches_of(
-    examples: Sequence[Mapping[str, Any]], batch_size: int, multiple: int, seed: int, workers: int = 0
+    examples: Sequence[Mapping[str, Any]],
+    batch_size: int,
+    multiple: int,
+    seed: int,
+    workers: int = 0,
+    vocabulary: int | None = None,
 ) -> tuple[DataLoader, "EpochOrder"]:
     """A loader of padded batches, shuffled anew in each epoch, whose number is a multiple of `multiple`.
 
@@ -25,11 +33,13 @@ def batches_of(
         multiple: batches of one optimiser step, over all processes.
         seed: of the order.
         workers: processes that load examples; 0: this one.
+        vocabulary: how many ids the model knows; None: not known here.
 
     Raises:
-        ValueError: no examples, or an example without a label.
+        TypeError: ids or labels that are no whole numbers.
+        ValueError: no examples, an example without a label, or with ids that the model does not know.
     """
-    _check(examples)
+    _check(examples, vocabulary)
     order = EpochOrder(len(examples), batch_size * multiple, seed)
     sampler = BatchSampler(order, batch_size, drop_last=False)
     return DataLoader(_Filled(examples), batch_sampler=sampler, collate_fn=collate, num_workers=workers), order
@@ -86,7 +96,7 @@ class _Filled(Dataset):
         return self.examples[index]
 
 
-def _check(examples: Sequence[Mapping[str, Any]]) -> None:
+def _check(examples: Sequence[Mapping[str, Any]], vocabulary: int | None) -> None:
     if not len(examples):
         raise ValueError("got no examples to train on; expected at least one with input_ids and labels")
     for number, example in enumerate(examples):
@@ -100,3 +110,15 @@ def _check(examples: Sequence[Mapping[str, Any]]) -> None:
             )
         if all(label == IGNORED for label in example["labels"][1:]):
             raise ValueError(f"got example {number} without a label to predict; leave it out or do not mask all of it")
+        ids = set(_listed(example["input_ids"])) | set(_listed(example["labels"])) - {IGNORED}
+        if wrong := [one for one in ids if not isinstance(one, Integral)]:
+            raise TypeError(
+                f"got example {number} with {wrong[0]!r} among its input_ids or labels; expected whole numbers: token "
+                "ids, -100 where no loss is taken"
+            )
+        if vocabulary is not None:
+            check_ids(min(ids), max(ids), vocabulary)
+
+
+def _listed(ids: Any) -> Sequence[int]:
+    return ids.tolist() if isinstance(ids, Tensor) else ids

@@ -1,6 +1,7 @@
 """The loss of labelled images, augmented on the device they are on (SN-Net's way)."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -114,7 +115,11 @@ def _check_data(data: ImageData, classes: int, config: TrainingConfig) -> None:
     labels = list(data.labels)
     if len(labels) != len(data):
         raise ValueError(f"got {len(data)} images and {len(labels)} labels; expected one label per image")
-    wrong = sorted({label for label in labels if not 0 <= label < classes})
+    for label in labels:
+        if not isinstance(label, Integral) and (not isinstance(label, Tensor) or label.is_floating_point()):
+            kind = label.dtype if isinstance(label, Tensor) else type(label).__name__
+            raise TypeError(f"got a label of {kind}, {label}; expected whole numbers, of classes: int(label) if it is")
+    wrong = sorted({int(label) for label in labels if not 0 <= label < classes})
     if wrong:
         raise ValueError(
             f"got the labels {wrong[:5]} for a model of {classes} classes; expected 0 to {classes - 1}. Map the data's "

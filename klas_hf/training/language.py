@@ -35,8 +35,10 @@ class LanguageObjective(Objective):
         self.may_skip_parameters = self.paths is not None
 
     def batches(self, multiple: int) -> tuple[DataLoader, EpochOrder]:
-        config = self.config
-        return batches_of(self.data, config.per_device_batch_size, multiple, config.seed, config.num_workers)
+        config, vocabulary = self.config, self.classes(self.model)
+        return batches_of(
+            self.data, config.per_device_batch_size, multiple, config.seed, config.num_workers, vocabulary
+        )
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         return (batch["labels"][:, 1:] != IGNORED).sum()

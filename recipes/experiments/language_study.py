@@ -156,7 +156,9 @@ class LanguageScoreStudy(ScoreStudy):
         return evaluate_supernet(supernet, self._test, rule="every", rows=rows, seed=seed, training=training)
 
     def _start(self, stitch: Stitch) -> PreTrainedModel:
-        return StitchedModel.from_anchors(self.source, self.target, stitch, calibration=self.calibration())
+        return StitchedModel.from_anchors(
+            self.source, self.target, stitch, calibration=self.calibration(), calibration_items=self.task.calibration
+        )
 
 
 def _shuffled_tokens(sequences: Sequence[Sequence[int]]) -> list[list[int]]:

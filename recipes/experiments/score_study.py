@@ -264,7 +264,12 @@ class ImageScoreStudy(ScoreStudy):
 
     def _start(self, stitch: Stitch) -> PreTrainedModel:
         return StitchedModel.from_anchors(
-            self.source, self.target, stitch, calibration=self.calibration(), image_size=self.task.size
+            self.source,
+            self.target,
+            stitch,
+            calibration=self.calibration(),
+            image_size=self.task.size,
+            calibration_items=self.first.settings.calibration_images,
         )
 
 

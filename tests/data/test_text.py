@@ -85,5 +85,5 @@ def test_at_most_so_many_sequences_evenly_spread() -> None:
 
 def test_ids_beyond_the_vocabulary() -> None:
     check_vocabulary([[0, 9]], 10)
-    with pytest.raises(ValueError, match="token id 10 for a model of 10 ids"):
+    with pytest.raises(ValueError, match="token id 10 for a model with a vocabulary of 10; expected ids from 0 to 9"):
         check_vocabulary([[0], [10]], 10)
