@@ -78,12 +78,18 @@ def lines(
     series: Sequence[Series],
     xlabel: str,
     ylabel: str,
-    title: str = "",
+    title: str,
     path: str | Path | None = None,
     *,
     integer_x: bool = False,
+    x_names: Sequence[str] | None = None,
 ) -> "Figure":
-    """One line or point set per series; `integer_x` puts ticks at whole numbers only."""
+    """One line or point set per series.
+
+    Args:
+        integer_x: ticks at whole numbers only.
+        x_names: what stands at 0, 1, … in place of the numbers.
+    """
     figure = _figure(width=6.4, height=4.2)
     axes = figure.subplots()
     for index, one in enumerate(series):
@@ -101,6 +107,8 @@ def lines(
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if integer_x:
         axes.locator_params(axis="x", integer=True)
+    if x_names is not None:
+        axes.set_xticks(range(len(x_names)), x_names)
     axes.grid(alpha=0.3)
     axes.legend()
     return _write(figure, path)
@@ -109,7 +117,8 @@ def lines(
 def probe_accuracy(accuracies: Mapping[str, Sequence[float]], path: str | Path | None = None) -> "Figure":
     """Accuracy of the probe after each block, one line per anchor (KLAS Fig. 3): name → accuracies from block 1 on."""
     series = [Series(name, range(1, len(values) + 1), values) for name, values in accuracies.items()]
-    return lines(series, "block", "probe accuracy", path=path, integer_x=True)
+    title = "what each block already knows of the class"
+    return lines(series, "block", "probe accuracy", title, path, integer_x=True)
 
 
 def _norm(values: NDArray) -> str:

@@ -14,6 +14,7 @@ measured before is read, not measured again.
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import digits
 import numpy as np
@@ -244,8 +245,8 @@ def write_stitches(families: dict[str, dict[int, list[MeasuredStitch]]], path: P
                     file.write(json.dumps(line | {"quality": one.quality, "scores": dict(one.values)}) + "\n")
 
 
-def draw(outcomes: dict[tuple[str, int], list[ScoreOutcome]], args: StudyArguments, output: Path) -> None:
-    """Relative regret against the length, mean over families."""
+def draw(outcomes: dict[tuple[str, int], list[ScoreOutcome]], args: StudyArguments, output: Path) -> Any:
+    """The figure of relative regret against the length, mean over families."""
     found = {key: {one.score: one.relative_regret for one in ones} for key, ones in outcomes.items()}
     series = [
         Series(
@@ -255,10 +256,11 @@ def draw(outcomes: dict[tuple[str, int], list[ScoreOutcome]], args: StudyArgumen
         )
         for score in SHOWN
     ]
-    labels = ", ".join(str(length) for length in args.lengths)
-    title = f"what each score's choice loses, mean over {len(args.families)} families"
-    x = f"length of the fine-tuning: {labels} steps"
-    lines(series, x, "regret, % of a random choice's", title, output / "regret", integer_x=True)
+    return lines(
+        series, "length of the fine-tuning, steps", "regret, % of a random choice's",
+        f"what each score's choice loses, mean over {len(args.families)} families", output / "regret",
+        x_names=[str(length) for length in args.lengths],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ def test_probe_accuracies_are_drawn_from_block_1_with_whole_ticks(tmp_path: Path
     figure = plotting.probe_accuracy({"small": [0.2, 0.5, 0.9], "large": [0.1, 0.4]}, tmp_path / "probes.png")
     axes = figure.axes[0]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("block", "probe accuracy")
+    assert axes.get_title() == "what each block already knows of the class"
     drawn = [container.lines[0].get_xydata().tolist() for container in axes.containers]
     assert drawn == [[[1, 0.2], [2, 0.5], [3, 0.9]], [[1, 0.1], [2, 0.4]]]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["small", "large"]
@@ -20,10 +21,18 @@ def test_probe_accuracies_are_drawn_from_block_1_with_whole_ticks(tmp_path: Path
 
 def test_ticks_may_fall_between_whole_numbers_unless_told_otherwise() -> None:
     series = [plotting.Series("one", [1, 2], [0.0, 1.0])]
-    free = plotting.lines(series, "x", "y").axes[0].get_xticks()
-    whole = plotting.lines(series, "x", "y", integer_x=True).axes[0].get_xticks()
+    free = plotting.lines(series, "x", "y", "title").axes[0].get_xticks()
+    whole = plotting.lines(series, "x", "y", "title", integer_x=True).axes[0].get_xticks()
     assert any(not float(tick).is_integer() for tick in free)
     assert all(float(tick).is_integer() for tick in whole)
+
+
+def test_names_may_stand_in_place_of_numbers() -> None:
+    axes = plotting.lines(
+        [plotting.Series("one", [0, 1], [3.0, 4.0])], "x", "y", "title", x_names=["few", "many"]
+    ).axes[0]
+    assert axes.get_xticks().tolist() == [0, 1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["few", "many"]
 
 
 def test_points_without_a_line_and_error_bars() -> None:

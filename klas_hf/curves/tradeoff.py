@@ -167,7 +167,7 @@ def plot_curves(
     Args:
         curves: at least one; each is named by its label, or else by its metric.
         points: name → models that are marked; None marks none.
-        title: above the figure.
+        title: above the figure; "" names metric and models.
         path: where PNG and SVG are written, whatever its suffix; None writes nothing.
 
     Returns:
@@ -192,6 +192,7 @@ def plot_curves(
     for name, models in marked.items():
         macs, values = [model.macs / 1e6 for model in models], [model.value for model in models]
         series.append(plotting.Series(name, macs, values, line=False))
+    title = title or f"{curves[0].metric} of models of every size"
     return plotting.lines(series, "MACs (millions)", curves[0].metric, title, path)
 
 

@@ -166,6 +166,7 @@ def test_plots_are_drawn_and_written(tmp_path: Path) -> None:
     assert isinstance(figure, Figure)
     axes = figure.axes[0]
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("MACs (millions)", "accuracy", "both")
+    assert one.plot().axes[0].get_title() == "accuracy of models of every size"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["KLAS", "ESTA"]
     assert axes.lines[0].get_xdata().tolist() == [10.0, 20.0]
     png, svg = (tmp_path / "folder" / f"curve.{suffix}" for suffix in ("png", "svg"))

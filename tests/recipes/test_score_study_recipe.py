@@ -109,7 +109,11 @@ def test_stitches_and_figure_are_written(families, args, tmp_path: Path) -> None
         "scores": dict(first.values),
     }  # fmt: skip
     outcomes = {(name, n): score_outcomes(families[name][n], resamples=2) for name in families for n in (0, 50)}
-    score_study.draw(outcomes, args, tmp_path)
+    axes = score_study.draw(outcomes, args, tmp_path).axes[0]
+    assert axes.get_title() == "what each score's choice loses, mean over 2 families"
+    assert axes.get_xlabel() == "length of the fine-tuning, steps"
+    assert axes.get_ylabel() == "regret, % of a random choice's"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "50"]
     assert (tmp_path / "regret.png").stat().st_size > 5000 and (tmp_path / "regret.svg").exists()
 
 
