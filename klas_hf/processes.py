@@ -6,8 +6,9 @@ of the batches and all get the same sums.
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -101,6 +102,28 @@ class ProgressBar:
             count = f"{self.done}" if self.total is None else f"{self.done} of {self.total}"
             parts = [f"{self.description}: {self.unit} {count}", f"{now - self.begun:.0f} s", note]
             print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def others_bars() -> Iterator[None]:
+    """transformers' own bars, of loading and saving, are meanwhile drawn only where ours would be.
+
+    Where somebody has set a hook for them, that decides.
+    """
+    if _can_draw():
+        yield
+        return
+    before = logging.set_tqdm_hook(_undrawn)
+    if before is not None:
+        logging.set_tqdm_hook(before)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+def _undrawn(factory: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+    return factory(*args, **settings | {"disable": True})
 
 
 def _wanted() -> bool:

@@ -2,12 +2,20 @@
 
 import io
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from tiny_models import save_with_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from klas_hf import processes
+from klas_hf import StitchedModel, processes
+from klas_hf.anchors import load_anchor
+from klas_hf.cli.data import load_model
+from klas_hf.cli.output import save_model
+from klas_hf.hub.delta import save_delta
 from klas_hf.processes import progress
 
 
@@ -68,3 +76,50 @@ def test_what_is_done_already_counts(shown: Callable[[bool], str], capsys: pytes
         with processes.ProgressBar("training", "step", 9, done=7) as bar:
             bar.update("loss=1.5")
     assert capsys.readouterr().err == "training: step 8 of 9, 40 s, loss=1.5\n"
+
+
+def loaded(folder: Path) -> None:
+    """All ways in which models are loaded and saved here."""
+    StitchedModel.from_anchors(folder / "small", folder / "large", (1, 1))
+    load_anchor(folder / "small")
+    StitchedModel.from_pretrained(folder / "delta")
+    save_model(load_model(str(folder / "small")), AutoTokenizer.from_pretrained(folder / "small"), folder / "again")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models")
+    for name, large in (("small", False), ("large", True)):
+        save_with_tokenizer(tiny_model(large=large, seed=int(large)), place / name)
+    model = StitchedModel.from_anchors(place / "small", place / "large", (1, 1))
+    save_delta(model, place / "delta")
+    return place
+
+
+@pytest.mark.filterwarnings("ignore:the stitching layer is random")
+def test_transformers_bars_of_loading_are_for_terminals_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logging.enable_progress_bar()
+    for stream, wanted in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr("sys.stderr", stream)
+        loaded(folder)
+        assert ("Loading weights" in stream.getvalue()) is ("Writing model" in stream.getvalue()) is wanted
+        assert logging.is_progress_bar_enabled() and logging.set_tqdm_hook(None) is None
+    AutoModelForCausalLM.from_pretrained(folder / "small")
+    assert "Loading weights" in stream.getvalue()  # what others load is their affair
+
+
+@pytest.mark.filterwarnings("ignore:the stitching layer is random")
+def test_a_hook_of_the_users_own_is_left_in_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        seen.append(settings["desc"])
+        return factory(*args, **settings | {"disable": True})
+
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    logging.set_tqdm_hook(hook)
+    try:
+        loaded(folder)
+    finally:
+        assert logging.set_tqdm_hook(None) is hook
+    assert {"Loading weights", "Writing model shards"} <= set(seen)

@@ -17,6 +17,7 @@ from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
 from klas_hf.models.modeling_stitched import scale_logits
 from klas_hf.models.vision_kinds import VISION_KINDS
+from klas_hf.processes import others_bars
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -154,7 +155,7 @@ def load_anchor(anchor: str | Path | PreTrainedModel | LanguageAnchor, **kwargs:
 def pretrained(auto_class: Any, anchor: str | Path, check: Callable[[PreTrainedConfig], Any], **kwargs: Any) -> Any:
     """A model in eval mode, by Hub id or folder; `check` sees its configuration before anything is downloaded."""
     check(anchor_config(anchor, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}))
-    with explained_access(anchor):
+    with explained_access(anchor), others_bars():
         return auto_class.from_pretrained(anchor, use_safetensors=True, **kwargs).eval()
 
 

@@ -157,10 +157,10 @@ def load_model(model: str, dtype: str = "auto") -> Any:
     import klas_hf.models  # noqa: F401 - registers stitched models with the Auto classes
     from klas_hf.anchors.language import explained_access
     from klas_hf.anchors.vision import is_vision
-    from klas_hf.processes import process_state
+    from klas_hf.processes import others_bars, process_state
 
     auto_class = AutoModelForImageClassification if is_vision(model) else AutoModelForCausalLM
-    with explained_access(model):
+    with explained_access(model), others_bars():
         loaded = auto_class.from_pretrained(model, dtype=dtype, use_safetensors=True)
     return loaded.eval().to(process_state().device)
 

@@ -64,12 +64,13 @@ def is_main_process() -> bool:
 
 def save_model(model: Any, processor: Any, output: Path) -> None:
     """Save a model with its tokenizer or image processor; the model comes last, so that a folder with it is whole."""
-    from klas_hf.processes import process_state
+    from klas_hf.processes import others_bars, process_state
 
     if is_main_process():
         output.mkdir(parents=True, exist_ok=True)
         processor.save_pretrained(output)
-        model.save_pretrained(output)
+        with others_bars():
+            model.save_pretrained(output)
     process_state().wait_for_everyone()
 
 

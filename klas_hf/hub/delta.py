@@ -33,6 +33,7 @@ from klas_hf.models import (
 )
 from klas_hf.models.checkpoint_files import HUB_OPTIONS, check_whole, explained_damage, replacing
 from klas_hf.paths import Path as AnchorPath
+from klas_hf.processes import others_bars
 from klas_hf.stitching.assembly import assemble_path
 from klas_hf.stitching.loading import RANDOM_STITCH
 
@@ -150,7 +151,8 @@ def load_delta(cls: type[PreTrainedModel], name: str | Path, *args: Any, **kwarg
         in_float32 = torch.float32 in {tensor.dtype for tensor in adapter[0].values()}
         state = _merged(stored, state, paths[1].parent, in_float32)
     config.delta = None
-    loaded = cls.from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+    with others_bars():
+        loaded = cls.from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
     model = loaded[0] if kwargs.get("output_loading_info") else loaded
     if model.can_generate() and kwargs.get("generation_config") is None:
         model.generation_config = GenerationConfig.from_pretrained(name, **hub)
@@ -291,5 +293,6 @@ def _merged(config: PreTrainedConfig, state: dict[str, Tensor], adapter: Path, i
     plain = copy.deepcopy(config)
     plain.delta = None
     (name,) = config.architectures
-    model = _CLASSES[name].from_pretrained(None, config=plain, state_dict=state, dtype=config.dtype)
+    with others_bars():
+        model = _CLASSES[name].from_pretrained(None, config=plain, state_dict=state, dtype=config.dtype)
     return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=in_float32).merge_and_unload().state_dict()

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from klas_hf.processes import others_bars
+
 RANDOM_STITCH = (
     "the stitching layer is random: the model is useless until it is trained. Pass calibration=batches for the "
     "least-squares start"
@@ -24,9 +26,10 @@ def load_parts(
     Raises:
         ValueError: a tensor is missing or of another shape.
     """
-    model, info = model_class.from_pretrained(
-        None, config=config, state_dict=state, output_loading_info=True, **options
-    )
+    with others_bars():
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, **options
+        )
     problems = {
         kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") if info[kind]
     }
