@@ -46,12 +46,14 @@ if TYPE_CHECKING:
     from klas_hf.scores.compared import ImageScoring
     from klas_hf.scores.driver import score_stitches
     from klas_hf.scores.functional import FunctionalScoring
+    from klas_hf.scores.path_scores import PathScores
     from klas_hf.scores.values import StitchScores
     from klas_hf.selection.anchor_distances import select_anchors
     from klas_hf.selection.anchors import AnchorSelection
     from klas_hf.selection.choice import StitchSelection, merge_selections
     from klas_hf.selection.klas import best_stitches, match_stitches, select_stitches, shortlist_stitches
     from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stitches
+    from klas_hf.selection.search import SearchConfig, search_paths
     from klas_hf.selection.snnet import snnet_groups, snnet_stitches
     from klas_hf.stitching import (
         StitchedSupernet,
@@ -97,6 +99,7 @@ _PLACES = {
     "klas_hf.rows": ("ResultRow", "RowFile", "format_table"),
     "klas_hf.scores.driver": ("score_stitches",),
     "klas_hf.scores.functional": ("FunctionalScoring",),
+    "klas_hf.scores.path_scores": ("PathScores",),
     "klas_hf.scores.compared": ("ImageScoring",),
     "klas_hf.scores.values": ("StitchScores",),
     "klas_hf.selection.anchor_distances": ("select_anchors",),
@@ -104,6 +107,7 @@ _PLACES = {
     "klas_hf.selection.choice": ("StitchSelection", "merge_selections"),
     "klas_hf.selection.klas": ("best_stitches", "match_stitches", "select_stitches", "shortlist_stitches"),
     "klas_hf.selection.rivals": ("esta_stitches", "min_kl_stitches", "random_stitches"),
+    "klas_hf.selection.search": ("SearchConfig", "search_paths"),
     "klas_hf.selection.snnet": ("snnet_groups", "snnet_stitches"),
     "klas_hf.stitching": (
         "StitchedSupernet",

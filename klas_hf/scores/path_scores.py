@@ -8,7 +8,7 @@ from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from klas_hf import plotting
@@ -152,11 +152,14 @@ class PathScores:
             ValueError: a file of something else.
             OSError: no file.
         """
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            if "klas_hf_paths" not in metadata:
-                raise ValueError(f"got {path}, a file without path scores; expected one of PathScores.save")
-            arrays = {name: file.get_tensor(name) for name in ("divergence", "error")}
+        try:
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in ("divergence", "error") if name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); expected a whole file of PathScores.save") from error
+        if "klas_hf_paths" not in metadata:
+            raise ValueError(f"got {path}, a file without path scores; expected one of PathScores.save")
         plain = json.loads(metadata["klas_hf_paths"])
         return cls(
             tuple(map(Path.parse, plain["paths"])), **arrays, costs=tuple(Cost(**cost) for cost in plain["costs"]),

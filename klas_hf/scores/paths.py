@@ -120,19 +120,18 @@ class PathScorer:
             bounds = tuple(path.bounds(self.depths))
             if len(bounds) > number + 1:
                 wanted[bounds[: number + 1], bounds[number + 1][0], bounds[number + 1][1]] = None
-        fronts = list(dict.fromkeys(front for front, _, _ in wanted))
+        fronts = list(dict.fromkeys((front, place) for front, place, _ in wanted))  # class tokens depend on the place
         ends = list(dict.fromkeys((place, start) for _, place, start in wanted))
-        pairs = [(fronts.index(front), ends.index((place, start))) for front, place, start in wanted]
+        pairs = [(fronts.index((front, place)), ends.index((place, start))) for front, place, start in wanted]
         moments = PairMoments(
             pairs,
-            [self.anchors[front[-1][0]].widths[front[-1][2]] for front in fronts],
+            [self.anchors[front[-1][0]].widths[front[-1][2]] for front, _ in fronts],
             [self.anchors[place].widths[start] for place, start in ends],
             self.anchors[self.reference].device,
         )
-        into = {front: self.anchors[place] for front, place, _ in wanted}
         for batch in progress(self.calibration, f"calibrating joint {number + 1} of {len(paths)} paths"):
-            run = _Run(self, batch, [*fronts, *(((place, 0, start),) for place, start in ends)])
-            x = [self._rows(front, run.state(front), batch, into[front]) for front in fronts]
+            run = _Run(self, batch, [*(front for front, _ in fronts), *(((place, 0, start),) for place, start in ends)])
+            x = [self._rows(front, run.state(front), batch, self.anchors[place]) for front, place in fronts]
             y = [self._rows(((place, 0, start),), run.state(((place, 0, start),)), batch) for place, start in ends]
             moments.update(x, y)
         moments.combine(sum_over_processes)

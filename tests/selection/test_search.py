@@ -1,0 +1,236 @@
+"""The search over paths: what it finds against every path measured, what it spends, and how it goes on."""
+
+from itertools import pairwise
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import VOCABULARY, tiny_model, token_ids
+from tiny_vision import images, tiny_classifier, tiny_pair
+
+from klas_hf import Path, PathScores, SearchConfig, measure_path_costs, search_paths
+from klas_hf.costs.budgets import Budget
+from klas_hf.costs.counting import Cost
+from klas_hf.scores.path_scores import kind_of
+from klas_hf.selection import search
+from klas_hf.selection.moves import Moves
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
+WIDE = 10**12  # forwards without a bound
+
+
+def anchors() -> list[Any]:
+    return [tiny_model(seed=1), tiny_model(large=True, seed=2)]
+
+
+def data(count: int = 4) -> list[torch.Tensor]:
+    return [token_ids(12, 12, seed=seed) for seed in range(count)]
+
+
+def grids(*depths: int) -> list[list[tuple[int, int, int]]]:
+    return [[(0, 0, 0)] * (depth + 1) for depth in depths]
+
+
+@given(st.integers(1, 6), st.integers(1, 6))
+@settings(max_examples=30, deadline=None)
+def test_paths_of_one_joint_are_all_there_are(m: int, n: int) -> None:
+    found = list(Moves(grids(m, n), joints=3, least_slice=1).single())
+    expected = {f"{a}[:{i}] {b}[{j}:]" for a, b in ((0, 1), (1, 0)) for i in range(1, (m, n)[a] + 1)
+                for j in range((m, n)[b] + 1)}  # fmt: skip
+    for a, depth in enumerate((m, n)):
+        expected |= {f"{a}[:{i}] {a}[{j}:]" for i in range(1, depth + 1) for j in range(i + 1, depth + 1)}
+    assert sorted(map(str, found)) == sorted(str(Path.parse(text)) for text in expected)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_moves_lead_to_paths_that_can_be_made(draw: st.DataObject) -> None:
+    depths = draw.draw(st.lists(st.integers(2, 7), min_size=1, max_size=3))
+    sides = [draw.draw(st.lists(st.sampled_from([4, 8]), min_size=d + 1, max_size=d + 1)) for d in depths]
+    laid = [[(side, side, 0) for side in of_one] for of_one in sides]
+    moves = Moves(laid, joints=3, least_slice=draw.draw(st.integers(1, 2)))
+    front = list(moves.single())
+    for _ in range(2):
+        if not front:
+            return
+        path = draw.draw(st.sampled_from(front))
+        front = [one for one in moves.neighbours(path) if one.joints]
+        for one in front:
+            bounds = one.bounds(depths)
+            assert 1 <= one.joints <= 3
+            assert all(stop - start >= moves.least for _, start, stop in bounds[:-1])
+            for (a, _, stop), (b, start, _) in pairwise(bounds):
+                assert laid[a][stop] == laid[b][start] and (a, stop) != (b, start)
+
+
+def test_class_tokens_can_be_left_out_and_not_made_up() -> None:
+    laid = [[(2, 2, 1)] * 3, [(2, 2, 0)] * 3]
+    kinds = {(path.slices[0].anchor, path.slices[1].anchor) for path in Moves(laid, 1, 1).single()}
+    assert kinds == {(0, 0), (1, 1), (0, 1)}
+
+
+@pytest.mark.parametrize("kinds", [("pruned",), ("stitch",), ("pruned", "stitch")])
+def test_the_best_of_every_bucket_is_found_where_all_is_measured(kinds: tuple[str, ...]) -> None:
+    config = SearchConfig(buckets=4, beam=1, joints=1, kinds=kinds, screened=1.0, forwards=WIDE)
+    found = search_paths(anchors(), data(), config, tokens=12)
+    every = search_paths(
+        anchors(), data(), SearchConfig(buckets=1, beam=10**6, joints=1, kinds=kinds, forwards=WIDE), tokens=12
+    )
+    assert len(every) > len(found) > 3
+    costs = measure_path_costs(anchors(), tokens=12)
+    dearest = costs.of("1[:]").macs
+    edges = np.linspace(0.2, 1, 5) * dearest
+    for low, high in pairwise(edges):
+        inside = [p for p in every.paths if p.joints and low <= costs.of(p).macs < high]
+        if inside:
+            best = min(inside, key=lambda p: every.divergence[every.place(p)])
+            assert best in found.paths
+
+
+def test_paths_of_several_joints_are_found_and_anchors_are_among_the_paths() -> None:
+    found = search_paths(anchors(), data(), SearchConfig(forwards=WIDE, beam=2), tokens=12)
+    assert {path.joints for path in found.paths} == {0, 1, 2, 3}
+    assert {kind_of(path) for path in found.paths} == {"anchor", "pruned", "stitch", "mixed"}
+    one = search_paths(anchors(), data(), SearchConfig(forwards=WIDE, beam=2, joints=1), tokens=12)
+    for share in (0.4, 0.6, 0.8):
+        values = [scores.divergence[scores.place(scores.best(share))] for scores in (found, one)]
+        assert values[0] <= values[1]
+    assert found.divergence[found.place(Path.parse("1[:]"))] == 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_anchor_or_three(count: int) -> None:
+    models = [tiny_model(large=True, seed=2), tiny_model(seed=1), tiny_model(seed=7, num_hidden_layers=4)][:count]
+    found = search_paths(models, data(), SearchConfig(buckets=5), tokens=12)
+    assert {place for path in found.paths for place in path.anchors} == set(range(count))
+    assert found.pareto()[-1] == Path.parse("0[:]")
+
+
+@pytest.mark.parametrize("pair", [("swin", None), ("resnet", "swin"), ("dinov2", "swin")])
+def test_images(pair: tuple[str, str | None]) -> None:
+    models = tiny_pair(*pair)
+    batches = [images(pair[0], 6, seed=seed) for seed in range(4)]
+    found = search_paths(models, batches, SearchConfig(buckets=4, forwards=WIDE))
+    assert found.dearest.image_height == batches[0].shape[-1]
+    assert any(path.joints for path in found.pareto())
+
+
+def test_what_is_spent_is_bounded_and_told() -> None:
+    for forwards in (2_000, 20_000):
+        found = search_paths(anchors(), data(), SearchConfig(forwards=forwards), tokens=12)
+        group = search.GROUP * 24 * 12  # the last group may go beyond
+        assert found.provenance["spent"] <= forwards + group
+    assert len(found) > 2
+
+
+def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SearchConfig(buckets=4, beam=2)
+    whole = search_paths(anchors(), data(), config, tokens=12)
+    score, calls = search.PathScorer.score, []
+
+    def failing(self: Any, paths: Any, batches: int | None = None) -> Any:
+        calls.append(len(paths))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return score(self, paths, batches)
+
+    file = tmp_path / "search.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(search.PathScorer, "score", failing)
+        with pytest.raises(KeyboardInterrupt):
+            search_paths(anchors(), data(), config, tokens=12, output=file)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:-5]) + '\n{"rule": "sea')  # cut short as by a kill
+    again = search_paths(anchors(), data(), config, tokens=12, output=file)
+    assert again.paths == whole.paths and again.provenance["spent"] == whole.provenance["spent"]
+    np.testing.assert_allclose(again.divergence, whole.divergence, rtol=1e-5, atol=1e-9)
+    with pytest.raises(ValueError, match="differs in search"):
+        search_paths(anchors(), data(), SearchConfig(buckets=5, beam=2), tokens=12, output=file)
+    with pytest.raises(ValueError, match="differs in search"):
+        search_paths(anchors(), data()[1:], config, tokens=12, output=file)
+
+
+def made(points: list[tuple[int, float]]) -> PathScores:
+    """Scores of pruned paths of an anchor of 50 blocks, of (MACs, divergence); the anchor comes last."""
+    paths = [Path.parse(f"0[:{n + 1}] 0[{n + 2}:]") for n in range(len(points))]
+    costs = [Cost(macs, parameters=2 * macs) for macs, _ in points] + [Cost(1000, 2000)]
+    values = np.array([value for _, value in points] + [0.0])
+    return PathScores((*paths, Path.parse("0[:]")), values, values / 10, tuple(costs), ("one",), 2.0, {"a": 1})
+
+
+POINTS = st.lists(st.tuples(st.integers(200, 999), st.floats(0.001, 5)), min_size=1, max_size=12)
+
+
+@given(POINTS, st.floats(0.05, 1))
+@settings(max_examples=60, deadline=None)
+def test_the_best_within_a_budget_and_the_pareto_front(points: list[tuple[int, float]], share: float) -> None:
+    scores = made(points)
+    every = [*points, (1000, 0.0)]
+    within = [value for macs, value in every if macs <= share * 1000]
+    if within:
+        place = scores.place(scores.best(share))
+        assert scores.divergence[place] == min(within) and scores.costs[place].macs <= share * 1000
+    else:
+        with pytest.raises(ValueError, match="below what any path found here reaches; expected at least"):
+            scores.best(share)
+    front = [every[scores.place(path)] for path in scores.pareto()]
+    for macs, value in every:
+        beaten = any(m <= macs and v < value or m < macs and v <= value for m, v in every)
+        assert beaten or (macs, value) in front
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(front))
+
+
+def test_scores_are_saved_and_drawn(tmp_path: FilePath) -> None:
+    scores = made([(300, 2.0), (600, 0.5), (700, 0.6)])
+    again = PathScores.load(scores.save(tmp_path / "paths.safetensors"))
+    assert again.paths == scores.paths and again.costs == scores.costs and again.provenance == {"a": 1}
+    assert (again.divergence == scores.divergence).all() and (again.error == scores.error).all()
+    scores.plot(tmp_path / "picture")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert str(scores).count("\n") == 3 and "0[:2] 0[3:]" in str(scores) and "0.6000" not in str(scores)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (0.6, Budget(share=0.6, text="0.6")),
+        ("60%", Budget(share=0.6, text="60%")),
+        ("2B", Budget(parameters=2 * 10**9, text="2B")),
+        ("350 M", Budget(parameters=350 * 10**6, text="350 M")),
+        ("4 GB", Budget(weight_bytes=4 * 10**9, text="4 GB")),
+        ("1.5GiB", Budget(weight_bytes=3 * 2**29, text="1.5GiB")),
+        (Cost(10, 20), Budget(macs=10, parameters=20, text="10 MACs")),
+    ],
+)
+def test_budgets(budget: Any, expected: Budget) -> None:
+    assert Budget.of(budget) == expected
+
+
+@pytest.mark.parametrize("budget", ["", "fast", "-3", "0%", "140%", "12 parsecs", 0, 1.5, -1, "1.2.3 GB"])
+def test_budgets_that_say_nothing_are_refused(budget: Any) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        Budget.of(budget)
+    with pytest.raises(TypeError, match="expected a share"):
+        Budget.of([1])
+
+
+def test_mistakes_are_told(tmp_path: FilePath) -> None:
+    small, large = anchors()
+    with pytest.raises(ValueError, match="twice"):
+        search_paths([small, small], data(), tokens=12)
+    with pytest.raises(ValueError, match="entries"):
+        search_paths([small, tiny_model(large=True, vocab_size=VOCABULARY + 1)], data(), tokens=12)
+    with pytest.raises(ValueError, match="one kind"):
+        search_paths([small, tiny_classifier("vit")], data(), tokens=12)
+    with pytest.raises(ValueError, match="got 1 batches; expected at least two"):
+        search_paths([large], data(1), tokens=12)
+    for wrong in ({"kinds": ("fast",)}, {"kinds": ()}, {"beam": 0}, {"cheapest": 0.0}, {"screened": 1.5}):
+        with pytest.raises(ValueError, match="expected"):
+            SearchConfig(**wrong)
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged"):
+        PathScores.load(tmp_path / "other.safetensors")
