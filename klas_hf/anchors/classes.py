@@ -31,8 +31,8 @@ class ImageClasses:
     def check(self, config: PreTrainedConfig) -> None:
         """Raise ValueError unless the labels are a model's: mapped to some of them, or of the same classes in order.
 
-        Names are compared as by `label_ids`, and where both are known: LABEL_0 is what transformers calls a class
-        without a name, 0 what a column of numbers does.
+        Names are compared as by `label_ids`, and where both are words: LABEL_0 is what transformers calls a class
+        without a name, 0 what a column of numbers does, n01440764 what ImageNet's folders do.
         """
         known = {int(number): label for number, label in config.id2label.items()}
         if self.mapped:
@@ -118,5 +118,7 @@ _KEYS = (str, _wordnet_id, _first_synonym)
 
 def _is_same(name: str, label: str, number: int) -> bool:
     if label == f"LABEL_{number}" or name in (str(number), f"LABEL_{number}"):
+        return True
+    if name == _wordnet_id(name) and _wordnet_id(label) is None:
         return True
     return any(key(name) and key(name) == key(label) for key in _KEYS)

@@ -60,6 +60,8 @@ def test_other_classes_are_refused_with_the_remedy(use: Callable[[PreTrainedMode
         use(model("background", "cat", "dog", "eel"), images())
     with pytest.raises(ValueError, match=r"in 2 of 3 places, class 1 'dog' and 'eel'; .*map_labels"):
         use(model("cat", "eel", "dog"), subset(images(), count=24))
+    with pytest.raises(ValueError, match=r"in 1 of 3 places, class 0 'n01440764' and 'n01443537 goldfish'"):
+        use(model("n01443537 goldfish", "dog", "eel"), images(("n01440764", "dog", "eel")))
     mapped = map_labels(images(), {"cat": 0, "dog": 2, "eel": 7})
     with pytest.raises(ValueError, match=r"mapped to the labels \[7\] for a model of 3 classes; .*map_labels"):
         use(model(*NAMES), mapped)
@@ -69,6 +71,7 @@ def test_other_classes_are_refused_with_the_remedy(use: Callable[[PreTrainedMode
 def test_the_same_classes_and_mapped_ones_are_taken(use: Callable[[PreTrainedModel, ImageSet], Any]) -> None:
     use(model("cat, Felis catus", "Dog", "LABEL_2"), images())
     use(model("zero", "one", "two"), images(("0", "1", "2")))
+    use(model("tench", "goldfish", "n01484850 great white"), images(("n01440764", "n01443537", "n01484850")))
     wide = model("background", "eel, Anguilla", "cat", "dog")
     use(wide, subset(map_labels(images(), wide.config), count=24))
 
