@@ -22,13 +22,13 @@ class DataOptions:
     batch_size: int = field(default=16, metadata={"metavar": "N", "help": "sequences or images at once"})
     samples: int | None = field(default=None, metadata={"metavar": "N", "help": "use at most so many of them"})
     labels: str | None = field(
-        default=None, metadata={"metavar": "YAML", "help": "class of the images: the models' label, as in the recipes"}
+        default=None, metadata={"metavar": "YAML", "help": "class of the images: the models' label"}
     )
     image_size: int | None = field(
-        default=None, metadata={"metavar": "N", "help": "pixels of the images' sides, where models have different ones"}
+        default=None, metadata={"metavar": "N", "help": "pixels of a side, if not the models' own"}
     )
-    image_column: str = field(default="image", metadata={"help": "images of parquet files and Hub datasets"})
-    label_column: str = field(default="label", metadata={"help": "labels of parquet files and Hub datasets"})
+    image_column: str = field(default="image", metadata={"metavar": "NAME", "help": "in a table of images"})
+    label_column: str = field(default="label", metadata={"metavar": "NAME", "help": "in a table of images"})
 
     def __post_init__(self) -> None:
         for name, least in (("length", 3), ("batch_size", 1), ("samples", 1), ("image_size", 1)):
