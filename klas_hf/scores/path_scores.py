@@ -155,7 +155,7 @@ class PathScores:
         try:
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in ("divergence", "error") if name in file.keys()}
+                arrays = {name: file.get_tensor(name) for name in {"divergence", "error"} & set(file.keys())}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); expected a whole file of PathScores.save") from error
         if "klas_hf_paths" not in metadata:

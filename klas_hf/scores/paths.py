@@ -72,7 +72,7 @@ class PathScorer:
         moment_bytes: int = 2 << 30,
     ):
         self.anchors, self.reference = anchors, reference
-        self.calibration, self.scored = list(shared_out(calibration)), scored
+        self.calibration, self.scored = calibration, scored
         self.temperature, self.ridge, self.moment_bytes = temperature, ridge, moment_bytes
         self.forwards = 0
         self.depths = [anchor.num_blocks for anchor in anchors]
@@ -80,8 +80,12 @@ class PathScorer:
         self._warned = False
 
     @torch.no_grad()
-    def score(self, paths: Sequence[Path], batches: int | None = None) -> list[PathScore]:
-        """Functional KL of each path, on the first so many batches of those to score on (None: all).
+    def score(self, paths: Sequence[Path], batches: int | None = None, fitted: int | None = None) -> list[PathScore]:
+        """Functional KL of each path.
+
+        Args:
+            batches: how many of those to score on are run, from the first; None: all.
+            fitted: the same of those that joints are fitted to.
 
         Raises:
             ValueError: a path out of range, or activations that are not finite.
@@ -89,7 +93,7 @@ class PathScorer:
         found: list[PathScore] = []
         for group in self._groups(paths):
             for number in range(max(path.joints for path in group)):
-                self._fit(group, number)
+                self._fit(group, number, self.calibration[:fitted])
             found += self._measured(group, self.scored[:batches])
             self._joints.clear()
         return found
@@ -113,7 +117,7 @@ class PathScorer:
         if group:
             yield group
 
-    def _fit(self, paths: Sequence[Path], number: int) -> None:
+    def _fit(self, paths: Sequence[Path], number: int, calibration: Sequence[Any]) -> None:
         """Fit the joints that stand behind `number` others, in one pass over the calibration data."""
         wanted: dict[tuple[Beginning, int, int], None] = {}
         for path in paths:
@@ -129,7 +133,7 @@ class PathScorer:
             [self.anchors[place].widths[start] for place, start in ends],
             self.anchors[self.reference].device,
         )
-        for batch in progress(self.calibration, f"calibrating joint {number + 1} of {len(paths)} paths"):
+        for batch in progress(shared_out(calibration), f"calibrating joint {number + 1} of {len(paths)} paths"):
             run = _Run(self, batch, [*(front for front, _ in fronts), *(((place, 0, start),) for place, start in ends)])
             x = [self._rows(front, run.state(front), batch, self.anchors[place]) for front, place in fronts]
             y = [self._rows(((place, 0, start),), run.state(((place, 0, start),)), batch) for place, start in ends]

@@ -1,9 +1,10 @@
 """The best model of every size: a search over paths through one, two or more anchors, by functional KL.
 
-Paths of one joint come first: every cut of an anchor, every stitch of two. They are measured on a few batches, and the
-best of each cost bucket on all. Then each of these is grown by moves (`Moves`), and so on, until no bucket gets better
-or the forwards that are allowed have run. Nothing is trained. The idea is the beam search of greedy depth pruning, with
-the least-squares joints of ReplaceMe (arXiv 2505.02819) and SN-Net's stitches as further moves.
+Paths of one joint come first: every cut of an anchor, every stitch of two, measured on a few items. The best of each
+cost bucket are grown by moves (`Moves`), their neighbours measured, and so on, until no bucket gets better or the
+forwards that are allowed have run; at the end the best of each bucket is measured on all items. Nothing is trained. The
+idea is the beam search of greedy depth pruning, with the least-squares joints of ReplaceMe (arXiv 2505.02819) and
+SN-Net's stitches as further moves.
 """
 
 import hashlib
@@ -23,10 +24,11 @@ from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile, library_versions
 from klas_hf.scores.functional import FunctionalScoring, calibration_and_scored
 from klas_hf.scores.path_scores import KINDS, PathScores, as_scores, kind_of
-from klas_hf.scores.paths import PathScorer
+from klas_hf.scores.paths import PathScore, PathScorer
 from klas_hf.selection.moves import Moves
 
-GROUP = 32  # paths that are measured in one pass, and written when it ends
+GROUP = 128  # paths that are measured in one pass, and written when it ends
+SCREENING_ROWS = 8  # calibration rows per feature of the widest joint, while candidates are screened
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,15 @@ class SearchConfig:
 
     Attributes:
         buckets: cost buckets of equal width between `cheapest` and the dearest anchor, each with a best path.
-        beam: paths of each bucket that are measured on all items and grown.
+        beam: paths of each bucket that are grown.
+        finalists: paths of each bucket that are measured on all items at the end.
         joints: that a path may have.
         kinds: of paths, of "pruned", "stitch" and "mixed".
         least_slice: blocks that a slice has at least.
         cheapest: share of the dearest anchor's MACs below which nothing is searched.
         screened: share of the scored items that candidates are first measured on.
         forwards: runs of a block on one sequence or image that may be spent; None: three times what scoring all
-            one-joint paths between the anchors' costs on all items takes.
+            stitches between the anchors' costs on all items takes (of one anchor, all its cuts).
         scoring: how functional KL is measured.
 
     Raises:
@@ -56,17 +59,18 @@ class SearchConfig:
 
     buckets: int = 20
     beam: int = 3
+    finalists: int = 1
     joints: int = 3
     kinds: tuple[str, ...] = ("pruned", "stitch", "mixed")
     least_slice: int = 1
     cheapest: float = 0.2
-    screened: float = 0.25
+    screened: float = 0.125
     forwards: int | None = None
     scoring: FunctionalScoring = FunctionalScoring(temperature=1.0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kinds", tuple(self.kinds))
-        for name in ("buckets", "beam", "joints", "least_slice"):
+        for name in ("buckets", "beam", "finalists", "joints", "least_slice"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name}={getattr(self, name)}; expected at least 1")
         for name in ("cheapest", "screened"):
@@ -131,7 +135,9 @@ class _Search:
             ridge=config.scoring.ridge, moment_bytes=config.scoring.moment_bytes,
         )  # fmt: skip
         self.few = max(1, round(len(scored) * config.screened))
-        self.limit = self._limit(sum(map(len, scored))) if config.forwards is None else config.forwards
+        self.fitted = self._enough(calibration)
+        self.calibration = calibration
+        self.limit = 3 * self._all_pairs() if config.forwards is None else config.forwards
         fingerprints = [anchor.fingerprint for anchor in self.anchors]
         plain = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "scoring"}
         self.settings = plain | {
@@ -139,7 +145,6 @@ class _Search:
             "anchors": fingerprints, "data": _digest([*calibration, *scored]),
         }  # fmt: skip
         self.rows = None if output is None else RowFile(output, {"search": self.settings})
-        self.calibration = calibration
         self.known: dict[tuple[Path, int | None], tuple[float, float]] = {}
         self.priced: set[tuple[Path, int | None]] = set()
         for row in self.rows or []:
@@ -156,12 +161,12 @@ class _Search:
         seen: set[Path] = set()
         front = self._thinned(self._wanted(self.moves.single(), seen))
         grown: set[Path] = set()
-        while front and self.spent < self.limit:
+        while front:
             self._measure(front, self.few)
-            self._measure([path for kept in self._kept(self.few) for path in kept], None)
-            best = [path for kept in self._kept(None) for path in kept if path not in grown]
+            best = [path for path in self._kept(self.config.beam) if path not in grown]
             grown.update(best)
             front = self._thinned(self._wanted((one for path in best for one in self.moves.neighbours(path)), seen))
+        self._measure(self._kept(self.config.finalists), None)
         full = {path: self.known[path, None] for path, batches in self.priced if batches is None}
         full = dict(sorted(full.items(), key=lambda pair: (self.costs.of(pair[0]).macs, str(pair[0]))))
         costs = [self.costs.of(path) for path in full]
@@ -176,13 +181,11 @@ class _Search:
         wanted = [path for path in dict.fromkeys(paths) if (path, batches) not in self.priced]
         wanted.sort(key=lambda path: path.bounds(self.moves.depths))  # common beginnings beside each other
         for start in range(0, len(wanted), GROUP):
-            if self.spent >= self.limit:
-                return
             group = wanted[start : start + GROUP]
             self.spent += sum(self._price(path, batches) for path in group)
             self.priced.update((path, batches) for path in group)
             missing = [path for path in group if (path, batches) not in self.known]
-            for path, score in zip(missing, self.scorer.score(missing, batches), strict=True):
+            for path, score in zip(missing, self._scores(missing, batches), strict=True):
                 self.known[path, batches] = score.divergence, score.error
                 if self.rows is not None:
                     cost = self.costs.of(path)
@@ -192,13 +195,17 @@ class _Search:
                     )  # fmt: skip
                     self.rows.append(row, to_disk=process_state().is_main_process)
 
+    def _scores(self, paths: Sequence[Path], batches: int | None) -> list[PathScore]:
+        return self.scorer.score(paths, batches, None if batches is None else self.fitted) if paths else []
+
     def _price(self, path: Path, batches: int | None) -> int:
         """Forwards of a block that measuring a path takes, a group's share of the whole anchors included.
 
         Counted beforehand, not as they run: a search that was interrupted spends the same.
         """
         bounds = path.bounds(self.moves.depths)
-        items, fitted = (sum(map(len, of_one)) for of_one in (self.scorer.scored[:batches], self.calibration))
+        items = sum(map(len, self.scorer.scored[:batches]))
+        fitted = sum(map(len, self.calibration[: None if batches is None else self.fitted]))
         between = sum(stop - start for _, start, stop in bounds[1:-1])
         behind = between + (bounds[-1][2] - bounds[-1][1] if path.joints else 0)
         return items * behind + fitted * between + sum(self.moves.depths) * (items + fitted * path.joints) // GROUP
@@ -214,23 +221,29 @@ class _Search:
         return found
 
     def _thinned(self, paths: list[Path]) -> list[Path]:
-        """As many of the paths, spread evenly over their costs, as half of what is left to spend can measure."""
+        """As many of the paths, spread evenly over their costs, as half of what is left to spend can measure.
+
+        What measuring the best on all items will take is set aside.
+        """
+        left = self.limit - self.spent - sum(self._price(path, None) for path in self._kept(self.config.finalists))
         prices = sum(self._price(path, self.few) for path in paths)
-        most = int(len(paths) * (self.limit - self.spent) / 2 / max(prices, 1))
+        most = int(len(paths) * left / 2 / max(prices, 1))
         if len(paths) <= most:
             return paths
         paths.sort(key=lambda path: (self.costs.of(path).macs, str(path)))
+        if most < len(self.anchors):
+            return []
         return [paths[place] for place in np.unique(np.linspace(0, len(paths) - 1, max(most, 1)).round().astype(int))]
 
-    def _kept(self, batches: int | None) -> list[list[Path]]:
-        """The best paths of every bucket, of those that were measured on so many batches."""
+    def _kept(self, count: int) -> list[Path]:
+        """The best paths of every bucket, as they were screened."""
         buckets: dict[int, list[tuple[float, Path]]] = {}
         for path, on in self.priced:
             place = self._bucket(self.costs.of(path))
-            if on == batches and path.joints and place is not None:
+            if on == self.few and path.joints and place is not None:
                 buckets.setdefault(place, []).append((self.known[path, on][0], path))
         order = [sorted(of_one, key=lambda pair: (pair[0], str(pair[1]))) for _, of_one in sorted(buckets.items())]
-        return [[path for _, path in of_one[: self.config.beam]] for of_one in order]
+        return [path for of_one in order for _, path in of_one[:count]]
 
     def _bucket(self, cost: Cost) -> int | None:
         """The cost bucket of a path; None outside."""
@@ -239,14 +252,25 @@ class _Search:
             return None
         return int((cost.macs - low) * self.config.buckets // (self.dearest.macs - low))
 
-    def _limit(self, items: int) -> int:
-        """Three times the blocks that run behind the joints of all one-joint paths in range, on all items."""
-        blocks = 0
+    def _all_pairs(self) -> int:
+        """What scoring all stitches between the anchors' costs on all items takes; of one anchor, all its cuts."""
+        prices = 0
         for path in self.moves.single():
-            if self._bucket(self.costs.of(path)) is not None:
-                *_, (_, start, stop) = path.bounds(self.moves.depths)
-                blocks += stop - start
-        return 3 * blocks * items
+            if len(self.anchors) == 1 or path.stitch is not None:
+                ends = [self.whole[one.anchor].macs for one in path.slices]
+                low = self.config.cheapest * self.dearest.macs if len(self.anchors) == 1 else ends[0]
+                if low <= self.costs.of(path).macs <= ends[1]:
+                    prices += self._price(path, None)
+        return prices
+
+    def _enough(self, calibration: Sequence[Any]) -> int:
+        """How many batches have enough rows for the widest joint."""
+        rows, widest = 0, max(max(anchor.widths) for anchor in self.anchors)
+        for number, batch in enumerate(calibration, 1):
+            rows += len(batch.unit_items)
+            if rows >= SCREENING_ROWS * widest:
+                return number
+        return len(calibration)
 
 
 def _digest(batches: Sequence[Any]) -> str:
