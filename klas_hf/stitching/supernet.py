@@ -25,7 +25,7 @@ from klas_hf.anchors.weights import evaluating
 from klas_hf.costs import Cost, PathCosts, measure_path_costs
 from klas_hf.maths.least_squares import LeastSquares, LinearFit
 from klas_hf.models import StitchedModel
-from klas_hf.models.checkpoint_files import load_whole, replacing
+from klas_hf.models.checkpoint_files import HUB_OPTIONS, load_whole, replacing, save_processor
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
 from klas_hf.paths import Path, Stitch
 from klas_hf.processes import progress, shared_out, sum_over_processes
@@ -64,6 +64,8 @@ class StitchedSupernet(Publishable, PreTrainedModel):
 
     anchors: nn.ModuleList
     joints: nn.ModuleList
+    # Of each anchor, or of the checkpoint that this was loaded from: where a tokenizer or image processor lies.
+    processors_from: Sequence[tuple[str, dict[str, Any]] | None] = ()
 
     @classmethod
     def from_anchors(
@@ -119,6 +121,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         supernet.to(device=last.device, dtype=last.dtype)  # before weights that float32 would round
         for model, one in zip(supernet.anchors, loaded, strict=True):
             model.load_state_dict(one.model.state_dict())
+        supernet.processors_from = [None if isinstance(one, PreTrainedModel) else (str(one), {}) for one in anchors]
         if batches is None:
             warnings.warn(RANDOM_STITCH, stacklevel=2)
             return supernet
@@ -133,8 +136,12 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             ValueError: a checkpoint of something else.
         """
         if cls is not StitchedSupernet:
-            return load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
-        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
+            loaded = load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            place = str(pretrained_model_name_or_path), {k: kwargs[k] for k in HUB_OPTIONS if k in kwargs}
+            model.processors_from = [place] * len(model.anchors)
+            return loaded
+        hub = {k: kwargs[k] for k in (*HUB_OPTIONS, "subfolder") if k in kwargs}
         config = kwargs.get("config") or StitchedSupernetConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         by_name = {kind.__name__: kind for kind in cls.__subclasses__()}
         (name,) = config.architectures or ["nothing"]
@@ -143,9 +150,14 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         return by_name[name].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as any model of transformers; what the folder holds stays until the new checkpoint is written whole."""
+        """Save as any model of transformers; what the folder holds stays until the new checkpoint is written whole.
+
+        The tokenizer or image processor of the last anchor goes along, unless the folder has one.
+        """
         with replacing(save_directory, kwargs.get("variant")) as part:
             super().save_pretrained(part, *args, **kwargs)
+        for place in filter(None, self.processors_from[-1:]):
+            save_processor(self.main_input_name, *place, save_directory)
 
     @classmethod
     @abstractmethod
@@ -198,7 +210,11 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         Raises:
             ValueError: the supernet has no such path.
         """
-        return self._extracted(self.check_path(path))
+        path = self.check_path(path)
+        model = self._extracted(path)
+        if self.processors_from:
+            model.processor_from = self.processors_from[path.slices[0].anchor]
+        return model
 
     def check_path(self, path: AnyPath) -> Path:
         """A `path` in one form: of those that the supernet was made with, or an anchor alone.

@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import FAMILIES, VOCABULARY, left_padded, reference_logits, tiny_model, token_ids
+from tiny_models import (
+    FAMILIES,
+    VOCABULARY,
+    left_padded,
+    reference_logits,
+    save_with_tokenizer,
+    tiny_model,
+    token_ids,
+)
 from tiny_vision import tiny_classifier
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from klas_hf import (
     RowFile,
@@ -306,3 +314,17 @@ def test_what_cannot_be_joined_is_refused() -> None:
             supernet(token_ids(1, 4), path=path)
     with pytest.raises(ValueError, match="not made with"):
         supernet.extract((1, 1))
+
+
+def test_the_tokenizer_travels_from_the_anchors_into_what_is_saved(tmp_path: Path) -> None:
+    folders = [tmp_path / "small", tmp_path / "large"]
+    for model, folder in zip(anchors(), folders, strict=True):
+        save_with_tokenizer(model, folder)
+    supernet = supernet_of(folders, ["1[:1] 0[1:2] 1[2:]"])
+    supernet.save_pretrained(tmp_path / "supernet")
+    for number, one in enumerate((supernet, StitchedSupernet.from_pretrained(tmp_path / "supernet"))):
+        one.extract("1[:1] 0[1:2] 1[2:]").save_pretrained(tmp_path / str(number))
+        found = AutoTokenizer.from_pretrained(tmp_path / str(number))
+        assert found.get_vocab() == AutoTokenizer.from_pretrained(folders[1]).get_vocab()
+    supernet_of(anchors(), [(1, 1)]).extract((1, 1)).save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "tokenizer.json").exists()
