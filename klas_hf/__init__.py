@@ -62,8 +62,11 @@ if TYPE_CHECKING:
     )
     from klas_hf.training import (
         Augmentation,
+        HealingResult,
         TrainingConfig,
         TrainingResult,
+        heal,
+        healing_config,
         recalibrate_batch_norm,
         train_stitches,
     )
@@ -116,8 +119,11 @@ _PLACES = {
     ),
     "klas_hf.training": (
         "Augmentation",
+        "HealingResult",
         "TrainingConfig",
         "TrainingResult",
+        "heal",
+        "healing_config",
         "recalibrate_batch_norm",
         "train_stitches",
     ),

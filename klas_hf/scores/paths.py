@@ -8,6 +8,7 @@ the data that are scored. Only sums are kept, so memory does not grow with the d
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -91,11 +92,18 @@ class PathScorer:
             ValueError: a path out of range, or activations that are not finite.
         """
         found: list[PathScore] = []
-        for group in self._groups(paths):
-            for number in range(max(path.joints for path in group)):
-                self._fit(group, number, self.calibration[:fitted])
-            found += self._measured(group, self.scored[:batches])
-            self._joints.clear()
+        with ExitStack() as modes:
+            for anchor in self.anchors:
+                modes.enter_context(evaluating(anchor.model))
+            for group in self._groups(paths):
+                found += self._of_group(group, batches, fitted)
+        return found
+
+    def _of_group(self, group: Sequence[Path], batches: int | None, fitted: int | None) -> list[PathScore]:
+        for number in range(max(path.joints for path in group)):
+            self._fit(group, number, self.calibration[:fitted])
+        found = self._measured(group, self.scored[:batches])
+        self._joints.clear()
         return found
 
     def _groups(self, paths: Sequence[Path]) -> Iterator[list[Path]]:
@@ -209,8 +217,7 @@ class _Run:
             state = scorer._joints[before, place, start](anchor.take(self.state(before)))
         else:
             state = self._known[(*before, (place, start, known))]
-        with evaluating(anchor.model):
-            state = anchor.run(state, self.batch.inputs, known, stop)
+        state = anchor.run(state, self.batch.inputs, known, stop)
         scorer.forwards += len(self.batch) * (stop - known)
         if stop < anchor.num_blocks:
             self._known[(*before, (place, start, stop))] = state

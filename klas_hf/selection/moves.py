@@ -31,15 +31,17 @@ class Moves:
                         if one != other or start > stop:
                             yield from self._path([(one, 0, stop), (other, start, depth_other)])
 
-    def neighbours(self, path: Path) -> Iterator[Path]:
-        """Paths one move away: a run of one or two blocks cut out, a joint shifted, another anchor brought in."""
+    def neighbours(self, path: Path) -> Iterator[tuple[str, Path]]:
+        """Paths one move away, with the move's name: a run of one or two blocks cut out, a joint shifted, blocks put
+        back into a gap, another anchor brought in between or in front."""
         bounds = path.bounds(self.depths)
         for place in range(len(bounds)):
-            yield from self._cut(bounds, place)
+            yield from (("cut", one) for one in self._cut(bounds, place))
         for joint in range(len(bounds) - 1):
-            yield from self._shifted(bounds, joint)
-            yield from self._inserted(bounds, joint)
-        yield from self._other_front(bounds)
+            yield from (("shift", one) for one in self._shifted(bounds, joint))
+            yield from (("put back", one) for one in self._put_back(bounds, joint))
+            yield from (("bring in", one) for one in self._brought_in(bounds, joint))
+        yield from (("other front", one) for one in self._other_front(bounds))
 
     def _cut(self, bounds: list[Bound], place: int) -> Iterator[Path]:
         anchor, start, stop = bounds[place]
@@ -55,24 +57,22 @@ class Moves:
             moved = [(one, begin, stop + by_stop), (other, start + by_start, end)]
             yield from self._path([*bounds[:joint], *moved, *bounds[joint + 2 :]])
 
-    def _inserted(self, bounds: list[Bound], joint: int) -> Iterator[Path]:
+    def _put_back(self, bounds: list[Bound], joint: int) -> Iterator[Path]:
+        (one, _, stop), (other, start, _) = bounds[joint], bounds[joint + 1]
+        if one == other:
+            for first in range(stop + 1, start - 1):
+                yield from self._path([*bounds[: joint + 1], (one, first, first + 1), *bounds[joint + 1 :]])
+
+    def _brought_in(self, bounds: list[Bound], joint: int) -> Iterator[Path]:
         (one, _, stop), (other, start, _) = bounds[joint], bounds[joint + 1]
         for third, depth in enumerate(self.depths):
-            if third in (one, other):
+            if third == one == other:
                 continue
-            yield from self._between(bounds, joint, third, depth * stop // self.depths[one])
-        for third in {one, other} if one != other else ():
-            yield from self._between(bounds, joint, third, stop if third == one else max(0, start - 1))
-        if one == other:
-            for third, depth in enumerate(self.depths):
-                if third != one:
-                    yield from self._between(bounds, joint, third, depth * stop // self.depths[one])
-
-    def _between(self, bounds: list[Bound], joint: int, anchor: int, about: int) -> Iterator[Path]:
-        for start in (about - 1, about, about + 1):
-            for length in (1, 2):
-                piece = (anchor, start, start + length)
-                yield from self._path([*bounds[: joint + 1], piece, *bounds[joint + 1 :]])
+            about = {one: stop, other: start - 1}.get(third, depth * stop // self.depths[one])
+            for first in (about - 1, about, about + 1):
+                for length in (1, 2):
+                    piece = (third, first, first + length)
+                    yield from self._path([*bounds[: joint + 1], piece, *bounds[joint + 1 :]])
 
     def _other_front(self, bounds: list[Bound]) -> Iterator[Path]:
         anchor, _, stop = bounds[0]

@@ -8,17 +8,16 @@ SN-Net's stitches as further moves.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any
 
-import numpy as np
 import torch
 
 from klas_hf.anchors.anchor import Anchor, check_anchors
 from klas_hf.anchors.loading import load_anchors
-from klas_hf.costs import Cost, PathCosts, measure_path_costs
+from klas_hf.costs import PathCosts, measure_path_costs
 from klas_hf.paths import Path
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile, library_versions
@@ -28,6 +27,8 @@ from klas_hf.scores.paths import PathScore, PathScorer
 from klas_hf.selection.moves import Moves
 
 GROUP = 128  # paths that are measured in one pass, and written when it ends
+ROUND = 64  # neighbours that are measured before it is decided anew which come next
+NEAR = 1.25  # times the divergence of the best path of its size or below, up to which one is measured on all items
 SCREENING_ROWS = 8  # calibration rows per feature of the widest joint, while candidates are screened
 
 
@@ -37,8 +38,7 @@ class SearchConfig:
 
     Attributes:
         buckets: cost buckets of equal width between `cheapest` and the dearest anchor, each with a best path.
-        beam: paths of each bucket that are grown.
-        finalists: paths of each bucket that are measured on all items at the end.
+        beam: paths of each bucket that are grown, and measured on all items where no cheaper one is far better.
         joints: that a path may have.
         kinds: of paths, of "pruned", "stitch" and "mixed".
         least_slice: blocks that a slice has at least.
@@ -59,7 +59,6 @@ class SearchConfig:
 
     buckets: int = 20
     beam: int = 3
-    finalists: int = 1
     joints: int = 3
     kinds: tuple[str, ...] = ("pruned", "stitch", "mixed")
     least_slice: int = 1
@@ -70,7 +69,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kinds", tuple(self.kinds))
-        for name in ("buckets", "beam", "finalists", "joints", "least_slice"):
+        for name in ("buckets", "beam", "joints", "least_slice"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name}={getattr(self, name)}; expected at least 1")
         for name in ("cheapest", "screened"):
@@ -153,20 +152,38 @@ class _Search:
                 row.details["error"],
             )
         self.spent = 0
+        self.seen: set[Path] = set()
+        self.macs: dict[Path, int] = {}
+        self.tried: dict[str, int] = {}  # move → paths, and how many of them were the best of their size so far
+        self.improved: dict[str, int] = {}
 
     def run(self) -> PathScores:
         """Screen, keep, grow."""
         wholes = [Path.parse(f"{place}[:]") for place in range(len(self.anchors))]
         self._measure(wholes, None)
-        seen: set[Path] = set()
-        front = self._thinned(self._wanted(self.moves.single(), seen))
+        self._measure(self._affordable(list(self._new(self.moves.single()))), self.few)
+        pool: dict[Path, tuple[Path, str]] = {}  # not yet measured → from which path, by which move
         grown: set[Path] = set()
-        while front:
-            self._measure(front, self.few)
-            best = [path for path in self._kept(self.config.beam) if path not in grown]
-            grown.update(best)
-            front = self._thinned(self._wanted((one for path in best for one in self.moves.neighbours(path)), seen))
-        self._measure(self._kept(self.config.finalists), None)
+        while True:
+            for path in self._kept(self.config.beam):
+                if path not in grown:
+                    grown.add(path)
+                    moves = {one: move for move, one in self.moves.neighbours(path)}
+                    pool |= {one: (path, moves[one]) for one in self._new(moves)}
+            front = self._front()
+            promise = {one: (self._promise(front, *origin), str(one)) for one, origin in pool.items()}
+            chosen = self._affordable(sorted(pool, key=promise.__getitem__)[:ROUND])
+            if not chosen:
+                break
+            before = self._best()
+            self._measure(chosen, self.few)
+            after = self._best()
+            for one in chosen:
+                _, move = pool.pop(one)
+                self.tried[move] = self.tried.get(move, 0) + 1
+                better = after.get(self._place(one)) == one and before.get(self._place(one)) != one
+                self.improved[move] = self.improved.get(move, 0) + better
+        self._measure(self._finalists(), None)
         full = {path: self.known[path, None] for path, batches in self.priced if batches is None}
         full = dict(sorted(full.items(), key=lambda pair: (self.costs.of(pair[0]).macs, str(pair[0]))))
         costs = [self.costs.of(path) for path in full]
@@ -210,47 +227,76 @@ class _Search:
         behind = between + (bounds[-1][2] - bounds[-1][1] if path.joints else 0)
         return items * behind + fitted * between + sum(self.moves.depths) * (items + fitted * path.joints) // GROUP
 
-    def _wanted(self, paths: Iterable[Path], seen: set[Path]) -> list[Path]:
-        """New paths of the kinds and costs that are asked for."""
-        found = []
+    def _new(self, paths: Iterable[Path]) -> Iterator[Path]:
+        """Paths not met before, of the kinds and costs that are asked for."""
         for path in paths:
-            if path not in seen:
-                seen.add(path)
-                if kind_of(path) in self.config.kinds and self._bucket(self.costs.of(path)) is not None:
-                    found.append(path)
-        return found
+            if path not in self.seen:
+                self.seen.add(path)
+                if kind_of(path) in self.config.kinds and self._place(path) is not None:
+                    yield path
 
-    def _thinned(self, paths: list[Path]) -> list[Path]:
-        """As many of the paths, spread evenly over their costs, as half of what is left to spend can measure.
+    def _promise(self, front: Sequence[tuple[int, float]], parent: Path, move: str) -> float:
+        """Low for neighbours of paths that are near the best of their size, by moves that have paid before."""
+        paid = (self.improved.get(move, 0) + 1) / (self.tried.get(move, 0) + 2)
+        return self._excess(front, parent) / paid
+
+    def _excess(self, front: Sequence[tuple[int, float]], path: Path) -> float:
+        """How many times the divergence is that of the best path that costs no more, as screened."""
+        best = min(value for macs, value in front if macs <= self._macs(path))
+        return self.known[path, self.few][0] / max(best, 1e-12)
+
+    def _front(self) -> list[tuple[int, float]]:
+        """MACs and divergence of what no cheaper path beats, as screened."""
+        front: list[tuple[int, float]] = []
+        for macs, value in sorted((self._macs(path), self.known[path, self.few][0]) for path in self._kept(1)):
+            if not front or value < front[-1][1]:
+                front.append((macs, value))
+        return front
+
+    def _finalists(self) -> list[Path]:
+        """What is measured on all items: the best of every bucket that no cheaper path beats by far."""
+        front = self._front()
+        return [path for path in self._kept(self.config.beam) if self._excess(front, path) <= NEAR]
+
+    def _macs(self, path: Path) -> int:
+        if path not in self.macs:
+            self.macs[path] = self.costs.of(path).macs
+        return self.macs[path]
+
+    def _affordable(self, paths: list[Path]) -> list[Path]:
+        """As many of the paths, from the first, as what is left to spend can measure.
 
         What measuring the best on all items will take is set aside.
         """
-        left = self.limit - self.spent - sum(self._price(path, None) for path in self._kept(self.config.finalists))
-        prices = sum(self._price(path, self.few) for path in paths)
-        most = int(len(paths) * left / 2 / max(prices, 1))
-        if len(paths) <= most:
-            return paths
-        paths.sort(key=lambda path: (self.costs.of(path).macs, str(path)))
-        if most < len(self.anchors):
-            return []
-        return [paths[place] for place in np.unique(np.linspace(0, len(paths) - 1, max(most, 1)).round().astype(int))]
+        left = self.limit - self.spent - sum(self._price(path, None) for path in self._finalists())
+        kept = []
+        for path in paths:
+            left -= self._price(path, self.few)
+            if left < 0:
+                break
+            kept.append(path)
+        return kept
+
+    def _best(self) -> dict[int | None, Path]:
+        """The best path of every bucket, as it was screened."""
+        return {self._place(path): path for path in self._kept(1)}
+
+    def _place(self, path: Path) -> int | None:
+        """The cost bucket of a path; None outside."""
+        macs, low = self._macs(path), self.config.cheapest * self.dearest.macs
+        if not low <= macs < self.dearest.macs:
+            return None
+        return int((macs - low) * self.config.buckets // (self.dearest.macs - low))
 
     def _kept(self, count: int) -> list[Path]:
         """The best paths of every bucket, as they were screened."""
         buckets: dict[int, list[tuple[float, Path]]] = {}
         for path, on in self.priced:
-            place = self._bucket(self.costs.of(path))
+            place = self._place(path)
             if on == self.few and path.joints and place is not None:
                 buckets.setdefault(place, []).append((self.known[path, on][0], path))
         order = [sorted(of_one, key=lambda pair: (pair[0], str(pair[1]))) for _, of_one in sorted(buckets.items())]
         return [path for of_one in order for _, path in of_one[:count]]
-
-    def _bucket(self, cost: Cost) -> int | None:
-        """The cost bucket of a path; None outside."""
-        low = self.config.cheapest * self.dearest.macs
-        if not low <= cost.macs < self.dearest.macs:
-            return None
-        return int((cost.macs - low) * self.config.buckets // (self.dearest.macs - low))
 
     def _all_pairs(self) -> int:
         """What scoring all stitches between the anchors' costs on all items takes; of one anchor, all its cuts."""

@@ -9,17 +9,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from klas_hf.training.batch_norm import recalibrate_batch_norm
     from klas_hf.training.config import Augmentation, TrainingConfig
+    from klas_hf.training.healing import HealingResult, heal, healing_config
     from klas_hf.training.loop import TrainingResult, train_stitches
 
 _MODULE_OF = {
     "Augmentation": "config",
+    "HealingResult": "healing",
     "TrainingConfig": "config",
     "TrainingResult": "loop",
+    "heal": "healing",
+    "healing_config": "healing",
     "recalibrate_batch_norm": "batch_norm",
     "train_stitches": "loop",
 }
 
-__all__ = ["Augmentation", "TrainingConfig", "TrainingResult", "recalibrate_batch_norm", "train_stitches"]
+__all__ = [
+    "Augmentation",
+    "HealingResult",
+    "TrainingConfig",
+    "TrainingResult",
+    "heal",
+    "healing_config",
+    "recalibrate_batch_norm",
+    "train_stitches",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from klas_hf.files import remove_folder, write_folder_atomically
+from klas_hf.training.held_out import HeldOut
 
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 # Without the offload every process gets the state, not the first one alone.
@@ -75,17 +76,24 @@ class Checkpoints:
             )
         return path
 
-    def save(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
+    def save(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        progress: Progress,
+        held: HeldOut | None = None,
+    ) -> None:
         """Write a checkpoint, then remove older ones. Every process must call this."""
         if self.folder is None:
             return
         weights = get_model_state_dict(model, options=_OPTIONS)
         state = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
         if accelerator.is_main_process:
-            self._write(weights, state, progress)
+            self._write(weights, state, progress, held)
         accelerator.wait_for_everyone()
 
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, held: HeldOut | None = None) -> Progress:
         """Put a checkpoint's tensors and optimiser state in place. Every process must call this."""
         set_model_state_dict(model, load_file(path / "weights.safetensors"), options=_OPTIONS)
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -97,17 +105,24 @@ class Checkpoints:
             groups = get_optimizer_state_dict(model, optimizer, options=_EVERYWHERE)["param_groups"]
             set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups}, options=_OPTIONS)
             _forget_others(optimizer, groups, moments)
+        if held is not None and "held_out" in content:
+            held.load(content["held_out"], load_file(path / "best.safetensors"))
         return Progress(content["step"], tuple(content["losses"]))
 
-    def _write(self, weights: Mapping[str, Any], state: Mapping[str, Any], progress: Progress) -> None:
+    def _write(
+        self, weights: Mapping[str, Any], state: Mapping[str, Any], progress: Progress, held: HeldOut | None
+    ) -> None:
         assert self.folder is not None
-        once = {tensor.data_ptr(): name for name, tensor in weights.items()}.values()  # tied weights have two names
         moments = {f"{name}.{k}": v.contiguous() for name, named in state["state"].items() for k, v in named.items()}
-        content = {"run": self.run, "step": progress.step, "losses": list(progress.losses)}
+        content: dict[str, Any] = {"run": self.run, "step": progress.step, "losses": list(progress.losses)}
+        if held is not None:
+            content["held_out"] = held.state()
 
         def fill(part: Path) -> None:
-            save_file({name: weights[name].contiguous() for name in once}, part / "weights.safetensors")
+            save_file(_once(weights), part / "weights.safetensors")
             save_file(moments, part / "optimizer.safetensors")
+            if held is not None:
+                save_file(_once(held.weights), part / "best.safetensors")
             (part / "state.json").write_text(json.dumps(content), encoding="utf-8")
 
         write_folder_atomically(self.folder / f"checkpoint-{progress.step}", fill)
@@ -124,6 +139,12 @@ class Checkpoints:
             for path in self.folder.iterdir()
             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
         }
+
+
+def _once(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by one name each; tied weights have two."""
+    names = {tensor.data_ptr(): name for name, tensor in weights.items()}.values()
+    return {name: weights[name].contiguous() for name in names}
 
 
 def _forget_others(optimizer: Optimizer, groups: list[dict[str, Any]], moments: Mapping[str, Any]) -> None:

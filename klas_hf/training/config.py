@@ -152,6 +152,9 @@ class TrainingConfig:
         default=None, metadata={"help": "what is done to images before the model sees them; None: nothing"}
     )
     num_workers: int = field(default=0, metadata={"help": "processes that load data; 0: the training process"})
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "optimiser steps between measurements on held-out data; None: a tenth of all"}
+    )
     save_steps: int = field(default=100, metadata={"help": "optimiser steps between checkpoints"})
     seed: int = field(default=0, metadata={"help": "of every random choice: data order, dropout, LoRA's start"})
 

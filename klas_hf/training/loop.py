@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from klas_hf.processes import ProgressBar, process_state
 from klas_hf.training.checkpoints import Checkpoints, Progress
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import EpochOrder
+from klas_hf.training.held_out import HeldOut
 from klas_hf.training.images import ImageData, ImageObjective
 from klas_hf.training.language import LanguageObjective
 from klas_hf.training.objectives import Objective
+from klas_hf.training.paths import takes
 from klas_hf.training.trainables import made_trainable, optimizer_of
 
 
@@ -36,6 +38,8 @@ class TrainingResult:
     Attributes:
         steps: optimiser steps.
         losses: mean loss of each step, in nats per label.
+        validation: (step, held-out loss in nats per label) of every measurement, the start's first; empty without
+            held-out examples. The model has the weights of the least.
         seconds: time of this call; of a resumed run, only what it added.
         processes: number of processes.
 
@@ -50,6 +54,7 @@ class TrainingResult:
     losses: tuple[float, ...]
     seconds: float
     processes: int
+    validation: tuple[tuple[int, float], ...] = ()
 
     def __repr__(self) -> str:
         steps = f"{self.steps:,} step{'' if self.steps == 1 else 's'} in {self.seconds:.1f} s"
@@ -62,6 +67,7 @@ def train_stitches(
     config: TrainingConfig | None = None,
     *,
     teacher: PreTrainedModel | None = None,
+    validation: Sequence[Mapping[str, Any]] | ImageData | None = None,
     output_dir: str | Path | None = None,
 ) -> TrainingResult:
     """Train a stitched model or a supernet in place. With trainable="full", any language model or image classifier.
@@ -76,7 +82,9 @@ def train_stitches(
             taken); of an image model, a map-style dataset of `(pixels (channels, height, width), label)` with
             `labels`, the list of all labels. Pixels are uint8, or float and normalised.
         config: settings; None takes the defaults.
-        teacher: for distillation, usually the target anchor.
+        teacher: for distillation, usually the dearest anchor.
+        validation: held-out examples of the form of `data`; their loss (of the labels, not distilled) is measured at
+            the start and every `eval_steps`, and at the end the model has the weights that did best.
         output_dir: where checkpoints go. A run found there is resumed, to the same parameters as without a break.
 
     Returns:
@@ -97,6 +105,7 @@ def train_stitches(
     """
     config = config or TrainingConfig()
     objective = _objective(model, data, config, teacher)
+    held_objective = _held_objective(model, validation, config)
     process_state()  # before the Accelerator, which would not see CPU processes
     parallel = DistributedDataParallelKwargs(find_unused_parameters=objective.may_skip_parameters)
     accelerator = Accelerator(kwargs_handlers=[parallel])
@@ -114,18 +123,25 @@ def train_stitches(
         objective.while_training(accelerator.device),
     ):
         prepared, optimizer, loader = accelerator.prepare(trainable, optimizer_of(trainable, config), loader)
-        progress = checkpoints.load(resumed, prepared, optimizer.optimizer) if resumed else Progress()
+        held = None
+        if held_objective is not None:
+            every = max(1, total // 10) if config.eval_steps is None else config.eval_steps
+            held = HeldOut(accelerator, prepared, held_objective, every)
+        progress = checkpoints.load(resumed, prepared, optimizer.optimizer, held) if resumed else Progress()
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         warmup = math.ceil(total * config.warmup_ratio)
         schedule = get_cosine_schedule_with_warmup(optimizer.optimizer, warmup, total, last_epoch=progress.step - 1)
-        run = _Run(accelerator, prepared, optimizer, schedule, config, objective)
+        run = _Run(accelerator, prepared, optimizer, schedule, config, objective, held)
         steps = _steps(loader, order, config.gradient_accumulation_steps, steps_per_epoch, progress.step, total)
         try:
             progress = run.train(steps, progress, total, checkpoints)
+            if held is not None:
+                held.put_back()
         finally:
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    result = TrainingResult(progress.step, progress.losses, time.perf_counter() - begun, accelerator.num_processes)
+    seconds, history = time.perf_counter() - begun, () if held is None else tuple(held.history)
+    result = TrainingResult(progress.step, progress.losses, seconds, accelerator.num_processes, history)
     if result.steps:
         model.config.training = _record(result, config, objective, len(data), getattr(model.config, "training", None))
     return result
@@ -144,6 +160,9 @@ def _record(
         "first_loss": result.losses[0],
         "last_loss": result.losses[-1],
     }
+    if result.validation:
+        step, loss = min(result.validation, key=lambda pair: pair[1])
+        made |= {"kept_step": step, "validation_loss": loss}
     return made if before is None else made | {"before": before}
 
 
@@ -151,6 +170,16 @@ def _objective(model: PreTrainedModel, data: Any, config: TrainingConfig, teache
     """The loss of this kind of model."""
     kind = ImageObjective if model.main_input_name == "pixel_values" else LanguageObjective
     return kind(model, data, config, teacher)
+
+
+def _held_objective(model: PreTrainedModel, validation: Any, config: TrainingConfig) -> Objective | None:
+    """The loss of held-out examples: of their labels, undistilled and as they are."""
+    if validation is None:
+        return None
+    if takes(model, "path"):
+        raise ValueError("got validation for a supernet, of which each path has a loss of its own; leave it out")
+    plain = replace(config, distillation_weight=0.0, augmentation=None, drop_path=None)
+    return _objective(model, validation, plain, None)
 
 
 class _Run:
@@ -164,23 +193,28 @@ class _Run:
         schedule: Any,
         config: TrainingConfig,
         objective: Objective,
+        held: HeldOut | None,
     ):
         self.accelerator, self.model, self.optimizer, self.schedule = accelerator, model, optimizer, schedule
-        self.config, self.objective = config, objective
+        self.config, self.objective, self.held = config, objective, held
 
     def train(
         self, steps: Iterator[list[dict[str, Tensor]]], progress: Progress, total: int, checkpoints: Checkpoints
     ) -> Progress:
         """Take optimiser steps until `total`, writing checkpoints."""
         losses = list(progress.losses)
+        if self.held is not None:
+            self.held.look(progress.step, total)
         with ProgressBar("training", "step", total, done=progress.step) as bar:
             for batches in steps:
                 loss = self._step(batches, seed=self.config.seed * 1_000_003 + len(losses))
                 losses.append(loss)
                 progress = Progress(len(losses), tuple(losses))
                 bar.update(f"loss={loss:.3f}")
+                if self.held is not None:
+                    self.held.look(progress.step, total)
                 if progress.step % self.config.save_steps == 0 or progress.step == total:
-                    checkpoints.save(self.accelerator, self.model, self.optimizer.optimizer, progress)
+                    checkpoints.save(self.accelerator, self.model, self.optimizer.optimizer, progress, self.held)
         return progress
 
     def _step(self, batches: list[dict[str, Tensor]], seed: int) -> float:

@@ -58,7 +58,7 @@ def test_moves_lead_to_paths_that_can_be_made(draw: st.DataObject) -> None:
         if not front:
             return
         path = draw.draw(st.sampled_from(front))
-        front = [one for one in moves.neighbours(path) if one.joints]
+        front = [one for _, one in moves.neighbours(path) if one.joints]
         for one in front:
             bounds = one.bounds(depths)
             assert 1 <= one.joints <= 3

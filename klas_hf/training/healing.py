@@ -1,0 +1,153 @@
+"""Healing: a short training that repairs the joints of a path, by distillation from the dearest anchor.
+
+A learning rate is found by short runs from the same start, so that the defaults work untouched on models of any size;
+the weights that did best on held-out examples are kept, so that healing never returns a model worse than its start.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from klas_hf.training.config import TrainingConfig
+from klas_hf.training.loop import TrainingResult, train_stitches
+
+RATES = (3e-4, 1e-3, 3e-3)  # the middle one first, then outwards while it gets better
+SWEEP_SHARE = 0.1  # of the steps, that each rate is tried for
+HELD_OUT = 10  # every tenth example, where no validation examples are given
+
+
+@dataclass(frozen=True)
+class HealingResult:
+    """What healing did.
+
+    Attributes:
+        training: the run at the rate that was chosen.
+        learning_rate: that rate.
+        tried: rate → held-out loss of its short run, in nats per label.
+        start, end: held-out loss before and after.
+
+    Example:
+        >>> model = StitchedModel.from_path([source, target], "1[:2] 1[3:]", calibration=batches)
+        >>> config = TrainingConfig(trainable="full", max_steps=4, per_device_batch_size=2)
+        >>> result = heal(model, examples, teacher=target, config=config)
+        >>> result.end <= result.start, result.learning_rate in result.tried
+        (True, True)
+    """
+
+    training: TrainingResult
+    learning_rate: float
+    tried: Mapping[float, float]
+    start: float
+    end: float
+
+
+def heal(
+    model: PreTrainedModel,
+    data: Any,
+    *,
+    teacher: PreTrainedModel | None = None,
+    validation: Any = None,
+    config: TrainingConfig | None = None,
+    rates: Sequence[float] = RATES,
+    output_dir: str | Path | None = None,
+) -> HealingResult:
+    """Train a model of a path in place, distilled from a teacher, at a rate found by short runs.
+
+    Args:
+        model: the model.
+        data: examples of text, or a dataset of images, as for `train_stitches`.
+        teacher: the dearest anchor; soft distillation alone is the loss then. None: the labels are.
+        validation: held-out examples of the same form; None holds out every tenth of the data.
+        config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
+        rates: learning rates to try, ascending.
+        output_dir: where checkpoints of the run at the chosen rate go; it is resumed from there.
+
+    Returns:
+        The held-out losses before and after, the rate, and the run.
+
+    Raises:
+        ValueError: too few examples to hold some out, or as `train_stitches`.
+    """
+    config = config or healing_config()
+    if teacher is not None and not config.distillation_weight:
+        config = replace(config, distillation_weight=1.0)
+    train, held = (data, validation) if validation is not None else _split(data)
+    tried: dict[float, float] = {}
+    if len(rates) > 1:
+        tried = _sweep(model, train, held, teacher, config, rates)
+    chosen = min(tried, key=tried.__getitem__) if tried else (rates[0] if rates else config.learning_rate)
+    config = replace(config, learning_rate=chosen)
+    result = train_stitches(model, train, config, teacher=teacher, validation=held, output_dir=output_dir)
+    losses = [loss for _, loss in result.validation]
+    return HealingResult(result, chosen, tried, losses[0], min(losses))
+
+
+def healing_config(steps: int = 300, **changes: Any) -> TrainingConfig:
+    """The settings that healing takes where none are given: everything learns, soft distillation, one cosine."""
+    settings: dict[str, Any] = {
+        "trainable": "full", "max_steps": steps, "gradient_accumulation_steps": 1, "distillation_weight": 0.0,
+    }  # fmt: skip
+    return TrainingConfig(**settings | changes)
+
+
+def _sweep(
+    model: PreTrainedModel, train: Any, held: Any, teacher: PreTrainedModel | None, config: TrainingConfig,
+    rates: Sequence[float],
+) -> dict[float, float]:  # fmt: skip
+    """Held-out losses of short runs, from the middle rate outwards while they get better; the model is put back."""
+    total = config.max_steps if config.max_steps is not None else max(1, len(train) // config.per_device_batch_size)
+    short = replace(config, max_steps=max(1, round(total * SWEEP_SHARE)), save_steps=10**9)
+    start = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    record = model.config.training if hasattr(model.config, "training") else None
+    found: dict[float, float] = {}
+
+    def run(rate: float) -> float:
+        if rate not in found:
+            result = train_stitches(
+                model,
+                train,
+                replace(short, learning_rate=rate, eval_steps=short.max_steps),
+                teacher=teacher,
+                validation=held,
+            )
+            found[rate] = result.validation[-1][1]
+            model.load_state_dict(start)
+        return found[rate]
+
+    place = len(rates) // 2
+    run(rates[place])
+    for step in (1, -1):
+        at = place
+        while 0 <= at + step < len(rates) and run(rates[at + step]) < found[rates[at]]:
+            at += step
+        if at != place:
+            break
+    if hasattr(model.config, "training"):
+        model.config.training = record
+    return found
+
+
+def _split(data: Any) -> tuple[Any, Any]:
+    """Data without every tenth example, and these."""
+    held = list(range(HELD_OUT - 1, len(data), HELD_OUT))
+    if not held:
+        raise ValueError(
+            f"got {len(data)} examples and no validation; expected at least {HELD_OUT}, of which every tenth is held "
+            "out. Pass validation=examples, or more data"
+        )
+    kept = [number for number in range(len(data)) if number % HELD_OUT != HELD_OUT - 1]
+    if isinstance(data, list | tuple):
+        return [data[number] for number in kept], [data[number] for number in held]
+    return _Subset(data, kept), _Subset(data, held)
+
+
+class _Subset(torch.utils.data.Subset):
+    """Some of a dataset's examples, with their labels."""
+
+    @property
+    def labels(self) -> list[int]:
+        return [self.dataset.labels[number] for number in self.indices]

@@ -1,0 +1,142 @@
+"""Healing: held-out loss, the best weights kept, rates found; never worse than the start."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path as Folder
+from typing import Any
+
+import pytest
+import torch
+from image_examples import ToyImages, interrupted_after, tiny_vit, toy_supernet
+from tiny_models import tiny_model, token_ids
+from torch import nn
+
+from klas_hf import StitchedModel, TrainingConfig, evaluate, heal, healing_config, train_stitches
+from klas_hf.training.healing import RATES
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
+QUICK = TrainingConfig(
+    trainable="full", max_steps=12, per_device_batch_size=8, gradient_accumulation_steps=1, learning_rate=5e-3
+)
+
+
+def examples(count: int, seed: int) -> list[dict[str, list[int]]]:
+    """Sequences that count upwards, so that there is something to learn."""
+    starts = token_ids(count, 1, seed=seed)
+    ids = (starts + torch.arange(10)) % 32
+    return [{"input_ids": row, "labels": row} for row in ids.tolist()]
+
+
+def batches(of: list[dict[str, list[int]]]) -> list[dict[str, torch.Tensor]]:
+    ids = torch.tensor([one["input_ids"] for one in of])
+    return [{"input_ids": ids, "labels": ids}]
+
+
+def pruned(seed: int = 2) -> Any:
+    model = tiny_model(large=True, seed=seed)
+    return StitchedModel.from_path([model], "0[:2] 0[3:]", calibration=[token_ids(32, 12)]), model
+
+
+TRAIN, HELD = examples(48, 1), examples(16, 2)
+
+
+@pytest.mark.parametrize("trainable", ["stitch", "lora", "full"])
+def test_the_weights_are_those_of_the_least_held_out_loss(trainable: str) -> None:
+    model, _ = pruned()
+    before = evaluate(model, batches(HELD)).metrics["loss"]
+    config = replace(QUICK, trainable=trainable, eval_steps=3, learning_rate=2e-2)
+    result = train_stitches(model, TRAIN, config, validation=HELD)
+    assert [step for step, _ in result.validation] == [0, 3, 6, 9, 12]
+    assert result.validation[0][1] == pytest.approx(before, rel=1e-5)
+    after = evaluate(model, batches(HELD)).metrics["loss"]
+    assert after == pytest.approx(min(loss for _, loss in result.validation), rel=1e-5) and after < before
+    assert model.config.training["validation_loss"] == pytest.approx(after, rel=1e-5)
+
+
+def test_a_training_that_makes_things_worse_gives_the_start_back() -> None:
+    model, _ = pruned()
+    start = copy.deepcopy(model.state_dict())
+    result = train_stitches(model, TRAIN, replace(QUICK, learning_rate=3.0, max_grad_norm=1e6), validation=HELD)
+    assert result.validation[-1][1] > result.validation[0][1]
+    assert model.config.training["kept_step"] == 0
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, start[name], rtol=0, atol=0, msg=name)
+
+
+def test_measuring_changes_nothing_of_the_training() -> None:
+    one, other = pruned()[0], pruned()[0]
+    plain = train_stitches(one, TRAIN, QUICK)
+    watched = train_stitches(other, TRAIN, replace(QUICK, eval_steps=12), validation=HELD)
+    assert watched.losses == plain.losses
+    for name, tensor in one.state_dict().items():  # the last step is the best here
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_a_resumed_run_keeps_the_same_weights(trainable: str, tmp_path: Folder) -> None:
+    config = replace(QUICK, trainable=trainable, eval_steps=2, save_steps=3, learning_rate=3e-2)
+    whole, broken, resumed = (pruned()[0] for _ in range(3))
+    expected = train_stitches(whole, TRAIN, config, validation=HELD)
+    with interrupted_after(7):
+        train_stitches(broken, TRAIN, config, validation=HELD, output_dir=tmp_path)
+    assert (tmp_path / "checkpoint-6" / "best.safetensors").exists()
+    found = train_stitches(resumed, TRAIN, config, validation=HELD, output_dir=tmp_path)
+    assert found.losses == pytest.approx(expected.losses)
+    torch.testing.assert_close(torch.tensor(found.validation), torch.tensor(expected.validation))
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(tensor, resumed.state_dict()[name], msg=name)
+
+
+def test_images_and_their_statistics() -> None:
+    model, data = tiny_vit(), ToyImages(floats=True)
+    result = train_stitches(model, data, replace(QUICK, eval_steps=4), validation=ToyImages(18, floats=True, seed=3))
+    assert len(result.validation) == 4 and result.validation[-1][1] < result.validation[0][1]
+    assert heal(tiny_vit(), data, config=QUICK, rates=(5e-3,)).end < result.validation[0][1]
+
+
+def test_healing_finds_a_rate_and_is_never_worse() -> None:
+    model, dearest = pruned()
+    start = copy.deepcopy(model.state_dict())
+    config = replace(QUICK, max_steps=20, learning_rate=1.0)
+    result = heal(model, TRAIN, teacher=dearest, validation=HELD, config=config, rates=(1e-6, 1e-3, 2e-2, 50.0))
+    assert result.learning_rate in (1e-3, 2e-2) and result.tried[result.learning_rate] == min(result.tried.values())
+    assert result.end < result.start
+    assert evaluate(model, batches(HELD)).metrics["loss"] == pytest.approx(result.end, rel=1e-5)
+    assert model.config.training["settings"]["distillation_weight"] == 1.0 and "before" not in model.config.training
+    alone = StitchedModel.from_path([dearest], "0[:2] 0[3:]", calibration=[token_ids(32, 12)])
+    alone.load_state_dict(start)
+    config = replace(config, learning_rate=result.learning_rate, distillation_weight=1.0)
+    train_stitches(alone, TRAIN, config, teacher=dearest, validation=HELD)
+    for name, tensor in alone.state_dict().items():  # the sweep left nothing behind
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_distillation_alone_pulls_towards_the_teacher() -> None:
+    model, dearest = pruned()
+    ids = batches(HELD)[0]["input_ids"]
+
+    def distance(one: nn.Module) -> float:
+        with torch.no_grad():
+            p, q = (net(ids).logits.log_softmax(-1) for net in (dearest, one))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    before = distance(model)
+    train_stitches(model, TRAIN, replace(QUICK, max_steps=40, distillation_weight=1.0), teacher=dearest)
+    assert distance(model) < 0.7 * before
+
+
+def test_examples_are_held_out_where_none_are_given() -> None:
+    model, dearest = pruned()
+    result = heal(model, TRAIN, teacher=dearest, config=healing_config(6), rates=RATES[:1])
+    assert result.training.steps == 6 and result.learning_rate == RATES[0] and not result.tried
+    assert model.config.training["data"]["examples"] == 44  # of 48, every tenth is held out
+
+
+def test_mistakes_are_told() -> None:
+    model, dearest = pruned()
+    with pytest.raises(ValueError, match="got 4 examples and no validation; expected at least 10"):
+        heal(model, TRAIN[:4], teacher=dearest)
+    with pytest.raises(ValueError, match="got validation for a supernet"):
+        train_stitches(toy_supernet(), ToyImages(), QUICK, validation=ToyImages(6))
+    with pytest.raises(ValueError, match="no examples to train on"):
+        train_stitches(model, TRAIN, QUICK, validation=[])
