@@ -33,7 +33,7 @@ class HealingResult:
     Example:
         >>> model = StitchedModel.from_path([source, target], "1[:2] 1[3:]", calibration=batches)
         >>> config = TrainingConfig(trainable="full", max_steps=4, per_device_batch_size=2)
-        >>> result = heal(model, examples, teacher=target, config=config)
+        >>> result = heal(model, examples, teacher=target, validation=examples, config=config)
         >>> result.end <= result.start, result.learning_rate in result.tried
         (True, True)
     """
@@ -71,6 +71,13 @@ def heal(
 
     Raises:
         ValueError: too few examples to hold some out, or as `train_stitches`.
+
+    Example:
+        >>> model = StitchedModel.from_path([source, target], "0[:2] 1[3:]", calibration=batches)
+        >>> config = healing_config(4, per_device_batch_size=2)
+        >>> result = heal(model, examples, teacher=target, validation=examples, config=config)
+        >>> model.config.training["teacher"], result.training.steps
+        ('LlamaForCausalLM', 4)
     """
     config = config or healing_config()
     if teacher is not None and not config.distillation_weight:
@@ -87,7 +94,22 @@ def heal(
 
 
 def healing_config(steps: int = 300, **changes: Any) -> TrainingConfig:
-    """The settings that healing takes where none are given: everything learns, soft distillation, one cosine."""
+    """The settings that healing takes where none are given: everything learns, in one cosine of the learning rate.
+
+    Args:
+        steps: optimiser steps.
+        changes: any fields of `TrainingConfig`.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: as `TrainingConfig`.
+
+    Example:
+        >>> healing_config(300).trainable, healing_config(trainable="lora").max_steps
+        ('full', 300)
+    """
     settings: dict[str, Any] = {
         "trainable": "full", "max_steps": steps, "gradient_accumulation_steps": 1, "distillation_weight": 0.0,
     }  # fmt: skip

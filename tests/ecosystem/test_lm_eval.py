@@ -194,13 +194,18 @@ def test_rouge_of_a_stitched_model_equals_the_harness_task(saved: SavedModel, tm
     """The harness's `truthfulqa_gen`, prompt and all, over local questions; and our scores of the answers it got."""
     questions = {"why?": [["the fox sat", "a dog and"], ["one bird", "over the"]]}
     questions |= {"who sang?": [["one bird"], ["the cat jumps", "lazy dog ran"]]}
-    asked = [
-        {"best_answer": correct[0], "correct_answers": correct, "incorrect_answers": incorrect}
-        for correct, incorrect in questions.values()
-    ]
-    with (tmp_path / "questions.jsonl").open("w") as file:
-        for question, references in zip(questions, asked, strict=True):
-            file.write(json.dumps({"question": question, **references}) + "\n")
+
+    def ask(questions: dict[str, list[list[str]]]) -> list[dict[str, Any]]:
+        asked = [
+            {"best_answer": correct[0], "correct_answers": correct, "incorrect_answers": incorrect}
+            for correct, incorrect in questions.values()
+        ]
+        with (tmp_path / "questions.jsonl").open("w") as file:
+            for question, references in zip(questions, asked, strict=True):
+                file.write(json.dumps({"question": question, **references}) + "\n")
+        return asked
+
+    ask(questions)
     task = {
         "include": str(Path(lm_eval.__file__).parent / "tasks/truthfulqa/truthfulqa_gen.yaml"),
         "task": "local_questions",
@@ -211,6 +216,9 @@ def test_rouge_of_a_stitched_model_equals_the_harness_task(saved: SavedModel, tm
         "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 20, "do_sample": False},
     }
     (tmp_path / "task.yaml").write_text(json.dumps(task))
+    output = evaluate(saved, tmp_path, ["local_questions"], max_length=1024)
+    said = {sample["doc"]["question"]: sample["filtered_resps"][0] for sample in output["samples"]["local_questions"]}
+    asked = ask({one: [[*correct, said[one]], wrong] for one, (correct, wrong) in questions.items()})
     output = evaluate(saved, tmp_path, ["local_questions"], max_length=1024)
     samples = sorted(output["samples"]["local_questions"], key=lambda sample: sample["doc_id"])
     prompt = samples[0]["arguments"][0][0]

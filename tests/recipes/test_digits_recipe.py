@@ -35,7 +35,7 @@ def test_smoke_run_compares_all_rules_and_resumes(tmp_path: Path, capsys: pytest
     found = rows(out / "rows.jsonl")
     rules = ["klas", "snnet", "min_kl", "cka", "random"]
     assert {row["rule"] for row in found} == {"anchor", *rules} and {row["seed"] for row in found} == {0}
-    keys = Counter((row["rule"], row["path"], str(row["anchors"])) for row in found)
+    keys = Counter((row["rule"], row["path"], str(row["made_from"])) for row in found)
     assert set(keys.values()) == {1} and sum(key[0] == "anchor" for key in keys) == 3
     report = (out / "report.md").read_text()
     assert report.strip() in shown and "has the largest area" in report
@@ -73,7 +73,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     out = tmp_path / "out" / "vit"
     found = rows(out / "rows.jsonl")
-    keys = Counter((row["rule"], row["path"], str(row["anchors"])) for row in found)
+    keys = Counter((row["rule"], row["path"], str(row["made_from"])) for row in found)
     assert set(keys.values()) == {1} and {key[0] for key in keys} == {"anchor", "snnet"}
     assert all(row["details"]["images"] == 450 for row in found)  # the two shares together
     assert done.stdout.count("has the largest area") == 1

@@ -87,7 +87,7 @@ def test_what_cannot_be_compared_is_refused_before_an_anchor_runs() -> None:
         embedding(model).register_forward_hook(lambda module, args, output: seen.append(1))
     other = tiny_classifier("vit", large=True, num_labels=7)
     for anchors, images, options, message in (
-        (models[:1], data, {}, "got 1 anchor; expected at least two"),
+        (models[:1], data, {}, "got 1 anchors; expected at least 2"),
         ([models[0], models[1], copy.deepcopy(models[0])], data, {}, "twice .*expected different anchors"),
         ([models[0], other], data, {}, "got anchors of 5 and 7 classes"),
         (models, [], {}, "got no images to compare anchors on"),

@@ -31,9 +31,10 @@ from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, PreTrainedMode
 from klas_hf import Stitch, StitchedForCausalLM, StitchedModel
 from klas_hf.anchors import load_anchor
 from klas_hf.anchors.checkpoints import AnchorCheckpoint
+from klas_hf.anchors.fitting import write_fit
+from klas_hf.maths.least_squares import LinearFit
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.stitching.assembly import logger
-from klas_hf.stitching.loading import write_parameter
 
 pytestmark = pytest.mark.filterwarnings("ignore:the stitching layer is random")
 
@@ -333,8 +334,7 @@ def test_a_fit_is_written_to_a_joint_that_accelerate_keeps_in_memory() -> None:
     attach_align_device_hook(joint, torch.device("cpu"), offload=True, weights_map=weights)
     assert joint.weight.is_meta
     weight = torch.randn(3, 2)
-    write_parameter(joint, "weight", weight)
-    write_parameter(joint, "bias", torch.zeros(3))
+    write_fit(joint, LinearFit(weight, torch.zeros(3), r2=1.0, ridge=0.0, rows=9))
     with torch.no_grad():
         torch.testing.assert_close(joint(torch.eye(2).bfloat16()), weight.T.bfloat16(), rtol=0, atol=0)
 

@@ -111,7 +111,7 @@ class ToySupernet(PreTrainedModel):
         self, pixel_values: Tensor, labels: Tensor | None = None, *, path: Path | None = None,
         drop_path: float = 0.0,
     ) -> ImageClassifierOutput:  # fmt: skip
-        path = self.paths[-1] if path is None else path
+        path = self.paths[-1] if path is None else Path.of(path)
         self.seen.append((path, pixel_values.detach().clone(), drop_path))
         first, last = self.anchors
         flat = pixel_values.flatten(1)

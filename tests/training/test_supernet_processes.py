@@ -45,7 +45,7 @@ def labels_of(pixels: Tensor) -> list[int]:
 def test_gradients_of_two_paths_are_averaged(folder: Path) -> None:
     found = [load_file(folder / f"supernet-{process}.safetensors") for process in range(2)]
     model = toy_supernet()
-    stitching = [p for name, p in model.named_parameters() if name.startswith("stitches")]
+    stitching = [p for name, p in model.named_parameters() if name.startswith("joints")]
     anchors = [p for name, p in model.named_parameters() if name.startswith("anchors")]
     rates = {CONFIG.stitch_learning_rate: stitching, CONFIG.learning_rate: anchors}
     groups = [
