@@ -52,8 +52,17 @@ if TYPE_CHECKING:
     from klas_hf.selection.anchors import AnchorSelection
     from klas_hf.selection.choice import StitchSelection, merge_selections
     from klas_hf.selection.klas import best_stitches, match_stitches, select_stitches, shortlist_stitches
+    from klas_hf.selection.plan import SearchConfig
+    from klas_hf.selection.pruning import (
+        gromov_paths,
+        linear_patch_paths,
+        replaceme_paths,
+        shortgpt_paths,
+        tail_paths,
+        uniform_paths,
+    )
     from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stitches
-    from klas_hf.selection.search import SearchConfig, search_paths
+    from klas_hf.selection.search import search_paths
     from klas_hf.selection.snnet import snnet_groups, snnet_stitches
     from klas_hf.stitching import (
         StitchedSupernet,
@@ -110,7 +119,8 @@ _PLACES = {
     "klas_hf.selection.choice": ("StitchSelection", "merge_selections"),
     "klas_hf.selection.klas": ("best_stitches", "match_stitches", "select_stitches", "shortlist_stitches"),
     "klas_hf.selection.rivals": ("esta_stitches", "min_kl_stitches", "random_stitches"),
-    "klas_hf.selection.search": ("SearchConfig", "search_paths"),
+    "klas_hf.selection.plan": ("SearchConfig",),
+    "klas_hf.selection.search": ("search_paths",),
     "klas_hf.selection.snnet": ("snnet_groups", "snnet_stitches"),
     "klas_hf.stitching": (
         "StitchedSupernet",

@@ -1,27 +1,34 @@
 """Anchors of either kind, from whatever names them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from klas_hf.anchors.anchor import Anchor
-from klas_hf.anchors.language import load_anchor
+from klas_hf.anchors.language import HUB_OPTIONS, load_anchor
 from klas_hf.anchors.vision import is_vision, load_vision_anchor
 
 _ONE_ANCHOR = "as source and as target; expected two different anchors, the cheaper one as the source"
 
 
-def load_anchors(anchors: Sequence[Any]) -> list[Anchor]:
+def load_anchors(anchors: Sequence[Any], revisions: Sequence[str | None] | None = None, **options: Any) -> list[Anchor]:
     """Hub ids, folders, models or anchors, all causal language models or all image classifiers, as anchors.
+
+    Args:
+        revisions: their commits on the Hub.
+        options: for `from_pretrained` (dtype, device_map, token, …) where they are not loaded yet.
 
     Raises:
         OSError: neither a folder nor to be had from the Hub.
         ValueError: an unknown family, or anchors for text and for images.
     """
-    images = [is_vision(anchor) for anchor in anchors]
+    own = [options | ({"revision": one} if one else {}) for one in revisions or [None] * len(anchors)]
+    hub = [{name: value for name, value in one.items() if name in HUB_OPTIONS} for one in own]
+    images = [is_vision(anchor, **where) for anchor, where in zip(anchors, hub, strict=True)]
     if len(set(images)) > 1:
         raise ValueError("got anchors for images and for text; expected all of one kind")
-    return [load_vision_anchor(anchor) if images[0] else load_anchor(anchor) for anchor in anchors]
+    load: Callable[..., Anchor] = load_vision_anchor if images[0] else load_anchor
+    return [load(anchor, **kwargs) for anchor, kwargs in zip(anchors, own, strict=True)]
 
 
 def load_pair(source: Any, target: Any) -> tuple[Anchor, Anchor]:

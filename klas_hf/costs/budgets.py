@@ -1,6 +1,7 @@
 """A budget for a model, in the words that people use: a share of the dearest anchor, parameters, or bytes."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from klas_hf.costs.counting import Cost
@@ -74,13 +75,40 @@ class Budget:
 
     def allows(self, cost: Cost, dearest: Cost, bytes_per_parameter: float) -> bool:
         """Whether a model of this cost is within it."""
+        return all(value <= limit for value, limit in self._limits(cost, dearest, bytes_per_parameter))
+
+    def is_above(self, dearest: Cost, bytes_per_parameter: float) -> bool:
+        """Whether it leaves room even beside the dearest anchor."""
+        return all(value < limit for value, limit in self._limits(dearest, dearest, bytes_per_parameter))
+
+    def _limits(self, cost: Cost, dearest: Cost, bytes_per_parameter: float) -> list[tuple[float, float]]:
+        """What a model takes, and what it may take, wherever there is a limit."""
         limits = (
             (cost.macs, None if self.share is None else self.share * dearest.macs),
             (cost.macs, self.macs),
             (cost.parameters, self.parameters),
             (cost.parameters * bytes_per_parameter, self.weight_bytes),
         )
-        return all(limit is None or value <= limit for value, limit in limits)
+        return [(value, limit) for value, limit in limits if limit is not None]
+
+
+def check_budget(budget: Budget, costs: Sequence[Cost], dearest: Cost, bytes_per_parameter: float) -> None:
+    """Raise ValueError, with the range, for a budget that no model meets, or that leaves room beside the dearest.
+
+    Args:
+        costs: of the models that can be had.
+    """
+    above = budget.is_above(dearest, bytes_per_parameter)
+    if not above and any(budget.allows(cost, dearest, bytes_per_parameter) for cost in costs):
+        return
+    cheapest = min(costs, key=lambda cost: cost.macs)
+    sizes = [
+        f"{cost.macs / dearest.macs:.1%} of the dearest anchor's MACs ({cost.parameters:,} parameters, "
+        f"{cost.parameters * bytes_per_parameter / 1e9:.3g} GB)"
+        for cost in (cheapest, dearest)
+    ]
+    where = "above the dearest anchor itself" if above else "below what any path found here reaches"
+    raise ValueError(f"got a budget of {budget.text}, {where}; expected at least {sizes[0]} and at most {sizes[1]}")
 
 
 _FORMS = 'a share of the dearest anchor\'s MACs (0.6 or "60%"), parameters ("2B"), bytes of weights ("4 GB") or a Cost'

@@ -36,6 +36,7 @@ class PathConfig(PreTrainedConfig):
     anchor_names: list[Any] | None = None
     anchor_revisions: list[Any] | None = None
     training: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
     delta: dict[str, Any] | None = None
     initializer_range: float = 0.02
 

@@ -49,16 +49,23 @@ class StitchedModel(PreTrainedModel):
     _keep_in_fp32_modules = [r"(model\.)?joints", r"slices\.\d+\.\w*classifier\w*"]
 
     @classmethod
-    def from_anchors(cls, source: Any, target: Any, stitch: Any, **kwargs: Any) -> "StitchedModel":
-        """Join the first blocks of `source` to the last blocks of `target`: `from_path` for two anchors.
+    def from_anchors(
+        cls, source: Any, target: Any, stitch: Any = None, *, budget: Any = None, **kwargs: Any
+    ) -> "StitchedModel":
+        """Join the first blocks of `source` to the last blocks of `target`, or take the best path within a budget.
 
         Args:
             source, target: Hub id, local folder or PreTrainedModel; the source is the cheaper one.
             stitch: `Stitch(i, j)` or `(i, j)`, or any path through the two.
+            budget: in its place, what the model may cost: a share of the dearer anchor's MACs (0.6 or "60%"),
+                parameters ("2B"), bytes of weights ("4 GB") or a `Cost`. Paths of every kind are searched on the
+                calibration data (`search_paths`) with the settings `search`, a `SearchConfig`; what was found is in
+                the config, as `search`.
             kwargs: as for `from_path`; `source_revision` and `target_revision` are commits on the Hub.
 
         Raises:
-            ValueError: a stitch out of range, or anchors that do not fit each other or are in reversed order.
+            ValueError: not one of stitch and budget, a budget that no path meets, a stitch out of range, or anchors
+                that do not fit each other or are in reversed order.
             OSError: an anchor cannot be reached.
 
         Example:
@@ -68,8 +75,11 @@ class StitchedModel(PreTrainedModel):
             >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
             >>> model.stitching_layers()
             [Linear(in_features=16, out_features=24, bias=True)]
+            >>> model = StitchedModel.from_anchors(source, target, budget="70%", calibration=batches)
+            >>> model.config.search["budget"], model.config.search["share"] <= 0.7
+            ('70%', True)
         """
-        return cls._action("stitch_anchors")(source, target, stitch, **kwargs)
+        return cls._action("stitch_anchors")(source, target, stitch, budget=budget, **kwargs)
 
     @classmethod
     def from_path(cls, anchors: Any, path: Any, **kwargs: Any) -> "StitchedModel":

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from klas_hf import plotting
 from klas_hf.costs import Cost
-from klas_hf.costs.budgets import Budget
+from klas_hf.costs.budgets import Budget, check_budget
 from klas_hf.files import write_atomically
 from klas_hf.paths import Path
 
@@ -98,18 +98,11 @@ class PathScores:
         """The path of least divergence within a budget (see `Budget.of`).
 
         Raises:
-            ValueError: no path is within it; the range that can be had is named.
+            ValueError: no path is within it, or it is above the dearest anchor; the range that can be had is named.
         """
         wanted = Budget.of(budget)
+        check_budget(wanted, self.costs, self.dearest, self.bytes_per_parameter)
         within = [n for n, cost in enumerate(self.costs) if wanted.allows(cost, self.dearest, self.bytes_per_parameter)]
-        if not within:
-            cheapest = min(self.costs, key=lambda cost: cost.macs)
-            size = cheapest.parameters * self.bytes_per_parameter / 1e9
-            raise ValueError(
-                f"got a budget of {wanted.text}, below what any path found here reaches; expected at least "
-                f"{cheapest.macs / self.dearest.macs:.1%} of the dearest anchor's MACs ({cheapest.parameters:,} "
-                f"parameters, {size:.3g} GB)"
-            )
         return self.paths[min(within, key=lambda n: (self.divergence[n], self.costs[n].macs))]
 
     def plot(self, path: str | File | None = None) -> "Figure":

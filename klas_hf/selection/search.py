@@ -9,7 +9,6 @@ SN-Net's stitches as further moves.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any
 
@@ -17,66 +16,15 @@ import torch
 
 from klas_hf.anchors.anchor import Anchor, check_anchors
 from klas_hf.anchors.loading import load_anchors
-from klas_hf.costs import PathCosts, measure_path_costs
 from klas_hf.paths import Path
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile, library_versions
-from klas_hf.scores.functional import FunctionalScoring, calibration_and_scored
-from klas_hf.scores.path_scores import KINDS, PathScores, as_scores, kind_of
+from klas_hf.scores.path_scores import PathScores, as_scores
 from klas_hf.scores.paths import PathScore, PathScorer
-from klas_hf.selection.moves import Moves
+from klas_hf.selection.plan import GROUP, SearchConfig, SearchPlan
 
-GROUP = 128  # paths that are measured in one pass, and written when it ends
 ROUND = 64  # neighbours that are measured before it is decided anew which come next
 NEAR = 1.25  # times the divergence of the best path of its size or below, up to which one is measured on all items
-SCREENING_ROWS = 8  # calibration rows per feature of the widest joint, while candidates are screened
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """How paths are searched.
-
-    Attributes:
-        buckets: cost buckets of equal width between `cheapest` and the dearest anchor, each with a best path.
-        beam: paths of each bucket that are grown, and measured on all items where no cheaper one is far better.
-        joints: that a path may have.
-        kinds: of paths, of "pruned", "stitch" and "mixed".
-        least_slice: blocks that a slice has at least.
-        cheapest: share of the dearest anchor's MACs below which nothing is searched.
-        screened: share of the scored items that candidates are first measured on.
-        forwards: runs of a block on one sequence or image that may be spent; None: three times what scoring all
-            stitches between the anchors' costs on all items takes (of one anchor, all its cuts).
-        scoring: how functional KL is measured.
-
-    Raises:
-        ValueError: a number out of its range, or an unknown kind.
-
-    Example:
-        >>> found = search_paths([source, target], batches, SearchConfig(joints=1, kinds=("pruned",)), tokens=16)
-        >>> {len(path.anchors) for path in found.paths}, max(path.joints for path in found.paths)
-        ({1}, 1)
-    """
-
-    buckets: int = 20
-    beam: int = 3
-    joints: int = 3
-    kinds: tuple[str, ...] = ("pruned", "stitch", "mixed")
-    least_slice: int = 1
-    cheapest: float = 0.2
-    screened: float = 0.125
-    forwards: int | None = None
-    scoring: FunctionalScoring = FunctionalScoring(temperature=1.0)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kinds", tuple(self.kinds))
-        for name in ("buckets", "beam", "joints", "least_slice"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name}={getattr(self, name)}; expected at least 1")
-        for name in ("cheapest", "screened"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"got {name}={getattr(self, name)}; expected a share above 0 and at most 1")
-        if not self.kinds or not set(self.kinds) < set(KINDS) - {"anchor"} | {""}:
-            raise ValueError(f"got kinds={self.kinds}; expected some of {KINDS[1:]}")
 
 
 def search_paths(
@@ -119,29 +67,17 @@ class _Search:
         self.config = config
         self.anchors: list[Anchor] = load_anchors(anchors)
         check_anchors(self.anchors, least=1)
-        calibration, scored = (list(part) for part in calibration_and_scored(self.anchors[0], data, config.scoring))
-        first = scored[0]
-        size = tuple(first.inputs["pixel_values"].shape[-2:]) if "pixel_values" in first.inputs else None
-        self.costs: PathCosts = measure_path_costs(
-            [anchor.model for anchor in self.anchors], tokens=tokens, image_size=size
-        )
-        self.whole = [self.costs.of(f"{place}[:]") for place in range(len(self.anchors))]
-        self.reference = max(range(len(self.anchors)), key=lambda place: self.whole[place].macs)
-        self.dearest = self.whole[self.reference]
-        self.moves = Moves([anchor.grids(first) for anchor in self.anchors], config.joints, config.least_slice)
+        self.plan = SearchPlan(self.anchors, data, config, tokens)
         self.scorer = PathScorer(
-            self.anchors, self.reference, calibration, scored, temperature=config.scoring.temperature,
-            ridge=config.scoring.ridge, moment_bytes=config.scoring.moment_bytes,
+            self.anchors, self.plan.reference, self.plan.calibration, self.plan.scored,
+            temperature=config.scoring.temperature, ridge=config.scoring.ridge,
+            moment_bytes=config.scoring.moment_bytes,
         )  # fmt: skip
-        self.few = max(1, round(len(scored) * config.screened))
-        self.fitted = self._enough(calibration)
-        self.calibration = calibration
-        self.limit = 3 * self._all_pairs() if config.forwards is None else config.forwards
         fingerprints = [anchor.fingerprint for anchor in self.anchors]
         plain = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "scoring"}
         self.settings = plain | {
             "temperature": config.scoring.temperature, "ridge": config.scoring.ridge, "tokens": tokens,
-            "anchors": fingerprints, "data": _digest([*calibration, *scored]),
+            "anchors": fingerprints, "data": _digest([*self.plan.calibration, *self.plan.scored]),
         }  # fmt: skip
         self.rows = None if output is None else RowFile(output, {"search": self.settings})
         self.known: dict[tuple[Path, int | None], tuple[float, float]] = {}
@@ -153,22 +89,20 @@ class _Search:
             )
         self.spent = 0
         self.seen: set[Path] = set()
-        self.macs: dict[Path, int] = {}
         self.tried: dict[str, int] = {}  # move → paths, and how many of them were the best of their size so far
         self.improved: dict[str, int] = {}
 
     def run(self) -> PathScores:
         """Screen, keep, grow."""
-        wholes = [Path.parse(f"{place}[:]") for place in range(len(self.anchors))]
-        self._measure(wholes, None)
-        self._measure(self._affordable(list(self._new(self.moves.single()))), self.few)
+        self._measure(self.plan.wholes, None)
+        self._measure(self._affordable(list(self._new(self.plan.first()))), self.plan.few)
         pool: dict[Path, tuple[Path, str]] = {}  # not yet measured → from which path, by which move
         grown: set[Path] = set()
         while True:
             for path in self._kept(self.config.beam):
                 if path not in grown:
                     grown.add(path)
-                    moves = {one: move for move, one in self.moves.neighbours(path)}
+                    moves = {one: move for move, one in self.plan.moves.neighbours(path)}
                     pool |= {one: (path, moves[one]) for one in self._new(moves)}
             front = self._front()
             promise = {one: (self._promise(front, *origin), str(one)) for one, origin in pool.items()}
@@ -176,36 +110,37 @@ class _Search:
             if not chosen:
                 break
             before = self._best()
-            self._measure(chosen, self.few)
+            self._measure(chosen, self.plan.few)
             after = self._best()
             for one in chosen:
                 _, move = pool.pop(one)
                 self.tried[move] = self.tried.get(move, 0) + 1
-                better = after.get(self._place(one)) == one and before.get(self._place(one)) != one
+                better = after.get(self.plan.place(one)) == one and before.get(self.plan.place(one)) != one
                 self.improved[move] = self.improved.get(move, 0) + better
         self._measure(self._finalists(), None)
         full = {path: self.known[path, None] for path, batches in self.priced if batches is None}
-        full = dict(sorted(full.items(), key=lambda pair: (self.costs.of(pair[0]).macs, str(pair[0]))))
-        costs = [self.costs.of(path) for path in full]
-        dtype = self.anchors[self.reference].model.dtype
+        full = dict(sorted(full.items(), key=lambda pair: (self.plan.costs.of(pair[0]).macs, str(pair[0]))))
+        costs = [self.plan.costs.of(path) for path in full]
         return as_scores(
-            full, costs, names=tuple(anchor.name for anchor in self.anchors), bytes_per_parameter=dtype.itemsize,
-            provenance=self.settings | {"versions": library_versions(), "spent": self.spent, "limit": self.limit},
+            full, costs, names=tuple(anchor.name for anchor in self.anchors),
+            bytes_per_parameter=self.plan.bytes_per_parameter,
+            provenance=self.settings
+            | {"versions": library_versions(), "spent": self.spent, "limit": self.plan.forwards},
         )  # fmt: skip
 
     def _measure(self, paths: Sequence[Path], batches: int | None) -> None:
         """Score what is not known yet, in groups that are written as they are done."""
         wanted = [path for path in dict.fromkeys(paths) if (path, batches) not in self.priced]
-        wanted.sort(key=lambda path: path.bounds(self.moves.depths))  # common beginnings beside each other
+        wanted.sort(key=lambda path: path.bounds(self.plan.moves.depths))  # common beginnings beside each other
         for start in range(0, len(wanted), GROUP):
             group = wanted[start : start + GROUP]
-            self.spent += sum(self._price(path, batches) for path in group)
+            self.spent += sum(self.plan.price(path, batches) for path in group)
             self.priced.update((path, batches) for path in group)
             missing = [path for path in group if (path, batches) not in self.known]
             for path, score in zip(missing, self._scores(missing, batches), strict=True):
                 self.known[path, batches] = score.divergence, score.error
                 if self.rows is not None:
-                    cost = self.costs.of(path)
+                    cost = self.plan.costs.of(path)
                     row = ResultRow(
                         "search", path, 0, cost.macs, cost.parameters, {"divergence": score.divergence},
                         {"error": score.error, "items": score.items}, setting={"batches": batches},
@@ -213,26 +148,14 @@ class _Search:
                     self.rows.append(row, to_disk=process_state().is_main_process)
 
     def _scores(self, paths: Sequence[Path], batches: int | None) -> list[PathScore]:
-        return self.scorer.score(paths, batches, None if batches is None else self.fitted) if paths else []
-
-    def _price(self, path: Path, batches: int | None) -> int:
-        """Forwards of a block that measuring a path takes, a group's share of the whole anchors included.
-
-        Counted beforehand, not as they run: a search that was interrupted spends the same.
-        """
-        bounds = path.bounds(self.moves.depths)
-        items = sum(map(len, self.scorer.scored[:batches]))
-        fitted = sum(map(len, self.calibration[: None if batches is None else self.fitted]))
-        between = sum(stop - start for _, start, stop in bounds[1:-1])
-        behind = between + (bounds[-1][2] - bounds[-1][1] if path.joints else 0)
-        return items * behind + fitted * between + sum(self.moves.depths) * (items + fitted * path.joints) // GROUP
+        return self.scorer.score(paths, batches, None if batches is None else self.plan.fitted) if paths else []
 
     def _new(self, paths: Iterable[Path]) -> Iterator[Path]:
         """Paths not met before, of the kinds and costs that are asked for."""
         for path in paths:
             if path not in self.seen:
                 self.seen.add(path)
-                if kind_of(path) in self.config.kinds and self._place(path) is not None:
+                if self.plan.searched(path):
                     yield path
 
     def _promise(self, front: Sequence[tuple[int, float]], parent: Path, move: str) -> float:
@@ -242,13 +165,14 @@ class _Search:
 
     def _excess(self, front: Sequence[tuple[int, float]], path: Path) -> float:
         """How many times the divergence is that of the best path that costs no more, as screened."""
-        best = min(value for macs, value in front if macs <= self._macs(path))
-        return self.known[path, self.few][0] / max(best, 1e-12)
+        own = self.known[path, self.plan.few][0]
+        best = min((value for macs, value in front if macs <= self.plan.macs(path)), default=own)
+        return max(own, 1e-12) / max(best, 1e-12)
 
     def _front(self) -> list[tuple[int, float]]:
         """MACs and divergence of what no cheaper path beats, as screened."""
         front: list[tuple[int, float]] = []
-        for macs, value in sorted((self._macs(path), self.known[path, self.few][0]) for path in self._kept(1)):
+        for macs, value in sorted((self.plan.macs(path), self.known[path, self.plan.few][0]) for path in self._kept(1)):
             if not front or value < front[-1][1]:
                 front.append((macs, value))
         return front
@@ -258,20 +182,15 @@ class _Search:
         front = self._front()
         return [path for path in self._kept(self.config.beam) if self._excess(front, path) <= NEAR]
 
-    def _macs(self, path: Path) -> int:
-        if path not in self.macs:
-            self.macs[path] = self.costs.of(path).macs
-        return self.macs[path]
-
     def _affordable(self, paths: list[Path]) -> list[Path]:
         """As many of the paths, from the first, as what is left to spend can measure.
 
         What measuring the best on all items will take is set aside.
         """
-        left = self.limit - self.spent - sum(self._price(path, None) for path in self._finalists())
+        left = self.plan.forwards - self.spent - sum(self.plan.price(path, None) for path in self._finalists())
         kept = []
         for path in paths:
-            left -= self._price(path, self.few)
+            left -= self.plan.price(path, self.plan.few)
             if left < 0:
                 break
             kept.append(path)
@@ -279,44 +198,17 @@ class _Search:
 
     def _best(self) -> dict[int | None, Path]:
         """The best path of every bucket, as it was screened."""
-        return {self._place(path): path for path in self._kept(1)}
-
-    def _place(self, path: Path) -> int | None:
-        """The cost bucket of a path; None outside."""
-        macs, low = self._macs(path), self.config.cheapest * self.dearest.macs
-        if not low <= macs < self.dearest.macs:
-            return None
-        return int((macs - low) * self.config.buckets // (self.dearest.macs - low))
+        return {self.plan.place(path): path for path in self._kept(1)}
 
     def _kept(self, count: int) -> list[Path]:
         """The best paths of every bucket, as they were screened."""
         buckets: dict[int, list[tuple[float, Path]]] = {}
         for path, on in self.priced:
-            place = self._place(path)
-            if on == self.few and path.joints and place is not None:
+            place = self.plan.place(path)
+            if on == self.plan.few and path.joints and place is not None:
                 buckets.setdefault(place, []).append((self.known[path, on][0], path))
         order = [sorted(of_one, key=lambda pair: (pair[0], str(pair[1]))) for _, of_one in sorted(buckets.items())]
         return [path for of_one in order for _, path in of_one[:count]]
-
-    def _all_pairs(self) -> int:
-        """What scoring all stitches between the anchors' costs on all items takes; of one anchor, all its cuts."""
-        prices = 0
-        for path in self.moves.single():
-            if len(self.anchors) == 1 or path.stitch is not None:
-                ends = [self.whole[one.anchor].macs for one in path.slices]
-                low = self.config.cheapest * self.dearest.macs if len(self.anchors) == 1 else ends[0]
-                if low <= self.costs.of(path).macs <= ends[1]:
-                    prices += self._price(path, None)
-        return prices
-
-    def _enough(self, calibration: Sequence[Any]) -> int:
-        """How many batches have enough rows for the widest joint."""
-        rows, widest = 0, max(max(anchor.widths) for anchor in self.anchors)
-        for number, batch in enumerate(calibration, 1):
-            rows += len(batch.unit_items)
-            if rows >= SCREENING_ROWS * widest:
-                return number
-        return len(calibration)
 
 
 def _digest(batches: Sequence[Any]) -> str:

@@ -14,15 +14,23 @@ from transformers.utils import logging
 from klas_hf.anchors.language import HUB_OPTIONS, anchor_config
 from klas_hf.anchors.vision import is_vision
 from klas_hf.models import StitchedModel
+from klas_hf.costs import Cost
+from klas_hf.costs.budgets import Budget
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.paths import Stitch
 from klas_hf.stitching.images import check_pair, common_size, stitch_classifiers
+from klas_hf.processes import process_state
+from klas_hf.scores.path_scores import PathScores
+from klas_hf.selection.plan import SearchConfig, SearchPlan, unallocated_anchors
+from klas_hf.selection.search import search_paths
+from klas_hf.stitching.calibration import sampled
 from klas_hf.stitching.language import check_direction, stitch_decoders
 from klas_hf.stitching.loading import with_revision
 
 logger = logging.get_logger(__name__)
 Anchor: TypeAlias = str | Path | PreTrainedModel
 
+_OF_ASSEMBLY = {"calibration", "calibration_items", "ridge", "image_size"}  # what anchors by themselves are not told
 
 def assemble_path(
     anchors: Sequence[Anchor],
@@ -64,6 +72,8 @@ def stitch_anchors(
     stitch: AnchorPath | Stitch | str | Sequence[int],
     *,
     source_revision: str | None = None,
+    budget: Budget | Cost | str | float | None = None,
+    search: SearchConfig | None = None,
     target_revision: str | None = None,
     **kwargs: Any,
 ) -> StitchedModel:
@@ -72,12 +82,24 @@ def stitch_anchors(
     Args:
         stitch: `Stitch(i, j)` or `(i, j)`, or any path through the two.
         kwargs: as for `assemble_path`.
+        budget: in its place, what the model may cost (see `Budget.of`): the best path within it is searched for.
+        search: settings of that search; None takes the defaults.
 
     Raises:
-        ValueError: as `assemble_path`; a source dearer than the target that it is stitched to.
+        ValueError: as `assemble_path`; not one of stitch and budget, or a budget that no path meets; a source dearer
+            than the target that it is stitched to.
     """
     anchors, revisions = (source, target), (source_revision, target_revision)
     path = AnchorPath.of(stitch)
+    if stitch is None and budget is not None:
+        return _searched(anchors, Budget.of(budget), search, revisions, kwargs)
+    if stitch is None or budget is not None:
+        raise ValueError(
+            f"got stitch={stitch} and budget={budget}; expected exactly one of them: a stitch such as (8, 14), or what "
+            'the model may cost, such as "60%"'
+        )
+    if search is not None:
+        raise ValueError("got search=… with a stitch, which needs none; expected it with budget=… alone")
     configs = _configs(anchors, path, revisions, kwargs)
     if path.stitch is not None:
         if is_vision(configs[0]):
@@ -88,6 +110,62 @@ def stitch_anchors(
 
 
 def _configs(
+def assemble_best(
+    anchors: Sequence[Anchor], found: PathScores, budget: Budget | Cost | str | float, **kwargs: Any
+) -> StitchedModel:
+    """The model of the best path within a budget; its config says, as `search`, how the path was found.
+
+    Args:
+        anchors: those that were searched, in that order.
+        found: what the search found.
+        budget: see `Budget.of`.
+        kwargs: as for `assemble_path`.
+
+    Raises:
+        ValueError: as `assemble_path` and `PathScores.best`.
+    """
+    path, wanted = found.best(budget), Budget.of(budget)
+    model = assemble_path(anchors, path, **kwargs)
+    place = found.place(path)
+    model.config.search = {
+        "budget": wanted.text, "share": found.share(path), "divergence": float(found.divergence[place]),
+        "error": float(found.error[place]), "paths": len(found),
+    }  # fmt: skip
+    return model
+
+
+def _searched(
+    anchors: Sequence[Anchor],
+    budget: Budget,
+    search: SearchConfig | None,
+    revisions: Sequence[str | None],
+    kwargs: dict[str, Any],
+) -> StitchedModel:
+    """The model of the best path within a budget, searched for on the calibration data."""
+    if kwargs.get("calibration") is None:
+        raise ValueError(
+            f"got budget={budget.text!r} and no calibration; expected calibration=batches, on which paths are compared"
+        )
+    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    shapes = unallocated_anchors(anchors, revisions, **hub)
+    widest, items = max(max(anchor.widths) for anchor in shapes), kwargs.get("calibration_items")
+    batches = list(
+        sampled(
+            kwargs["calibration"],
+            shapes[0].read,
+            lambda batch: widest * len(batch) / max(1, len(batch.unit_items)),
+            items,
+        )
+    )
+    ids = batches[0].inputs.get("input_ids") if batches else None
+    tokens = 128 if ids is None else ids.shape[1]
+    SearchPlan(shapes, batches, search or SearchConfig(), tokens).check(budget)
+    given = {name: value for name, value in kwargs.items() if name not in _OF_ASSEMBLY and value is not None}
+    options = {"device_map": {"": process_state().device}} | given
+    found = search_paths(load_anchors(anchors, revisions, **options), batches, search, tokens=tokens)
+    return assemble_best(anchors, found, budget, revisions=revisions, **kwargs | {"calibration": batches})
+
+
     anchors: Sequence[Anchor], path: AnchorPath, revisions: Sequence[str | None] | None, kwargs: dict[str, Any]
 ) -> list[PreTrainedConfig]:
     """The configurations of the anchors that the path uses.

