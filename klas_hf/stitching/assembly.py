@@ -12,25 +12,26 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from klas_hf.anchors.language import HUB_OPTIONS, anchor_config
+from klas_hf.anchors.loading import load_anchors
 from klas_hf.anchors.vision import is_vision
-from klas_hf.models import StitchedModel
 from klas_hf.costs import Cost
 from klas_hf.costs.budgets import Budget
+from klas_hf.models import StitchedModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.paths import Stitch
-from klas_hf.stitching.images import check_pair, common_size, stitch_classifiers
 from klas_hf.processes import process_state
 from klas_hf.scores.path_scores import PathScores
 from klas_hf.selection.plan import SearchConfig, SearchPlan, unallocated_anchors
 from klas_hf.selection.search import search_paths
 from klas_hf.stitching.calibration import sampled
+from klas_hf.stitching.images import check_pair, common_size, stitch_classifiers
 from klas_hf.stitching.language import check_direction, stitch_decoders
 from klas_hf.stitching.loading import with_revision
 
 logger = logging.get_logger(__name__)
 Anchor: TypeAlias = str | Path | PreTrainedModel
-
 _OF_ASSEMBLY = {"calibration", "calibration_items", "ridge", "image_size"}  # what anchors by themselves are not told
+
 
 def assemble_path(
     anchors: Sequence[Anchor],
@@ -69,11 +70,11 @@ def assemble_path(
 def stitch_anchors(
     source: Anchor,
     target: Anchor,
-    stitch: AnchorPath | Stitch | str | Sequence[int],
+    stitch: AnchorPath | Stitch | str | Sequence[int] | None = None,
     *,
-    source_revision: str | None = None,
     budget: Budget | Cost | str | float | None = None,
     search: SearchConfig | None = None,
+    source_revision: str | None = None,
     target_revision: str | None = None,
     **kwargs: Any,
 ) -> StitchedModel:
@@ -81,16 +82,15 @@ def stitch_anchors(
 
     Args:
         stitch: `Stitch(i, j)` or `(i, j)`, or any path through the two.
-        kwargs: as for `assemble_path`.
         budget: in its place, what the model may cost (see `Budget.of`): the best path within it is searched for.
         search: settings of that search; None takes the defaults.
+        kwargs: as for `assemble_path`.
 
     Raises:
         ValueError: as `assemble_path`; not one of stitch and budget, or a budget that no path meets; a source dearer
             than the target that it is stitched to.
     """
     anchors, revisions = (source, target), (source_revision, target_revision)
-    path = AnchorPath.of(stitch)
     if stitch is None and budget is not None:
         return _searched(anchors, Budget.of(budget), search, revisions, kwargs)
     if stitch is None or budget is not None:
@@ -100,6 +100,7 @@ def stitch_anchors(
         )
     if search is not None:
         raise ValueError("got search=… with a stitch, which needs none; expected it with budget=… alone")
+    path = AnchorPath.of(stitch)
     configs = _configs(anchors, path, revisions, kwargs)
     if path.stitch is not None:
         if is_vision(configs[0]):
@@ -109,7 +110,6 @@ def stitch_anchors(
     return _assemble(anchors, path, revisions, configs, kwargs)
 
 
-def _configs(
 def assemble_best(
     anchors: Sequence[Anchor], found: PathScores, budget: Budget | Cost | str | float, **kwargs: Any
 ) -> StitchedModel:
@@ -166,6 +166,7 @@ def _searched(
     return assemble_best(anchors, found, budget, revisions=revisions, **kwargs | {"calibration": batches})
 
 
+def _configs(
     anchors: Sequence[Anchor], path: AnchorPath, revisions: Sequence[str | None] | None, kwargs: dict[str, Any]
 ) -> list[PreTrainedConfig]:
     """The configurations of the anchors that the path uses.
