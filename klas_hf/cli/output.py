@@ -93,25 +93,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def amount(number: str) -> int:
-    """A count such as 1500000, 1.5M or 2G.
-
-    Raises:
-        ValueError: anything else.
-    """
-    factors = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
-    digits, factor = (number[:-1], factors[number[-1].upper()]) if number[-1:].upper() in factors else (number, 1)
-    try:
-        value = float(digits) * factor
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(
-            f"got the amount {number!r}; expected a number above 0, perhaps with K, M, G, B or T behind it"
-        )
-    return round(value)
-
-
 def human_bytes(count: float) -> str:
     """Bytes as people read them: 1.5 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -1,20 +1,26 @@
-"""`klas-hf select`: stitches from a file of scores, by any rule (KLAS Alg. 3 and what it is compared with)."""
+"""`klas-hf select`: stitches from a file of scores, by any rule (KLAS Alg. 3 and what it is compared with).
 
-from dataclasses import dataclass, field
+With a budget, one of them is recommended.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from klas_hf.cli.output import amount, say, say_json
+from klas_hf.cli.output import say, say_json
 from klas_hf.cli.parsing import Command, flag, positional
+from klas_hf.paths import Stitch
 from klas_hf.rows import markdown_table
 from klas_hf.scores.values import SCORES, StitchScores
-from klas_hf.selection.choice import StitchSelection
+from klas_hf.selection.choice import StitchSelection, merge_selections
 from klas_hf.selection.klas import select_stitches
 from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stitches
 from klas_hf.selection.snnet import snnet_stitches
 
+EVERY = 1e12  # a threshold that all stitches of a bucket are within
 RULES = (*SCORES, "min_kl", "esta", "snnet", "random")
 
 
@@ -29,20 +35,29 @@ class SelectOptions:
     buckets: int = field(default=20, metadata={"metavar": "N", "help": "cost buckets; for min_kl, how many stitches"})
     threshold: float = field(default=0.05, metadata={"metavar": "TAU", "help": "of Eq. 3, relative"})
     seed: int = field(default=0, metadata={"metavar": "N", "help": "of the rule random"})
-    macs: str | None = field(default=None, metadata={"metavar": "N", "help": "only stitches of so many MACs, as 1.5G"})
-    parameters: str | None = field(
-        default=None, metadata={"metavar": "N", "help": "only stitches of so many parameters, as 300M"}
+    budget: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "SIZE",
+            "help": "recommend one: share of the target's MACs (60%%), parameters (2B), bytes (4GB)",
+        },
     )
     json: bool = flag("print JSON")
 
 
 def run(options: SelectOptions) -> int:
     scores = load_scores(options.scores)
-    chosen = within_budget(choose(scores, options), scores, options)
+    chosen, best, why = choose(scores, options), None, ""
+    if options.budget is not None:
+        chosen, best, why = recommended(chosen, scores, options)
     if options.json:
-        say_json({"rule": chosen.rule, "candidates": chosen.candidates, "stitches": described(chosen, scores)})
+        listed = described(chosen, scores)
+        found: dict[str, Any] = {"rule": chosen.rule, "candidates": chosen.candidates, "stitches": listed}
+        if best is not None:
+            found["recommended"] = listed[chosen.stitches.index(best)] | {"why": why}
+        say_json(found)
     else:
-        say(table(chosen, scores))
+        say(table(chosen, scores, best) + (f"\n\n{why}" if why else ""))
     return 0
 
 
@@ -81,24 +96,33 @@ def choose(scores: StitchScores, options: SelectOptions) -> StitchSelection:
     return select_stitches(scores.with_score(rule), buckets=options.buckets, threshold=options.threshold)
 
 
-def within_budget(chosen: StitchSelection, scores: StitchScores, options: SelectOptions) -> StitchSelection:
-    """The stitches that cost at most what the options allow.
+def recommended(
+    chosen: StitchSelection, scores: StitchScores, options: SelectOptions
+) -> tuple[StitchSelection, Stitch, str]:
+    """The stitch of the lowest score within the budget, the choice with it, and why; without a score, the dearest.
+
+    A rule keeps the best of each cost bucket; of a bucket that the budget cuts in two, the others are looked at too.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no stitch is within the budget, or the target itself is; the range is named.
     """
-    for name, budget, place in (("MACs", options.macs, 0), ("parameters", options.parameters, 1)):
-        if budget is None:
-            continue
-        costs = [scores.costs.of(stitch)[place] for stitch in chosen]
-        kept = chosen.take([n for n, cost in enumerate(costs) if cost <= amount(budget)])
-        if not len(kept):
-            raise ValueError(
-                f"got a budget of {amount(budget):,} {name}; expected at least {min(costs, default=0):,}, which the "
-                f"least of the {len(costs)} stitches chosen by {chosen.rule} needs"
-            )
-        chosen = kept
-    return chosen
+    from klas_hf.costs.budgets import Budget, check_budget
+    from klas_hf.costs.counting import Cost
+
+    budget, target = Budget.of(str(options.budget)), scores.provenance.get("target", {})
+    if "parameters" not in target:
+        raise ValueError(f"got {options.scores}, which does not say how large the target is; score again")
+    whole, size = Cost(scores.costs.target_total, target["parameters"]), target["bytes_per_parameter"]
+    every = choose(scores, replace(options, threshold=EVERY))
+    costs = [Cost(*scores.costs.of(stitch)) for stitch in every]
+    check_budget(budget, costs, whole, size)
+    within = [n for n, cost in enumerate(costs) if budget.allows(cost, whole, size)]
+    scored = not math.isnan(every.values[within[0]])
+    place = min(within, key=lambda n: (every.values[n] if scored else 0, -every.macs[n]))
+    both = merge_selections([chosen, every.take([place])])
+    reason = f"has the lowest {every.rule}, {every.values[place]:.4g}," if scored else "is the dearest"
+    why = f"{every[place]} {reason} of the {len(within)} stitches within the budget of {budget.text}."
+    return replace(both, candidates=chosen.candidates, outside=chosen.outside), every[place], why
 
 
 def described(chosen: StitchSelection, scores: StitchScores) -> list[dict[str, Any]]:
@@ -117,14 +141,15 @@ def described(chosen: StitchSelection, scores: StitchScores) -> list[dict[str, A
     ]
 
 
-def table(chosen: StitchSelection, scores: StitchScores) -> str:
-    """The stitches as a table, cheapest first."""
+def table(chosen: StitchSelection, scores: StitchScores, best: Stitch | None = None) -> str:
+    """The stitches as a table, cheapest first; the one that is recommended is marked."""
     lines = [["stitch", "M parameters", "M MACs", "of target", chosen.rule]]
     for stitch, value in zip(chosen.stitches, chosen.values, strict=True):
         macs, parameters = scores.costs.of(stitch)
         share = f"{macs / scores.costs.target_total:.0%}"
         shown = "–" if value != value else f"{value:.4g}"
-        lines.append([str(stitch), f"{parameters / 1e6:,.2f}", f"{macs / 1e6:,.1f}", share, shown])
+        name = f"{stitch} ← recommended" if stitch == best else str(stitch)
+        lines.append([name, f"{parameters / 1e6:,.2f}", f"{macs / 1e6:,.1f}", share, shown])
     return markdown_table(lines)
 
 

@@ -142,7 +142,10 @@ def _scores(
     nothing = np.full(costs.macs.shape, np.nan)
     provenance: dict[str, Any] = {"versions": library_versions()}
     for place, (side, anchor) in enumerate(zip(("source", "target"), anchors, strict=True)):
-        provenance[side] = {"name": anchor.name, "revision": anchor.revision, "fingerprint": anchor.fingerprint}
+        provenance[side] = {
+            "name": anchor.name, "revision": anchor.revision, "fingerprint": anchor.fingerprint,
+            "parameters": anchor.model.num_parameters(), "bytes_per_parameter": anchor.model.dtype.itemsize,
+        }  # fmt: skip
         if probed:
             provenance[side]["probes"] = probed.probes[place].summary
     if stitched:

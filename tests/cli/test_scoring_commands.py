@@ -198,22 +198,43 @@ def test_every_rule(scored: Path, capsys: pytest.CaptureFixture) -> None:
     assert tuple(cases[-1][1]) != tuple(cases[-2][1])
 
 
-@pytest.mark.parametrize("name", ["macs", "parameters"])
-def test_budgets(name: str, scored: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(("column", "budget"), [("macs", "{:.4%}"), ("parameters", "{}"), ("parameters", "{} KB")])
+@pytest.mark.parametrize("buckets", [1, 20])
+def test_a_budget_recommends_the_lowest_score_within_it(
+    column: str, budget: str, buckets: int, scored: Path, capsys: pytest.CaptureFixture
+) -> None:
     scores = StitchScores.load(scored)
-    every = select_stitches(scores)
-    costs = sorted(scores.costs.of(stitch)[name == "parameters"] for stitch in every)
-    budget = costs[len(costs) // 2]
-    printed = _selected([str(scored), f"--{name}", str(budget)], capsys)
-    assert sorted(one[name] for one in printed["stitches"]) == [cost for cost in costs if cost <= budget]
-    assert _selected([str(scored), f"--{name}", "1.5G"], capsys)["stitches"]
-    for wrong, expected in (
-        ("1", f"expected at least {costs[0]:,}"),
-        ("many", "got the amount 'many'"),
-        ("-3", "'-3'"),
-    ):
-        assert main(["select", str(scored), f"--{name}={wrong}"]) == 2
-        assert expected in capsys.readouterr().err
+    costs = {stitch: scores.costs.of(stitch)[column == "parameters"] for stitch in scores.stitches}
+    limit = sorted(costs.values())[len(costs) // 2]
+    best = min((stitch for stitch in costs if costs[stitch] <= limit), key=scores.value_of)
+    value = {"{:.4%}": limit / scores.costs.target_total + 1e-6, "{}": limit, "{} KB": limit * 4 / 1000}[budget]
+    words = [str(scored), "--budget", budget.format(value), "--buckets", str(buckets)]
+    printed = _selected(words, capsys)
+    found = printed["recommended"]
+    assert (found["source_stop"], found["target_start"]) == (best.source_stop, best.target_start)
+    without = {name: found[name] for name in found if name != "why"}
+    assert without in printed["stitches"] and "has the lowest functional_theta" in found["why"]
+    assert main(["select", *words]) == 0
+    out = capsys.readouterr().out
+    assert out.count("← recommended") == 1 and f"| {best} ← recommended" in out and found["why"] in out
+
+
+def test_without_a_score_the_dearest_within_the_budget_is_recommended(
+    scored: Path, capsys: pytest.CaptureFixture
+) -> None:
+    printed = _selected([str(scored), "--budget", "80%", "--rule", "esta"], capsys)
+    costs, found = StitchScores.load(scored).costs, printed["recommended"]
+    within = [one["macs"] for one in printed["stitches"] if one["macs"] <= 0.8 * costs.target_total]
+    assert found["macs"] == max(within) and "is the dearest of" in found["why"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [("2%", "expected at least"), ("many", "got --budget 'many'"), ("9B", "above the dearest anchor itself")],
+)
+def test_budgets_that_nothing_meets(budget: str, expected: str, scored: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["select", str(scored), "--budget", budget]) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_the_table_of_a_selection(scored: Path, capsys: pytest.CaptureFixture) -> None:
