@@ -121,6 +121,7 @@ class Path:
         slices: in the order in which they run.
 
     Raises:
+        TypeError: no tuple of slices.
         ValueError: no slice, one that is empty or negative, a first slice that does not begin with the first block, or
             slices open elsewhere than at the end.
 
@@ -137,6 +138,10 @@ class Path:
     slices: tuple[Slice, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.slices, tuple) or not all(isinstance(one, Slice) for one in self.slices):
+            raise TypeError(
+                f'got slices={self.slices!r}; expected a tuple of Slice. A text is read by Path.parse("1[:]")'
+            )
         self._expect(bool(self.slices), "at least one slice")
         self._expect(all(one.anchor >= 0 and one.start >= 0 for one in self.slices), "positions of 0 or more")
         self._expect(self.slices[0].start == 0, "a first slice that starts with the first block, such as 0[:8]")

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Path, Slice, Stitch, StitchCosts
 
 
 def costs(source_total: int = 1_050, target_total: int = 9_500) -> StitchCosts:
@@ -106,3 +106,9 @@ def test_every_stitch_is_possible_unless_told_otherwise() -> None:
 def test_arrays_of_another_shape_are_refused(field: str, shape: tuple[int, ...], expected: str) -> None:
     with pytest.raises(ValueError, match=f"got {field} of shape .*; expected {expected}"):
         dataclasses.replace(costs(), **{field: np.ones(shape, dtype=int)})
+
+
+def test_a_text_is_parsed_and_not_taken_for_slices() -> None:
+    for wrong in ("0[:8] 1[14:]", [Slice(0)], (Stitch(1, 1),)):
+        with pytest.raises(TypeError, match="expected a tuple of Slice. A text is read by Path.parse"):
+            Path(wrong)
