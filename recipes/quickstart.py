@@ -1,12 +1,12 @@
-"""The whole of klas_hf on one page: two small Llamas, their probes, scores, stitches, and a curve. Offline, minutes.
+"""The whole of klas_hf on one page: two small Llamas, and the best model of every size between them. Offline, minutes.
 
     accelerate launch recipes/quickstart.py
 
 1. Trains two small Llamas on Python's own documentation (once; they are cached).
-2. Fits probes to every block and scores all stitches (KLAS, Alg. 1 and 2).
-3. Picks stitches by KLAS and by ESTA's layer count, at matched size (Alg. 3).
-4. Stitches (least-squares start), fine-tunes and measures each on held-out text.
-5. Draws heatmap and curve, saves the best stitched model, loads it again and lets it write.
+2. Searches paths through their blocks by functional KL, without training anything.
+3. Names the best path within three budgets, and what KLAS (Alg. 1 to 3) and ESTA's layer count choose there.
+4. Assembles, heals (distilled from the large one) and measures them all, and both anchors the same way.
+5. Draws pictures, saves the model of the middle budget, loads it again and lets it write.
 """
 
 import resource
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path as Folder
 
 from accelerate import PartialState
 from transformers import (
@@ -29,25 +29,27 @@ from transformers import (
 )
 
 from klas_hf import (
+    FunctionalScoring,
     Measurement,
+    Path,
+    PathScores,
     ResultRow,
     RowFile,
-    Stitch,
+    SearchConfig,
     StitchedModel,
-    StitchScores,
     StitchSelection,
     TradeoffCurve,
     TrainingConfig,
-    common_interval,
     esta_stitches,
     evaluate,
-    evaluate_anchor,
     evaluate_stitches,
     format_table,
     generate_greedily,
+    heal,
+    healing_config,
     plot_curves,
     score_stitches,
-    select_stitches,
+    search_paths,
     train_probes,
     train_stitches,
 )
@@ -72,6 +74,8 @@ SMALL = dict(
 LARGE = dict(
     hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2
 )  # fmt: skip
+BUDGETS = (0.4, 0.6, 0.8)  # of the large one's MACs
+ANCHORS = ("0[:]", "1[:]")
 
 
 @dataclass
@@ -80,31 +84,29 @@ class QuickstartArguments:
     cache_dir: str = field(
         default="~/.cache/klas_hf/quickstart", metadata={"help": "where the two anchors are kept for the next run"}
     )
-    stitches: int = field(default=3, metadata={"help": "cost buckets, and how many stitches each rule may take"})
     small_steps: int = field(default=600, metadata={"help": "optimiser steps of the small anchor's training"})
     large_steps: int = field(default=1500, metadata={"help": "optimiser steps of the large anchor's training"})
-    steps: int = field(default=120, metadata={"help": "optimiser steps of fine-tuning per stitch"})
+    steps: int = field(default=100, metadata={"help": "optimiser steps of healing per model, after its rate is found"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
-    smoke: bool = field(default=False, metadata={"help": "barely trained anchors and stitches: seconds, no result"})
+    smoke: bool = field(default=False, metadata={"help": "barely trained anchors, hardly healed: seconds, no result"})
 
 
 def main() -> None:
     (args,) = parse_options(QuickstartArguments, description=__doc__.split("\n")[0])
     if args.smoke:
-        args.stitches, args.small_steps, args.large_steps, args.steps = 2, 10, 20, 2
+        args.small_steps, args.large_steps, args.steps = 10, 20, 2
     run = Quickstart(args)
     run.prepare()
-    scores = run.score()
-    by_rule = run.stitch(run.select(scores))
+    found = run.search()
+    by_rule = run.heal(run.choose(found))
     run.report(by_rule)
-    run.write_with_the_best(by_rule)
+    run.write_with(found.best(BUDGETS[1]))
     run.say("\nMade:")
-    for name in ("heatmap.png", "curve.png", "rows.jsonl", "scores.safetensors", "model"):
+    for name in ("curve.png", "paths.png", "paths.safetensors", "rows.jsonl", "model"):
         run.say(f"  {run.output / name}")
-    run.say("\nNext: the paper's language experiment, with your own Llamas:")
+    run.say("\nNext, the same with your own models and text:")
     run.say(
-        "  accelerate launch recipes/truthfulqa.py --source meta-llama/Llama-3.2-1B-Instruct "
-        "--target meta-llama/Llama-3.2-3B-Instruct"
+        "  klas-hf make meta-llama/Llama-3.2-1B meta-llama/Llama-3.2-3B --budget 60% --data text.txt --output between"
     )
 
 
@@ -112,111 +114,122 @@ class Quickstart:
     """The five steps, and what they share."""
 
     def __init__(self, args: QuickstartArguments):
-        self.args, self.state, self.output = args, process_state(), Path(args.output_dir)
+        self.args, self.state, self.output = args, process_state(), Folder(args.output_dir)
         self.say = partial(self.state.print, flush=True)
         self.clock = Clock(self.say)
-        self.models: dict[Stitch, PreTrainedModel] = {}
-        settings = {name: getattr(args, name) for name in ("small_steps", "large_steps", "steps", "stitches")}
+        self.models: dict[str, PreTrainedModel] = {}
+        settings = {name: getattr(args, name) for name in ("small_steps", "large_steps", "steps")}
         self.rows = RowFile(self.output / "rows.jsonl", {"recipe": "quickstart", **settings})
-        self.training = TrainingConfig(
-            trainable="full", max_steps=args.steps, per_device_batch_size=8 // self.state.num_processes or 1,
-            gradient_accumulation_steps=1, learning_rate=2e-3, seed=args.seed,
-        )  # fmt: skip
-        self.evaluation = {"rows": self.rows, "seed": args.seed, "tokens": LENGTH}
+        self.healing = healing_config(
+            args.steps, per_device_batch_size=8 // self.state.num_processes or 1, seed=args.seed
+        )
         self.say(f"klas_hf quickstart: {self.state.num_processes} process(es) on {self.state.device}")
 
     def prepare(self) -> None:
-        """Text, tokenizer and both anchors, measured on text that neither has seen."""
+        """Text, tokenizer and both anchors."""
         self.say("\n[1/5] Anchors: two Llamas trained on Python's own documentation")
         train_texts, test_texts = held_out(python_documentation())
         megabytes, held = (sum(map(len, texts)) / 1e6 for texts in (train_texts, test_texts))
         self.say(f"  {megabytes:.1f} MB of it to train on, {held:.1f} MB held out")
-        self.source, self.target, self.tokenizer = anchors(self.args, train_texts, self.state)
+        self.small, self.large, self.tokenizer = anchors(self.args, train_texts, self.state)
         parts = (train_texts, test_texts[::2], test_texts[1::2])
         train, validation, test = (text_sequences(texts, self.tokenizer, LENGTH) for texts in parts)
-        self.examples = text_examples(train)
-        self.fitting = TextBatches(train[:: max(1, len(train) // 1024)], 32)
-        self.validation, self.test = TextBatches(validation, 32), TextBatches(test, 32)
-        self.ends = [
-            evaluate_anchor(model, self.measure, rule=name, position=place, **self.evaluation)
-            for place, (name, model) in enumerate({"source": self.source, "target": self.target}.items())
-        ]
-        for row in self.ends:
-            size, loss = row.parameters / 1e6, row.metrics["loss"]
-            self.say(f"  {row.rule}: {size:.2f} M parameters, {loss:.3f} nats/token on held-out text")
+        self.examples, self.validation = text_examples(train), text_examples(validation[::3])
+        self.fitting = TextBatches(train[:: max(1, len(train) // 256)], 16)
+        self.scored, self.test = TextBatches(validation, 16), TextBatches(test, 32)
+        for name, model in (("small", self.small), ("large", self.large)):
+            loss, size = evaluate(model, self.test).metrics["loss"], model.num_parameters() / 1e6
+            self.say(f"  the {name} one: {size:.2f} M parameters, {loss:.3f} nats/token on held-out text")
         self.clock.lap("two anchors and their losses")
+
+    def search(self) -> PathScores:
+        """Paths of every kind, by KL from the large anchor's answers to theirs at their least-squares start."""
+        self.say("\n[2/5] Search: pruned, stitched and mixed paths of every size, nothing trained")
+        config = SearchConfig(scoring=FunctionalScoring(calibration=self.fitting, temperature=1.0))
+        found = search_paths(
+            [self.small, self.large], self.scored, config, tokens=LENGTH, output=self.output / "search.jsonl"
+        )
+        if self.state.is_main_process:
+            found.save(self.output / "paths.safetensors")
+            found.plot(self.output / "paths")
+        self.say("  " + str(found).replace("\n", "\n  "))
+        self.clock.lap("search")
+        return found
+
+    def choose(self, found: PathScores) -> dict[str, list[Path]]:
+        """The best path within each budget, and what KLAS and ESTA take there."""
+        self.say("\n[3/5] Three budgets: the best path of the search, KLAS's lowest Γ (Eq. 2), ESTA's layer count")
+        probes = train_probes(self.small, self.fitting), train_probes(self.large, self.fitting)
+        scores = score_stitches(self.small, self.large, self.scored, probes=probes, tokens=LENGTH, score="klas")
+        by_layers: StitchSelection = esta_stitches(scores.costs)
+        chosen: dict[str, list[Path]] = {"search": [], "klas": [], "esta": []}
+        for budget in BUDGETS:
+            chosen["search"].append(found.best(budget))
+            limits = (budget - 0.2) * found.dearest.macs, budget * found.dearest.macs
+            near = [s for s in scores.stitches if limits[0] < scores.costs.of(s)[0] <= limits[1]]
+            counted = [s for s in by_layers if limits[0] < scores.costs.of(s)[0] <= limits[1]]
+            chosen["klas"] += [min(near, key=scores.value_of).path] if near else []
+            chosen["esta"] += [counted[-1].path] if counted else []
+            self.say(f"  {budget:.0%}: {', '.join(f'{rule} {paths[-1]}' for rule, paths in chosen.items() if paths)}")
+        self.clock.lap("probes, Γ and choices")
+        return {rule: list(dict.fromkeys(paths)) for rule, paths in chosen.items()}
+
+    def heal(self, chosen: dict[str, list[Path]]) -> dict[str, list[ResultRow]]:
+        """Make, heal and measure every path, and both anchors the same way."""
+        count = sum(map(len, chosen.values())) + len(ANCHORS)
+        self.say(f"\n[4/5] Least-squares start, then {self.args.steps} steps of healing, for {count} models")
+        made = {"anchors": [fingerprint(self.small), fingerprint(self.large)], "training": asdict(self.healing)}
+        evaluation = {"rows": self.rows, "seed": self.args.seed, "tokens": LENGTH}
+        paths = {"anchors": [Path.parse(text) for text in ANCHORS], **chosen}
+        by_rule = {
+            rule: evaluate_stitches(of_rule, self.make, self.measure, rule=rule, **made, **evaluation)
+            for rule, of_rule in paths.items()
+        }
+        self.clock.lap("healing")
+        return by_rule
+
+    def make(self, path: Path) -> PreTrainedModel:
+        """The model of a path, healed; the large one, which has no teacher, learns from the text itself."""
+        calibration = self.fitting if path.joints else None
+        model = StitchedModel.from_path([self.small, self.large], path, calibration=calibration).to(self.state.device)
+        teacher = None if str(path) == ANCHORS[1] else self.large
+        heal(model, self.examples, teacher=teacher, validation=self.validation, config=self.healing)
+        self.models[str(path)] = model
+        return model
 
     def measure(self, model: PreTrainedModel) -> Measurement:
         """Loss on the test text."""
         return evaluate(model.to(self.state.device), self.test)
 
-    def score(self) -> StitchScores:
-        """Probes on training text, scores of all stitches on validation text."""
-        self.say("\n[2/5] Probes (ridge, logit-lens style) on training text; scores of all stitches on held-out text")
-        probes = train_probes(self.source, self.fitting), train_probes(self.target, self.fitting)
-        scores = score_stitches(self.source, self.target, self.validation, probes=probes, tokens=LENGTH, score="klas")
-        if self.state.is_main_process:
-            scores.save(self.output / "scores.safetensors")
-            scores.plot(self.output / "heatmap")
-        self.say(f"  {len(scores.stitches)} stitches scored over {scores.tokens:,} tokens")
-        self.clock.lap("probes and scores")
-        return scores
-
-    def select(self, scores: StitchScores) -> dict[str, StitchSelection]:
-        """Some stitches by KLAS (Alg. 3), as many by ESTA."""
-        count = self.args.stitches
-        self.say(f"\n[3/5] Selection: KLAS takes the lowest score of each of {count} cost buckets, ESTA counts layers")
-        chosen = {
-            "klas": select_stitches(scores, buckets=count).best_per_bucket(),
-            "esta": esta_stitches(scores.costs).spread(count),
-        }
-        for rule, stitches in chosen.items():
-            listed = ", ".join(f"{stitch} with Γ = {scores.value_of(stitch):.2f}" for stitch in stitches)
-            self.say(f"  {rule.upper()}: {listed}")
-        return chosen
-
-    def stitch(self, chosen: dict[str, StitchSelection]) -> dict[str, list[ResultRow]]:
-        """Make, train and measure every chosen stitch."""
-        self.say(f"\n[4/5] Stitching (least-squares start) and {self.args.steps} steps of fine-tuning each")
-        made = {"anchors": [fingerprint(self.source), fingerprint(self.target)], "training": asdict(self.training)}
-        by_rule = {
-            rule: evaluate_stitches(stitches, self.make, self.measure, rule=rule, **made, **self.evaluation)
-            for rule, stitches in chosen.items()
-        }
-        self.clock.lap("stitches")
-        return by_rule
-
-    def make(self, stitch: Stitch) -> PreTrainedModel:
-        """One stitched model, fine-tuned."""
-        model = StitchedModel.from_anchors(
-            self.source, self.target, stitch, calibration=self.fitting, calibration_items=1024
-        )
-        train_stitches(model.to(self.state.device), self.examples, self.training)
-        self.models[stitch] = model
-        return model
-
     def report(self, by_rule: dict[str, list[ResultRow]]) -> None:
-        """Table, curve, and who is ahead."""
-        rows = [*self.ends, *(row for chosen in by_rule.values() for row in chosen)]
-        self.say("\n" + format_table(rows, ["loss"], self.ends[1].macs))
+        """Table, curve, and how much of the gap between the anchors is closed."""
+        rows = [row for of_rule in by_rule.values() for row in of_rule]
+        small, large = by_rule["anchors"]
+        self.say("\n" + format_table(rows, ["loss"], large.macs))
         curves = [
-            TradeoffCurve([self.ends[0], *chosen, self.ends[1]], "loss", higher_is_better=False, label=rule)
-            for rule, chosen in by_rule.items()
-        ]
+            TradeoffCurve(by_rule[rule], "loss", higher_is_better=False, label=label)
+            for rule, label in (
+                ("search", "best path"), ("klas", "KLAS"), ("esta", "ESTA"), ("anchors", "the anchors, tuned alike"),
+            )
+            if by_rule[rule]
+        ]  # fmt: skip
         if self.state.is_main_process:
-            plot_curves(curves, title="Stitched models between two Llamas", path=self.output / "curve")
-        common = common_interval(curves)
-        areas = {curve.label: curve.auc(common) for curve in curves}
-        ahead = min(areas, key=areas.__getitem__).upper()
-        self.say(f"\nMean loss over the curve, lower is better: KLAS {areas['klas']:.4f}, ESTA {areas['esta']:.4f}.")
-        self.say(f"{ahead} is ahead on this text with this seed; one seed of two tiny models decides nothing.")
+            plot_curves(curves, title="Models of every size from two Llamas", path=self.output / "curve")
+        self.say("\nHow much of the gap between the two anchors (both tuned alike) each closes, of its cost:")
+        gap = small.metrics["loss"] - large.metrics["loss"]
+        for row in sorted((row for row in rows if row.joints), key=lambda row: row.macs):
+            closed = (small.metrics["loss"] - row.metrics["loss"]) / gap
+            line = (row.macs - small.macs) / (large.macs - small.macs)
+            self.say(
+                f"  {row.macs / large.macs:4.0%}  {row.rule:6} {row.path:24} {closed:4.0%}  (straight line {line:.0%})"
+            )
+        self.say("One seed of two tiny models: docs and LOG.md have more families, seeds and lengths.")
 
-    def write_with_the_best(self, by_rule: dict[str, list[ResultRow]]) -> None:
-        """Save the best stitched model, load it as anyone would, and let it go on with a sentence."""
-        self.say("\n[5/5] The best stitched model, saved, loaded through AutoModelForCausalLM and writing")
-        best = min((row for chosen in by_rule.values() for row in chosen), key=lambda row: row.metrics["loss"])
-        stitch, folder = best.stitch, self.output / "model"
-        model = self.models.get(stitch) or self.make(stitch)  # a resumed run has rows, but no models
+    def write_with(self, path: Path) -> None:
+        """Save a model, load it as anyone would, and let it go on with a sentence."""
+        self.say("\n[5/5] The model of the middle budget, saved, loaded through AutoModelForCausalLM and writing")
+        folder = self.output / "model"
+        model = self.models.get(str(path)) or self.make(path)  # a resumed run has rows, but no models
         if self.state.is_main_process:
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -225,7 +238,7 @@ class Quickstart:
         reader = AutoTokenizer.from_pretrained(folder)
         prompt = [reader.bos_token_id, *reader("The “for” statement is used to", add_special_tokens=False)["input_ids"]]
         (answer,) = generate_greedily(loaded, [prompt], max_new_tokens=40)
-        self.say(f"  stitch {stitch} ({best.rule}), {best.metrics['loss']:.3f} nats/token")
+        self.say(f"  path {path}, {evaluate(loaded, self.test).metrics['loss']:.3f} nats/token")
         self.say(f"  {reader.decode(prompt + answer, skip_special_tokens=True)!r}")
         self.clock.lap("saving, loading, writing")
 
@@ -247,7 +260,7 @@ def anchors(
     args: QuickstartArguments, texts: list[str], state: PartialState
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """Both anchors and their tokenizer, from the cache or trained now."""
-    cache = Path(args.cache_dir).expanduser() / f"steps-{args.small_steps}-{args.large_steps}-seed-{args.seed}"
+    cache = Folder(args.cache_dir).expanduser() / f"steps-{args.small_steps}-{args.large_steps}-seed-{args.seed}"
     if not (cache / "large").exists():
         tokenizer = train_tokenizer(texts, VOCABULARY)
         examples = text_examples(text_sequences(texts, tokenizer, LENGTH))
@@ -270,7 +283,7 @@ def anchors(
             state.print(f"  trained the {name} one: {result}")
             if state.is_main_process:
 
-                def save(folder: Path, model: PreTrainedModel = model) -> None:
+                def save(folder: Folder, model: PreTrainedModel = model) -> None:
                     tokenizer.save_pretrained(folder)
                     model.save_pretrained(folder)
 
