@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.loop import TrainingResult, train_stitches
 
+DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
 RATES = (3e-4, 1e-3, 3e-3)  # the middle one first, then outwards while it gets better
 SWEEP_SHARE = 0.1  # of the steps, that each rate is tried for
 HELD_OUT = 10  # every tenth example, where no validation examples are given
@@ -60,7 +61,8 @@ def heal(
     Args:
         model: the model.
         data: examples of text, or a dataset of images, as for `train_stitches`.
-        teacher: the dearest anchor; soft distillation alone is the loss then. None: the labels are.
+        teacher: the dearest anchor; the loss is half the labels' and half soft distillation then, which was best of
+            labels alone, distillation alone and both (LOG.md). None: the labels alone.
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
         rates: learning rates to try, ascending.
@@ -81,7 +83,7 @@ def heal(
     """
     config = config or healing_config()
     if teacher is not None and not config.distillation_weight:
-        config = replace(config, distillation_weight=1.0)
+        config = replace(config, distillation_weight=DISTILLATION_WEIGHT)
     train, held = (data, validation) if validation is not None else _split(data)
     tried: dict[float, float] = {}
     if len(rates) > 1:

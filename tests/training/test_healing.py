@@ -102,10 +102,10 @@ def test_healing_finds_a_rate_and_is_never_worse() -> None:
     assert result.learning_rate in (1e-3, 2e-2) and result.tried[result.learning_rate] == min(result.tried.values())
     assert result.end < result.start
     assert evaluate(model, batches(HELD)).metrics["loss"] == pytest.approx(result.end, rel=1e-5)
-    assert model.config.training["settings"]["distillation_weight"] == 1.0 and "before" not in model.config.training
+    assert model.config.training["settings"]["distillation_weight"] == 0.5 and "before" not in model.config.training
     alone = StitchedModel.from_path([dearest], "0[:2] 0[3:]", calibration=[token_ids(32, 12)])
     alone.load_state_dict(start)
-    config = replace(config, learning_rate=result.learning_rate, distillation_weight=1.0)
+    config = replace(config, learning_rate=result.learning_rate, distillation_weight=0.5)
     train_stitches(alone, TRAIN, config, teacher=dearest, validation=HELD)
     for name, tensor in alone.state_dict().items():  # the sweep left nothing behind
         assert torch.equal(tensor, model.state_dict()[name]), name
