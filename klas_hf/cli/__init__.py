@@ -1,6 +1,7 @@
 """The command line `klas-hf`: thin commands over the public functions, with files in folders between them.
 
     doctor ─► score ─► select ─► stitch ─► train ─► evaluate ─► plot ─► card ─► push
+              └────────────────── make ──────────────────┘
 
 Exit codes: 0 done; 1 a failed check of `doctor`, or a failure while working; 2 bad usage or bad input; 130 interrupted.
 An error is one message on stderr; `--traceback` adds where it comes from.
@@ -19,6 +20,7 @@ __all__ = ["main"]
 
 # Command → its line in the help. Each has a module of its name, imported when the command runs.
 _COMMANDS = {
+    "make": "make the best model within a budget: all of the below in one",
     "doctor": "check a pair of anchors before anything is loaded",
     "score": "score all stitches between two anchors",
     "select": "choose stitches from a file of scores",

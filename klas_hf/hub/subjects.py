@@ -115,12 +115,22 @@ def _stitched(what: PreTrainedModel, base_model: Sequence[str] | None, **about: 
     )
     head = f"the head of {_link(pages[path.slices[-1].anchor])}"
     facts = {f"anchor {place}": _with_revision(page) for place, page in pages.items()} | {"path": f"`{path}`"}
+    if config.search:
+        facts["chosen as"] = _choice(config.search)
     about["facts"] = facts | about["facts"]
     return Subject(
         summary=f"The {', then the '.join(parts)}, {joints}, and {head}: path `{path}`, made with `klas_hf`.",
         anchors=anchors, origin=_start(config.joint_fits, path.joints), paths=(str(path),), carries_code=True,
         identity=identity(public_config(config.to_dict(), anchors)), **about,
     )  # fmt: skip
+
+
+def _choice(search: Mapping[str, Any]) -> str:
+    """How a path was found."""
+    return (
+        f"the one of least divergence from the dearest anchor, {search['divergence']:.4f} ± {search['error']:.4f} nats "
+        f"before training, of {search['paths']:,} measured, within a budget of {search['budget']}"
+    )
 
 
 def _start(fits: Sequence[Mapping[str, Any]] | None, joints: int) -> str:

@@ -1,0 +1,176 @@
+"""The steps of `klas-hf make`: each reads what the one before it left in the folder, and leaves its own."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from warnings import warn
+
+from klas_hf.cli.data import DataOptions, Material, load_material, load_model
+from klas_hf.cli.output import OVERWRITE, is_main_process, save_model
+from klas_hf.cli.parsing import flag, positional
+from klas_hf.rows import ResultRow, RowFile
+
+if TYPE_CHECKING:
+    from klas_hf.costs.budgets import Budget
+    from klas_hf.scores.path_scores import PathScores
+
+WORK = "making"  # what is only there to go on with
+SEARCHED = 256  # sequences or images, spread over the data
+HELD_OUT = 10  # every tenth sequence of a text is measured on and never learnt from
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeOptions(DataOptions):
+    """Options of `klas-hf make`."""
+
+    anchors: list[str] = positional("one or more anchors: Hub ids or folders", metavar="ANCHOR")
+    budget: str = field(
+        metadata={
+            "metavar": "SIZE",
+            "help": "share of the dearest anchor's MACs (60%%), parameters (2B), bytes (4GB)",
+        }
+    )
+    output: str = field(metadata={"metavar": "FOLDER", "help": "where the model goes, with its card and rows.jsonl"})
+    steps: int = field(default=300, metadata={"metavar": "N", "help": "of healing; 0: none"})
+    batch_size: int = field(default=8, metadata={"metavar": "N", "help": "sequences or images at once"})
+    split: str = field(default="train", metadata={"help": "images to search on and to learn from"})
+    test_split: str = field(default="validation", metadata={"metavar": "SPLIT", "help": "images to measure on"})
+    dry_run: bool = flag("say what would be read, run and searched; load nothing")
+    overwrite: bool = flag(OVERWRITE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 0:
+            raise ValueError(f"got steps={self.steps}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class MakeData:
+    """Examples to learn from, and batches to search, to calibrate and to measure on."""
+
+    material: Material
+    searched: Any
+    calibration: Any
+    examples: Any
+    held_out: Any
+
+
+def read_data(options: MakeOptions) -> MakeData:
+    """Read the data; of a text, every tenth sequence is held out.
+
+    Raises:
+        ValueError: a text too short to hold some out.
+    """
+    from klas_hf.data.text import TextBatches
+
+    material = load_material(options, options.anchors, options.split)
+    if material.image_moments is not None:
+        held_out = load_material(options, options.anchors, options.test_split).batches
+        return MakeData(material, material.batches, material.batches, material.examples, held_out)
+    sequences = [example["input_ids"] for example in material.examples]
+    held = sequences[HELD_OUT - 1 :: HELD_OUT]
+    kept = [one for number, one in enumerate(sequences) if number % HELD_OUT != HELD_OUT - 1]
+    if len(kept) < 2 * HELD_OUT:
+        raise ValueError(
+            f"got {options.data} with {len(sequences)} sequences of {options.length} tokens; expected at least "
+            f"{3 * HELD_OUT}, of which some are held out. Give more text, or a smaller --length"
+        )
+    learnt = TextBatches(kept, options.batch_size)
+    searched = TextBatches(kept, options.batch_size, count=SEARCHED)
+    return MakeData(material, searched, learnt, learnt.examples, TextBatches(held, options.batch_size))
+
+
+def searched(options: MakeOptions, data: MakeData, output: Path) -> "PathScores":
+    """The paths that were found, now or before."""
+    from klas_hf.scores.path_scores import PathScores
+    from klas_hf.selection.search import search_paths
+
+    file = output / "paths.safetensors"
+    if file.exists():
+        return PathScores.load(file)
+    anchors = [load_model(anchor) for anchor in options.anchors]
+    found = search_paths(anchors, data.searched, tokens=options.length, output=output / WORK / "search.jsonl")
+    if is_main_process():
+        found.save(file)
+    return found
+
+
+def healed(
+    options: MakeOptions, budget: "Budget", reference: int, found: "PathScores", data: MakeData, output: Path
+) -> str:
+    """Assemble the best path within the budget, heal it, save it; gives what healing did, in words."""
+    from klas_hf.paths import Path as AnchorPath
+    from klas_hf.processes import process_state
+    from klas_hf.stitching.assembly import assemble_best
+    from klas_hf.training import heal, healing_config
+
+    sized = {} if options.image_size is None else {"image_size": options.image_size}
+    model = assemble_best(
+        options.anchors, found, budget, calibration=data.calibration, device_map={"": process_state().device}, **sized
+    )
+    told = "not healed"
+    if options.steps and found.best(budget) != AnchorPath.parse(f"{reference}[:]"):  # itself, it has nothing to learn
+        settings: dict[str, Any] = {"per_device_batch_size": options.batch_size}
+        if data.material.image_moments is not None:
+            settings |= dict(zip(("mean", "std"), map(list, data.material.image_moments), strict=True))
+        checkpoints = output / WORK / "checkpoints"
+        result = heal(
+            model, data.examples, teacher=load_model(options.anchors[reference]),
+            config=healing_config(options.steps, **settings), output_dir=checkpoints, **_rate(checkpoints),
+        )  # fmt: skip
+        told = (
+            f"healed in {result.training.steps:,} steps at the rate {result.learning_rate:g}, validation loss "
+            f"{result.start:.4f} → {result.end:.4f}"
+        )
+    save_model(model, data.material.processor, output)
+    return told
+
+
+def _rate(checkpoints: Path) -> dict[str, Any]:
+    """The rate of a healing that was interrupted, which is not looked for again."""
+    states = sorted(checkpoints.glob("checkpoint-*/state.json"))
+    return {"rates": (json.loads(states[-1].read_text("utf-8"))["run"]["learning_rate"],)} if states else {}
+
+
+def measured(
+    options: MakeOptions, reference: int, found: "PathScores", data: MakeData, output: Path
+) -> list[ResultRow]:
+    """Rows of the anchors and, last, of the model, on what was held out."""
+    from klas_hf.evaluation import Measurement, evaluate, evaluate_anchor, evaluate_stitches
+
+    def measure(model: Any) -> Measurement:
+        return evaluate(model, data.held_out)
+
+    shared = {"data": options.data, "split": options.test_split, "samples": options.samples, "labels": options.labels}
+    file, count = RowFile(output / "rows.jsonl", {"command": "make"} | shared), len(options.anchors)
+    rows = []
+    for place, anchor in enumerate(options.anchors):
+        rule = "target" if place == reference else "source" if count == 2 else f"anchor {place}"
+        rows.append(
+            evaluate_anchor(load_model(anchor), measure, rule=rule, rows=file, position=place, tokens=options.length)
+        )
+    model = load_model(str(output))
+    return rows + evaluate_stitches(
+        [model.config.path], lambda _: model, measure, rule="made", rows=file, training=model.config.training,
+        anchors=found.provenance["anchors"], tokens=options.length,
+    )  # fmt: skip
+
+
+def described(options: MakeOptions, rows: list[ResultRow], found: "PathScores", output: Path) -> None:
+    """Pictures and card; without a card, where licences do not allow it, the rest stays."""
+    from klas_hf.hub import model_card
+    from klas_hf.hub.folder import draw_picture
+    from klas_hf.hub.subjects import describe
+
+    if not is_main_process():
+        return
+    model = load_model(str(output))
+    found.plot(output / "paths")
+    draw_picture(output, model, describe(model), rows, None)
+    try:
+        card = model_card(model, output.name, rows=rows, dataset=options.data, picture="curve.png")
+    except (ValueError, OSError) as error:
+        warn(f"no card was written: {error}. `klas-hf card` writes one later", stacklevel=2)
+    else:
+        card.save(output / "README.md")
