@@ -82,8 +82,11 @@ class PathCosts:
     image_height: int = 0
     image_width: int = 0
 
-    def of(self, path: Path | Stitch | str | Sequence[int]) -> Cost:
+    def of(self, path: Path | Stitch | str | Sequence[int], *, identity: bool = False) -> Cost:
         """What the model of a path costs, its stitching layers (with biases) included.
+
+        Args:
+            identity: whether it has none (`joint="identity"`), so that joints cost nothing.
 
         Raises:
             ValueError: the path is out of range.
@@ -96,7 +99,7 @@ class PathCosts:
         width = None
         for place, start, stop in bounds:
             anchor = self.anchors[place]
-            if width is not None:
+            if width is not None and not identity:
                 macs += anchor.positions[start] * width * anchor.widths[start]
                 parameters += (width + 1) * anchor.widths[start]
             macs += sum(anchor.block_macs[start:stop])

@@ -110,8 +110,9 @@ def _stitched(what: PreTrainedModel, base_model: Sequence[str] | None, **about: 
     parts = [
         f"blocks {start + 1}–{stop} of {_link(pages[place])}" for place, start, stop in config.slices if stop > start
     ]
+    layers = 0 if config.identity_joints else path.joints
     joints = {0: "no stitching layer", 1: "a linear stitching layer between"}.get(
-        path.joints, f"{path.joints} linear stitching layers between"
+        layers, f"{layers} linear stitching layers between"
     )
     head = f"the head of {_link(pages[path.slices[-1].anchor])}"
     facts = {f"anchor {place}": _with_revision(page) for place, page in pages.items()} | {"path": f"`{path}`"}
@@ -120,9 +121,12 @@ def _stitched(what: PreTrainedModel, base_model: Sequence[str] | None, **about: 
     about["facts"] = facts | about["facts"]
     return Subject(
         summary=f"The {', then the '.join(parts)}, {joints}, and {head}: path `{path}`, made with `klas_hf`.",
-        anchors=anchors, origin=_start(config.joint_fits, path.joints), paths=(str(path),), carries_code=True,
+        anchors=anchors, origin=_start(config.joint_fits, layers), paths=(str(path),), carries_code=True,
         identity=identity(public_config(config.to_dict(), anchors)), **about,
     )  # fmt: skip
+
+
+_STARTS = {None: "least squares", "linear_patch": "LinearPatch's map", "cosine": "the map of largest cosine"}
 
 
 def _choice(search: Mapping[str, Any]) -> str:
@@ -141,8 +145,8 @@ def _start(fits: Sequence[Mapping[str, Any]] | None, joints: int) -> str:
         return "The stitching layers started from random weights."
     listed = ", ".join(f"{fit['r2']:.3f} (ridge {fit['ridge']:.2g})" for fit in fits)
     return (
-        "The stitching layers started from least squares, each from what the path before it gives to the hidden states "
-        f"of the next anchor, on {fits[0]['rows']:,} positions: R² = {listed}."
+        f"The stitching layers started from {_STARTS[fits[0].get('joint')]}, each from what the path before it gives "
+        f"to the hidden states of the next anchor, on {fits[0]['rows']:,} positions: R² = {listed}."
     )
 
 

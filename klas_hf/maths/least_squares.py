@@ -98,8 +98,16 @@ class NormalEquations:
             )
         weight = (torch.cholesky_solve(cross / scale[:, None], factor) / scale[:, None]).T
         bias = self.shift_y + mean_y - weight @ (self.shift_x + mean_x)
+        return self.fit_of(weight, bias, ridge)
+
+    def fit_of(self, weight: Tensor, bias: Tensor, ridge: float = 0.0) -> LinearFit:
+        """Any map, `(out, in)` and `(out,)`, with the share of the variance of y that it explains."""
+        mean_x, mean_y = self.sum_x / self.rows, self.sum_y / self.rows
+        gram = self.gram / self.rows - torch.outer(mean_x, mean_x)
+        cross = self.cross / self.rows - torch.outer(mean_x, mean_y)
         variance = self.square_y / self.rows - mean_y.square().sum()
         residual = variance - 2 * (weight * cross.T).sum() + ((weight @ gram) * weight).sum()
+        residual += (self.shift_y + mean_y - weight @ (self.shift_x + mean_x) - bias).square().sum()
         is_constant = variance <= CONSTANT * (self.shift_y + mean_y).square().sum()
         r2 = 1.0 if is_constant else 1 - float(residual / variance)
         return LinearFit(weight, bias, r2, ridge, self.rows)

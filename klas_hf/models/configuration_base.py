@@ -32,6 +32,7 @@ class PathConfig(PreTrainedConfig):
     slices: Any = None
     anchor_blocks: list[int] | None = None
     joint_bias: bool = True
+    identity_joints: bool = False
     joint_fits: list[dict[str, Any]] | None = None
     anchor_names: list[Any] | None = None
     anchor_revisions: list[Any] | None = None

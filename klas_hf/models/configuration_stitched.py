@@ -26,8 +26,9 @@ class StitchedConfig(PathConfig):
         slice_norms: name of each slice's final norm, of which only the last runs.
         head_bias: whether the last slice's head has a bias.
         joint_bias: whether the stitching layers have one.
-        joint_fits: how each stitching layer was initialised by least squares (`r2`, `ridge`, `rows`), or None for a
-            random start.
+        identity_joints: whether slices follow each other as they are, without stitching layers.
+        joint_fits: how each stitching layer was initialised (`r2`, `ridge`, `rows`; `joint` but for least squares), or
+            None for a random start.
         anchor_names, anchor_revisions: Hub ids or folders of the anchors, and their commits, where known.
         training: how the model was fine-tuned, or None.
         search: how the path was found (`budget`, `share` of the dearest anchor's MACs, `divergence` and its `error`,

@@ -25,7 +25,9 @@ class StitchedVisionConfig(BackboneConfigMixin, PathConfig):
         joint_channels: `[from, to]` widths of every stitching layer.
         image_size: (height, width) in pixels; None takes that of the first slice's anchor.
         joint_bias: whether the stitching layers have a bias.
-        joint_fits: how each stitching layer was initialised by least squares (`r2`, `ridge`, `rows`), or None.
+        identity_joints: whether slices follow each other as they are, without stitching layers.
+        joint_fits: how each stitching layer was initialised (`r2`, `ridge`, `rows`; `joint` but for least squares), or
+            None.
         drop_path_rate: stochastic depth of the last block in training; it grows linearly from 0 at the first.
         anchor_names, anchor_revisions: Hub ids or folders of the anchors, and their commits, where known.
         training: how the model was fine-tuned, or None.

@@ -90,8 +90,9 @@ class StitchedModel(PreTrainedModel):
             path: `Path`, its text, or a `Stitch`.
             kwargs: `calibration` batches for the least-squares start of the stitching layers (None: random, with a
                 warning), of which `calibration_items` sequences or images are read (None: 256, or as many more as make
-                ten rows per feature); the `ridge` of the fits; `dtype`, `device_map` and others of `from_pretrained`;
-                `revisions` of the anchors on the Hub; `image_size` in pixels.
+                ten rows per feature); the `ridge` of the fits; `joint`: "least_squares", or how a rival joins the
+                blocks of one anchor: "identity" (no layer), "linear_patch" or "cosine"; `dtype`, `device_map` and
+                others of `from_pretrained`; `revisions` of the anchors on the Hub; `image_size` in pixels.
 
         Raises:
             ValueError: a path out of range, or anchors that do not fit each other.
@@ -190,8 +191,8 @@ class StitchedModel(PreTrainedModel):
             save_processor(self.main_input_name, *self.processor_from, folder)
 
     def stitching_layers(self) -> list[nn.Module]:
-        """The linear layer of every joint."""
-        return list(self.base_model.joints)
+        """The linear layer of every joint; none where joints are identities."""
+        return [joint for joint in self.base_model.joints if not isinstance(joint, nn.Identity)]
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """What is loaded in another dtype than asked for: not what is only kept from quantisers."""

@@ -28,7 +28,10 @@ class StitchedTextModel(StitchedModel):
         super().__init__(config)
         self.slices = Slices(AutoModel.from_config(one) for one in config.slice_configs)
         widths = [one.hidden_size for one in config.slice_configs]
-        self.joints = nn.ModuleList(nn.Linear(*ends, bias=config.joint_bias) for ends in pairwise(widths))
+        self.joints = nn.ModuleList(
+            nn.Identity() if config.identity_joints else nn.Linear(*ends, bias=config.joint_bias)
+            for ends in pairwise(widths)
+        )
         for part, norm in zip(self.slices[:-1], config.slice_norms or (), strict=False):
             part.set_submodule(norm, nn.Identity())
         self.layer_bounds = list(pairwise([0, *accumulate(one.num_hidden_layers for one in config.slice_configs)]))

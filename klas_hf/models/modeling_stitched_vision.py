@@ -92,7 +92,9 @@ class _StitchedVision(StitchedModel):
         self.slices = Slices(classifier(one) for one in configs)
         kinds = [vision_kind(one) for one in configs]
         self.joints = nn.ModuleList(
-            StitchingLayer(one, other, channels[0], channels[1], config.joint_bias)
+            nn.Identity()
+            if config.identity_joints
+            else StitchingLayer(one, other, channels[0], channels[1], config.joint_bias)
             for (one, other), channels in zip(pairwise(kinds), config.joint_channels, strict=True)
         )
         for number, (part, (_, start, stop)) in enumerate(zip(self.slices, config.slices, strict=True)):
@@ -100,8 +102,8 @@ class _StitchedVision(StitchedModel):
             keep_blocks(part, start, stop, embed=number == 0, head=head and last)
 
     def stitching_layers(self) -> list[nn.Module]:
-        """The linear layer or 1×1 convolution of every joint."""
-        return [joint.projection for joint in self.joints]
+        """The linear layer or 1×1 convolution of every joint; none where joints are identities."""
+        return [joint.projection for joint in self.joints if not isinstance(joint, nn.Identity)]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.slices[0].get_input_embeddings()

@@ -11,10 +11,44 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Path, Stitch, StitchCosts
 from klas_hf.scores.values import StitchScores
 
 Spacing = Literal["width", "quantile"]
+
+
+@dataclass(frozen=True)
+class PathSelection:
+    """Paths that a rule chose, cheapest first; iterates and indexes as a sequence of `Path`.
+
+    Attributes:
+        paths: the choice.
+        macs: MACs of each.
+        values: score of each, lower is better; nan where the rule uses no score.
+        rule: name of the rule.
+        joint: what the rule joins slices by, for `StitchedModel.from_path`.
+
+    Example:
+        >>> chosen = shortgpt_paths(target, batches)
+        >>> model = StitchedModel.from_path([target], chosen[0], joint=chosen.joint, calibration=batches)
+        >>> model.config.path == str(chosen.paths[0]), chosen.macs[0] == measure_costs(model).macs
+        (True, True)
+    """
+
+    paths: tuple[Path, ...]
+    macs: tuple[int, ...]
+    values: tuple[float, ...]
+    rule: str
+    joint: str = "least_squares"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self.paths)
+
+    def __getitem__(self, index: int) -> Path:
+        return self.paths[index]
 
 
 @dataclass(frozen=True)
@@ -54,6 +88,10 @@ class StitchSelection:
 
     def __getitem__(self, index: int) -> Stitch:
         return self.stitches[index]
+
+    def as_paths(self) -> PathSelection:
+        """The same as any rule that chooses paths returns it."""
+        return PathSelection(tuple(stitch.path for stitch in self.stitches), self.macs, self.values, self.rule)
 
     def best_per_bucket(self) -> "StitchSelection":
         """Keep the lowest value of each bucket of each pair of anchors (τ = 0)."""

@@ -30,7 +30,8 @@ from klas_hf.stitching.loading import with_revision
 
 logger = logging.get_logger(__name__)
 Anchor: TypeAlias = str | Path | PreTrainedModel
-_OF_ASSEMBLY = {"calibration", "calibration_items", "ridge", "image_size"}  # what anchors by themselves are not told
+# What anchors by themselves are not told.
+_OF_ASSEMBLY = {"calibration", "calibration_items", "ridge", "joint", "image_size"}
 
 
 def assemble_path(
@@ -51,9 +52,12 @@ def assemble_path(
             stitching layers are fitted by least squares, one after the other; None leaves them random, with a warning.
             `calibration_items`: read so many sequences or images, in whole batches, spread over all batches where
             their number is known; None: 256, or as many more as make ten rows per feature.
-            `ridge`: penalty of the fits; None chooses (see `LeastSquares.solve`). `dtype`: None takes that of the last
-            anchor. `device_map` and others as for `from_pretrained`; for images also `image_size`, where the anchors'
-            configurations are for different ones.
+            `ridge`: penalty of the fits; None chooses (see `LeastSquares.solve`). `joint`: what joints are: layers that
+            start from "least_squares" (default), from LinearPatch's map ("linear_patch") or from the map that turns
+            states towards the next anchor's ("cosine"), both between states of one width; or "identity", no layers
+            between slices of one anchor, which is this anchor without the blocks left out. `dtype`: None takes that of
+            the last anchor. `device_map` and others as for `from_pretrained`; for images also `image_size`, where the
+            anchors' configurations are for different ones.
 
     Returns:
         A `StitchedForCausalLM` or a `StitchedForImageClassification` in eval mode.

@@ -29,7 +29,7 @@ from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.models.vision_shapes import FeatureShape, trace
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.stitching.calibration import sampled
-from klas_hf.stitching.joints import fit_joints
+from klas_hf.stitching.joints import Joint, check_joint, fit_joints
 from klas_hf.stitching.loading import load_parts, warn_of_random_stitches, with_revision
 
 
@@ -44,6 +44,7 @@ def stitch_classifiers(
     device_map: Any = None,
     revisions: Sequence[str | None] | None = None,
     image_size: int | tuple[int, int] | None = None,
+    joint: Joint = "least_squares",
     **kwargs: Any,
 ) -> StitchedForImageClassification:
     """Make the model of a path through image classifiers; see `assemble_path`."""
@@ -63,6 +64,8 @@ def stitch_classifiers(
         first, last = opened[path.slices[0].anchor], opened[path.slices[-1].anchor]
         check_labels(first.config, last.config)
         config = stitched_vision_config(configs, path, size)
+        check_joint(joint, path, [(x, y) for x, y in config.joint_channels], calibration is not None)
+        config.identity_joints = joint == "identity"
         config.anchor_names = [opened[place].name if place in opened else None for place in range(len(anchors))]
         config.anchor_revisions = [opened[place].revision if place in opened else None for place in range(len(anchors))]
         batches = None
@@ -77,10 +80,11 @@ def stitch_classifiers(
         model = load_parts(
             StitchedForImageClassification, config, state, dtype=dtype, device_map=device_map, **options
         ).eval()
-        if path.joints and batches is None:
+        layers = model.stitching_layers()
+        if layers and batches is None:
             warn_of_random_stitches()
-        elif batches is not None and path.joints:
-            _fit(model, opened, batches, ridge, dtype=dtype)
+        elif batches is not None and layers:
+            _fit(model, opened, batches, ridge, joint, dtype=dtype)
     return model
 
 
@@ -175,22 +179,22 @@ def usable_images(calibration: Iterable[Any], *configs: PreTrainedConfig) -> Ite
 
 def _fit(
     model: StitchedForImageClassification, anchors: Mapping[int, ClassifierCheckpoint],
-    calibration: Iterable[ImageBatch], ridge: float | None, **loading: Any,
+    calibration: Iterable[ImageBatch], ridge: float | None, joint: Joint, **loading: Any,
 ) -> None:  # fmt: skip
     """Fit the joints, over all positions of all images; `loading` is `dtype` of the anchors' first blocks."""
     config, layers = model.config, model.stitching_layers()
     kinds = [vision_kind(config.slice_config(number)) for number in range(len(config.slices))]
 
-    def entering(joint: int, batch: ImageBatch) -> Tensor:
-        state = _last_features(model, batch, joint + 1)
-        return feature_rows(state, kinds[joint], dropped_prefix(kinds[joint], kinds[joint + 1]))
+    def entering(number: int, batch: ImageBatch) -> Tensor:
+        state = _last_features(model, batch, number + 1)
+        return feature_rows(state, kinds[number], dropped_prefix(kinds[number], kinds[number + 1]))
 
-    def wanted(joint: int) -> Callable[[ImageBatch], Tensor]:
-        place, start, _ = config.slices[joint + 1]
-        prefix = _prefix(anchors[place], start, config, **loading).to(_device(layers[joint]))
-        return lambda batch: feature_rows(_last_features(prefix, batch, None), kinds[joint + 1])
+    def wanted(number: int) -> Callable[[ImageBatch], Tensor]:
+        place, start, _ = config.slices[number + 1]
+        prefix = _prefix(anchors[place], start, config, **loading).to(_device(layers[number]))
+        return lambda batch: feature_rows(_last_features(prefix, batch, None), kinds[number + 1])
 
-    fit_joints(model, entering, wanted, calibration, ridge)
+    fit_joints(model, entering, wanted, calibration, ridge, joint)
 
 
 def _last_features(model: Any, batch: ImageBatch, count: int | None) -> Any:
@@ -221,7 +225,8 @@ def _state(anchors: Mapping[int, ClassifierCheckpoint], config: StitchedVisionCo
     for number, (place, _, _) in enumerate(config.slices):
         state |= _slice_state(anchors[place], number)
     kinds = [vision_kind(anchors[place].config) for place, _, _ in config.slices]
-    for number, ((one, other), channels) in enumerate(zip(pairwise(kinds), config.joint_channels, strict=True)):
+    joints = zip(pairwise(kinds), () if config.identity_joints else config.joint_channels, strict=False)
+    for number, ((one, other), channels) in enumerate(joints):
         layer = StitchingLayer(one, other, channels[0], channels[1], config.joint_bias)
         state |= {f"joints.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
     return state

@@ -1,18 +1,45 @@
-"""The least-squares start of a path's stitching layers (KLAS Sec. 5; SN-Net), one after the other.
+"""The start of a path's stitching layers, one after the other: least squares (KLAS Sec. 5; SN-Net), or a rival's map.
 
 Each maps what the path before it really gives, to what the next slice's anchor has there.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from klas_hf.anchors.fitting import write_fit
 from klas_hf.maths.least_squares import LeastSquares, LinearFit, warn_of_few_rows
+from klas_hf.maths.patches import ChannelPatch, CosineMap
 from klas_hf.models import StitchedModel
+from klas_hf.paths import Path
 from klas_hf.processes import progress, shared_out, sum_over_processes
+
+Joint = Literal["least_squares", "identity", "linear_patch", "cosine"]
+_MAPS: dict[str, type[ChannelPatch] | type[CosineMap]] = {"linear_patch": ChannelPatch, "cosine": CosineMap}
+
+
+def check_joint(joint: str, path: Path, widths: Sequence[tuple[int, int]], calibrated: bool) -> None:
+    """Raise ValueError unless the joints of a path, of these widths before and behind, can be of this kind."""
+    kinds = ("least_squares", "identity", *_MAPS)
+    if joint not in kinds:
+        raise ValueError(f"got joint={joint!r}; expected one of {kinds}")
+    for (before, behind), (one, other) in zip(widths, pairwise(path.slices), strict=True):
+        if joint != "least_squares" and before != behind:
+            raise ValueError(
+                f"got joint={joint!r} for {one} → {other} of path {path}, from {before} to {behind} features; expected "
+                "as many on both sides. Use joint='least_squares'"
+            )
+        if joint == "identity" and one.anchor != other.anchor:
+            raise ValueError(
+                f"got joint='identity' for {one} → {other} of path {path}, between two anchors, whose features have "
+                "nothing to do with each other; expected slices of one anchor. Use joint='least_squares'"
+            )
+    if joint in _MAPS and path.joints and not calibrated:
+        raise ValueError(f"got joint={joint!r} and no calibration; expected calibration=batches, which it is found on")
 
 
 @torch.no_grad()
@@ -22,33 +49,54 @@ def fit_joints(
     wanted: Callable[[int], Callable[[Any], Tensor]],
     calibration: Iterable[Any],
     ridge: float | None = None,
+    joint: Joint = "least_squares",
 ) -> None:
-    """Set the stitching layers of a model to least-squares maps, and note in its configuration how they fit.
+    """Set the stitching layers of a model to maps of a kind, and note in its configuration how they fit.
 
     Args:
         entering: number of a joint, and a batch → `(rows, width)` that enter it, where the batch counts.
         wanted: number of a joint → what makes of a batch the rows that are to leave it; asked for once per joint.
         calibration: batches; read once for every joint, so more than one joint keeps them in memory.
-        ridge: penalty of the fits; None chooses (see `LeastSquares.solve`).
+        ridge: penalty of least squares; None chooses (see `LeastSquares.solve`).
+        joint: what the layers start from; all but least squares have no bias.
 
     Raises:
-        ValueError: nothing to fit to, or activations that are not finite.
+        ValueError: nothing to fit to, activations that are not finite, or a width that has no Hadamard matrix.
     """
     layers = model.stitching_layers()
     batches = list(calibration) if len(layers) > 1 else calibration
     fits: list[LinearFit] = []
     for number, layer in enumerate(layers):
         target = wanted(number)
-        out, into = layer.weight.shape[:2]
-        equations: LeastSquares | None = None
-        for batch in progress(shared_out(batches), "calibrating the stitching layer"):
-            x, y = entering(number, batch), target(batch)
-            equations = equations or LeastSquares(into, out, x.device)
-            equations.update(x, y.to(x.device))
-        equations = equations or LeastSquares(into, out, torch.device("cpu"))  # other processes have read all there is
-        equations.combine(sum_over_processes)
-        fits.append(equations.solve(ridge))
+        read = shared_out(batches) if joint != "cosine" else iter(batches)
+        fits.append(_fitted(layer, partial(entering, number), target, read, ridge, joint))
         write_fit(layer, fits[-1])
-    model.config.joint_fits = [{"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows} for fit in fits]
-    seen = [(fit.rows, layer.weight.shape[1]) for fit, layer in zip(fits, layers, strict=True)]
-    warn_of_few_rows(*min(seen, key=lambda pair: pair[0] / pair[1]))
+    kind = {} if joint == "least_squares" else {"joint": joint}
+    model.config.joint_fits = [{"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows} | kind for fit in fits]
+    if joint == "least_squares":
+        seen = [(fit.rows, layer.weight.shape[1]) for fit, layer in zip(fits, layers, strict=True)]
+        warn_of_few_rows(*min(seen, key=lambda pair: pair[0] / pair[1]))
+
+
+def _fitted(
+    layer: nn.Module, entering: Callable[[Any], Tensor], wanted: Callable[[Any], Tensor], batches: Iterator[Any],
+    ridge: float | None, joint: Joint,
+) -> LinearFit:  # fmt: skip
+    """The map of one layer."""
+    out, into = layer.weight.shape[:2]
+    equations: LeastSquares | None = None
+    found = _MAPS[joint](into) if joint in _MAPS else None
+    for batch in progress(batches, "calibrating the stitching layer"):
+        x, y = entering(batch), wanted(batch)
+        equations = equations or LeastSquares(into, out, x.device)
+        equations.update(x, y.to(x.device))
+        if found is not None:
+            positions = len(x) // max(1, len(batch.unit_items))  # of a unit: those of an image are many
+            found.update(x, y, batch.unit_items.repeat_interleave(positions))
+    equations = equations or LeastSquares(into, out, torch.device("cpu"))  # other processes have read all there is
+    if joint != "cosine":  # of which each process has read everything
+        equations.combine(sum_over_processes)
+    if found is None:
+        return equations.solve(ridge)
+    weight = found.solve(sum_over_processes).to(equations.equations().gram)
+    return equations.equations().fit_of(weight, weight.new_zeros(out))

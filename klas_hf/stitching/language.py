@@ -23,7 +23,7 @@ from klas_hf.models import StitchedConfig, StitchedForCausalLM
 from klas_hf.models.modeling_stitched import StitchedTextModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.stitching.calibration import sampled
-from klas_hf.stitching.joints import fit_joints
+from klas_hf.stitching.joints import Joint, check_joint, fit_joints
 from klas_hf.stitching.loading import load_parts, prefix_map, warn_of_random_stitches, with_revision
 
 
@@ -37,6 +37,7 @@ def stitch_decoders(
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     revisions: Sequence[str | None] | None = None,
+    joint: Joint = "least_squares",
     **kwargs: Any,
 ) -> StitchedForCausalLM:
     """Make the model of a path through causal language models; see `assemble_path`.
@@ -54,6 +55,10 @@ def stitch_decoders(
         }
         first, last = opened[path.slices[0].anchor], opened[path.slices[-1].anchor]
         config = stitched_config(opened, path, len(anchors))
+        check_joint(
+            joint, path, list(pairwise(one.hidden_size for one in config.slice_configs)), calibration is not None
+        )
+        config.identity_joints = joint == "identity"
         check_vocabularies(first.name, first.config, last.name, last.config, **hub)
         batches = None
         if calibration is not None:
@@ -63,10 +68,11 @@ def stitch_decoders(
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         model = load_parts(StitchedForCausalLM, config, stitched_state(opened, config), **loading, **options)
         model.generation_config = generation_config_of(last)
-        if path.joints and batches is None:
+        layers = model.stitching_layers()
+        if layers and batches is None:
             warn_of_random_stitches()
-        elif batches is not None and path.joints:
-            _fit(model, opened, batches, ridge, dtype=loading["dtype"], device_map=prefix_map(device_map))
+        elif batches is not None and layers:
+            _fit(model, opened, batches, ridge, joint, dtype=loading["dtype"], device_map=prefix_map(device_map))
     return model.eval()
 
 
@@ -148,19 +154,19 @@ def usable_batches(calibration: Iterable[Any], bos_token_id: int | None) -> Iter
 
 def _fit(
     model: StitchedForCausalLM, anchors: Mapping[int, DecoderCheckpoint], calibration: Iterable[TokenBatch],
-    ridge: float | None, **loading: Any,
+    ridge: float | None, joint: Joint, **loading: Any,
 ) -> None:  # fmt: skip
     """Fit the joints; `loading` are `dtype` and `device_map` of the anchors' first blocks."""
 
-    def entering(joint: int, batch: TokenBatch) -> Tensor:
-        return _counted(_front_states(model.model, joint, batch), batch)
+    def entering(number: int, batch: TokenBatch) -> Tensor:
+        return _counted(_front_states(model.model, number, batch), batch)
 
-    def wanted(joint: int) -> Callable[[TokenBatch], Tensor]:
-        place, start, _ = model.config.slices[joint + 1]
+    def wanted(number: int) -> Callable[[TokenBatch], Tensor]:
+        place, start, _ = model.config.slices[number + 1]
         prefix = _prefix(anchors[place], start, **loading)
         return lambda batch: _counted(_last_hidden(prefix, batch), batch)
 
-    fit_joints(model, entering, wanted, calibration, ridge)
+    fit_joints(model, entering, wanted, calibration, ridge, joint)
 
 
 def _counted(hidden: Tensor, batch: TokenBatch) -> Tensor:
@@ -200,7 +206,7 @@ def stitched_state(anchors: Mapping[int, DecoderCheckpoint], config: StitchedCon
         is_embedding = last is anchors[config.slices[0][0]] and last.config.tie_word_embeddings
         state[f"lm_head.{name}"] = _Copied(last.tensor(key)) if is_embedding else last.tensor(key)
     widths = [one.hidden_size for one in config.slice_configs]
-    for number, ends in enumerate(pairwise(widths)):
+    for number, ends in enumerate(() if config.identity_joints else pairwise(widths)):
         layer = nn.Linear(*ends, bias=config.joint_bias)
         state |= {f"model.joints.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
     return state

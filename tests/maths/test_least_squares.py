@@ -237,3 +237,15 @@ def test_processes_that_have_seen_nothing_have_nothing_to_fit() -> None:
         assert share.rows == 0
         with pytest.raises(ValueError, match="got no rows"):
             share.solve()
+
+
+def test_any_map_is_judged_by_the_variance_that_it_explains() -> None:
+    rng = np.random.default_rng(0)
+    x, y = 5 + rng.normal(size=(40, 3)), 7 + rng.normal(size=(40, 2))
+    weight, bias = rng.normal(size=(2, 3)), rng.normal(size=2)
+    sums = LeastSquares(3, 2)
+    sums.update(torch.tensor(x[:15]), torch.tensor(y[:15]))
+    sums.update(torch.tensor(x[15:]), torch.tensor(y[15:]))
+    fit = sums.equations().fit_of(torch.tensor(weight), torch.tensor(bias))
+    left = ((y - x @ weight.T - bias) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
+    assert fit.r2 == pytest.approx(1 - left) and (fit.ridge, fit.rows) == (0, 40)
