@@ -45,12 +45,12 @@ if TYPE_CHECKING:
     from klas_hf.rows import ResultRow, RowFile, format_table
     from klas_hf.scores.compared import ImageScoring
     from klas_hf.scores.driver import score_stitches
-    from klas_hf.scores.functional import FunctionalScoring
+    from klas_hf.scores.functional_settings import FunctionalScoring
     from klas_hf.scores.path_scores import PathScores
     from klas_hf.scores.values import StitchScores
     from klas_hf.selection.anchor_distances import select_anchors
     from klas_hf.selection.anchors import AnchorSelection
-    from klas_hf.selection.choice import StitchSelection, merge_selections
+    from klas_hf.selection.choice import PathSelection, StitchSelection, merge_selections
     from klas_hf.selection.klas import best_stitches, match_stitches, select_stitches, shortlist_stitches
     from klas_hf.selection.plan import SearchConfig
     from klas_hf.selection.pruning import (
@@ -110,14 +110,22 @@ _PLACES = {
     "klas_hf.probes.training": ("train_probes",),
     "klas_hf.rows": ("ResultRow", "RowFile", "format_table"),
     "klas_hf.scores.driver": ("score_stitches",),
-    "klas_hf.scores.functional": ("FunctionalScoring",),
+    "klas_hf.scores.functional_settings": ("FunctionalScoring",),
     "klas_hf.scores.path_scores": ("PathScores",),
     "klas_hf.scores.compared": ("ImageScoring",),
     "klas_hf.scores.values": ("StitchScores",),
     "klas_hf.selection.anchor_distances": ("select_anchors",),
     "klas_hf.selection.anchors": ("AnchorSelection",),
-    "klas_hf.selection.choice": ("StitchSelection", "merge_selections"),
+    "klas_hf.selection.choice": ("PathSelection", "StitchSelection", "merge_selections"),
     "klas_hf.selection.klas": ("best_stitches", "match_stitches", "select_stitches", "shortlist_stitches"),
+    "klas_hf.selection.pruning": (
+        "gromov_paths",
+        "linear_patch_paths",
+        "replaceme_paths",
+        "shortgpt_paths",
+        "tail_paths",
+        "uniform_paths",
+    ),
     "klas_hf.selection.rivals": ("esta_stitches", "min_kl_stitches", "random_stitches"),
     "klas_hf.selection.plan": ("SearchConfig",),
     "klas_hf.selection.search": ("search_paths",),

@@ -15,7 +15,8 @@ from klas_hf.paths import StitchCosts
 from klas_hf.probes import ProbeNet, fit_probes
 from klas_hf.rows import library_versions
 from klas_hf.scores.compared import ComparedSums, ImageScoring
-from klas_hf.scores.functional import FunctionalResult, FunctionalScoring, score_functionally
+from klas_hf.scores.functional import FunctionalResult, score_functionally
+from klas_hf.scores.functional_settings import FunctionalScoring
 from klas_hf.scores.probed import Distributions, ProbedSums
 from klas_hf.scores.values import NEEDED, PROBED, SCORES, STITCHED, StitchScores, check_score
 

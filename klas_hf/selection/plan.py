@@ -15,7 +15,7 @@ from klas_hf.anchors.vision import is_vision
 from klas_hf.costs import PathCosts, measure_path_costs
 from klas_hf.costs.budgets import Budget, check_budget
 from klas_hf.paths import Path
-from klas_hf.scores.functional import FunctionalScoring, calibration_and_scored
+from klas_hf.scores.functional_settings import FunctionalScoring, calibration_and_scored
 from klas_hf.scores.path_scores import KINDS, kind_of
 from klas_hf.selection.moves import Moves
 

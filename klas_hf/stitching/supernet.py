@@ -13,23 +13,19 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.actions import Publishable
-from klas_hf.anchors.anchor import Anchor, check_anchors
-from klas_hf.anchors.fitting import fit_stitches, linear, write_fit
+from klas_hf.anchors.anchor import Anchor
 from klas_hf.anchors.loading import load_anchors
-from klas_hf.anchors.weights import evaluating
-from klas_hf.costs import Cost, PathCosts, measure_path_costs
-from klas_hf.maths.least_squares import LeastSquares, LinearFit
+from klas_hf.costs import Cost
 from klas_hf.models import StitchedModel
 from klas_hf.models.checkpoint_files import HUB_OPTIONS, load_whole, replacing, save_processor
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
 from klas_hf.paths import Path, Stitch
-from klas_hf.processes import progress, shared_out, sum_over_processes
 from klas_hf.stitching.loading import RANDOM_STITCH
+from klas_hf.stitching.supernet_joints import check_directions, check_paths, costs_of, fit_supernet, shared_layers
 
 AnyPath = Path | Stitch | str | Sequence[int]
 
@@ -103,8 +99,8 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         chosen = [Path.of(path) for path in paths]
         loaded = load_anchors(anchors)
         kind = next(kind for kind in StitchedSupernet.__subclasses__() if kind.anchor_class is type(loaded[0]))
-        _check_paths(loaded, chosen)
-        layers = _shared_layers(loaded, chosen, shared)
+        check_paths(loaded, chosen)
+        layers = shared_layers(loaded, chosen, shared)
         config = StitchedSupernetConfig(
             **{"anchor_configs": [copy.deepcopy(one.config) for one in loaded], "tokens": tokens}
             | kind._settings(loaded, chosen, image_size),
@@ -114,7 +110,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             anchor_revisions=[one.revision for one in loaded],
             architectures=[kind.__name__],
         )
-        _check_directions(costs_of(config), chosen)
+        check_directions(costs_of(config), chosen)
         batches = None if calibration is None else kind._usable(calibration, loaded)
         supernet = kind(config).eval()
         last = loaded[-1].model
@@ -125,7 +121,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         if batches is None:
             warnings.warn(RANDOM_STITCH, stacklevel=2)
             return supernet
-        supernet._fit(loaded, batches, ridge)
+        fit_supernet(supernet, loaded, batches, ridge)
         return supernet
 
     @classmethod
@@ -193,7 +189,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
 
     def anchor(self, place: int) -> Anchor:
         """The anchor at a `place`, read by blocks."""
-        return self._read[place]
+        return self.read_anchors[place]
 
     def joints_of(self, path: AnyPath) -> list[nn.Module]:
         """The stitching layers that a `path` runs, in order.
@@ -202,7 +198,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             ValueError: the supernet has no such path.
         """
         path = self.check_path(path)
-        return [self.joints[n] for n in self.config.joint_of[self._numbers[path]]] if path.joints else []
+        return [self.joints[n] for n in self.config.joint_of[self.numbers[path]]] if path.joints else []
 
     def extract(self, path: AnyPath) -> StitchedModel:
         """The stitched model of one `path`, with a copy of its weights: what the supernet gives on that path.
@@ -223,7 +219,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             ValueError: there is no such path.
         """
         path = Path.of(path)
-        known = list(self._numbers)
+        known = list(self.numbers)
         if path not in known and not (path.joints == 0 and path.slices[0].anchor < len(self.anchors)):
             raise ValueError(
                 f"got path {path}, which this supernet of {len(known)} paths was not made with; expected one of "
@@ -238,48 +234,54 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             inputs: of the anchors' own forward.
         """
         path = Path.parse(f"{len(self.anchors) - 1}[:]") if path is None else self.check_path(path)
-        state = self._run(path, inputs, path.joints)
+        place, _, stop = self.bounds(path)[0]
+        state = self.behind(path, self.anchor(place).front(inputs, stop), inputs, path.joints)
         return self.anchor(path.slices[-1].anchor).logits(state)
 
     def logits_of(self, paths: Sequence[Path], batch: Any) -> Iterator[Tensor]:
         """What each path answers to a batch; each anchor runs once for all paths that begin with it."""
         stops: dict[int, int] = {}
         for path in paths:
-            place, _, stop = self._bounds(path)[0]
+            place, _, stop = self.bounds(path)[0]
             stops[place] = max(stop, stops.get(place, 0))
         states = {place: self.anchor(place).states(batch, stop) for place, stop in stops.items()}
         for path in paths:
-            place, _, stop = self._bounds(path)[0]
-            state = self._behind(path, states[place][stop], batch.inputs, path.joints)
+            place, _, stop = self.bounds(path)[0]
+            state = self.behind(path, states[place][stop], batch.inputs, path.joints)
             yield self.anchor(path.slices[-1].anchor).logits(state)
 
-    def _run(self, path: Path, inputs: Mapping[str, Any], joints: int) -> Any:
-        """The state on a path behind so many joints and the slice that follows them."""
-        place, _, stop = self._bounds(path)[0]
-        return self._behind(path, self.anchor(place).front(inputs, stop), inputs, joints)
+    def behind(self, path: Path, state: Any, inputs: Mapping[str, Any], joints: int) -> Any:
+        """The state on a path behind some of its joints and the slice that follows them.
 
-    def _behind(self, path: Path, state: Any, inputs: Mapping[str, Any], joints: int) -> Any:
-        """The same, from the state that enters the first joint."""
-        behind = list(zip(self.joints_of(path), self._bounds(path)[1:], strict=True))
+        Args:
+            path: one of the supernet's.
+            state: what enters the first joint.
+            inputs: of the anchors' own forward.
+            joints: how many.
+        """
+        behind = list(zip(self.joints_of(path), self.bounds(path)[1:], strict=True))
         for joint, (place, start, stop) in behind[:joints]:
             state = self.anchor(place).run(joint(state), inputs, start, stop)
         return state
 
-    def _bounds(self, path: Path) -> list[tuple[int, int, int]]:
-        return path.bounds([one.num_blocks for one in self._read])
+    def bounds(self, path: Path) -> list[tuple[int, int, int]]:
+        """(anchor, start, stop) of every slice of a `path`."""
+        return path.bounds([one.num_blocks for one in self.read_anchors])
 
     @cached_property
-    def _read(self) -> list[Anchor]:
+    def read_anchors(self) -> list[Anchor]:
+        """The anchors, read by blocks."""
         return [self.anchor_class(model) for model in self.anchors]
 
     @cached_property
-    def _numbers(self) -> dict[Path, int]:
+    def numbers(self) -> dict[Path, int]:
+        """The place in the configuration of every path that the supernet was made with."""
         return {Path.parse(path): number for number, path in enumerate(self.config.paths)}
 
     def _joint_ends(self) -> list[tuple[int, int, int, int]]:
         """(anchor, stop) and (anchor, start) that every stitching layer leads from and to."""
         ends: dict[int, tuple[int, int, int, int]] = {}
-        for path, number in self._numbers.items():
+        for path, number in self.numbers.items():
             for layer, (one, other) in zip(self.config.joint_of[number], pairwise(path.slices), strict=True):
                 ends.setdefault(layer, (one.anchor, one.stop or 0, other.anchor, other.start))
         return [ends[layer] for layer in sorted(ends)]
@@ -287,57 +289,6 @@ class StitchedSupernet(Publishable, PreTrainedModel):
     def _made_joints(self) -> nn.ModuleList:
         ends = self._joint_ends()
         return nn.ModuleList(self.anchor(a).joint(stop, self.anchor(b), start) for a, stop, b, start in ends)
-
-    def _fit(self, anchors: Sequence[Anchor], calibration: Iterable[Any], ridge: float | None) -> None:
-        """Set all stitching layers to least-squares maps, the first of each path first."""
-        joint_of = self.config.joint_of
-        most = max((path.joints for path in self._numbers), default=0)
-        batches = list(calibration) if most > 1 else calibration
-        groups: dict[int, list[Stitch]] = {}
-        for path, number in self._numbers.items():
-            for one, other in pairwise(path.slices[:2]):
-                stitch = Stitch(one.stop or 0, other.start, one.anchor, other.anchor)
-                groups.setdefault(joint_of[number][0], []).append(stitch)
-        found: dict[int, LinearFit] = {}
-        if groups:
-            found = dict(zip(groups, fit_stitches(anchors, list(groups.values()), batches, ridge), strict=True))
-        for layer, fit in found.items():
-            write_fit(linear(self.joints[layer]), fit)
-        for joints in range(1, most):
-            found |= self._fit_behind(joints, batches, ridge)
-        self.config.joint_fits = [
-            {"r2": found[layer].r2, "ridge": found[layer].ridge, "rows": found[layer].rows} for layer in sorted(found)
-        ]
-
-    @torch.no_grad()
-    def _fit_behind(self, joints: int, batches: Iterable[Any], ridge: float | None) -> dict[int, LinearFit]:
-        """Fit the joint of every path that stands behind so many others, in one pass."""
-        sums: dict[int, LeastSquares] = {}
-        paths = {path: number for path, number in self._numbers.items() if path.joints > joints}
-        with evaluating(self):
-            for batch in progress(shared_out(self._read[0].read(batches)), f"calibrating joint {joints + 1}"):
-                for path, number in paths.items():
-                    one, other = (self.anchor(part.anchor) for part in path.slices[joints : joints + 2])
-                    x = one.rows(self._run(path, batch.inputs, joints), batch, other)
-                    start = path.slices[joints + 1].start
-                    y = other.rows(other.front(batch.inputs, start), batch)
-                    layer = self.config.joint_of[number][joints]
-                    sums.setdefault(layer, LeastSquares(x.shape[1], y.shape[1], x.device)).update(x, y)
-        found = {}
-        for number in paths.values():
-            layer = self.config.joint_of[number][joints]
-            out, into = linear(self.joints[layer]).weight.shape[:2]
-            equations = sums.get(layer) or LeastSquares(into, out, self.device)  # other processes have read all
-            equations.combine(sum_over_processes)
-            found[layer] = equations.solve(ridge)
-            write_fit(linear(self.joints[layer]), found[layer])
-        return found
-
-
-def costs_of(config: StitchedSupernetConfig) -> PathCosts:
-    """Costs of every path through a supernet's anchors."""
-    size = None if config.image_size is None else (config.image_size[0], config.image_size[1])
-    return measure_path_costs(config.anchor_configs, image_size=size, tokens=config.tokens)
 
 
 def note_origin(config: PreTrainedConfig, supernet: StitchedSupernet, path: Path) -> None:
@@ -347,50 +298,4 @@ def note_origin(config: PreTrainedConfig, supernet: StitchedSupernet, path: Path
     if given.anchor_names:
         config.anchor_names, config.anchor_revisions = list(given.anchor_names), list(given.anchor_revisions)
     if given.joint_fits and path.joints:
-        config.joint_fits = [given.joint_fits[n] for n in given.joint_of[supernet._numbers[path]]]
-
-
-def _check_paths(anchors: Sequence[Anchor], paths: Sequence[Path]) -> None:
-    """Raise ValueError unless there are paths within the anchors, each once."""
-    if not paths:
-        raise ValueError("got no paths; expected at least one. Pass a selection, such as select_stitches gives")
-    if repeated := [path for path in paths if paths.count(path) > 1]:
-        raise ValueError(f"got path {repeated[0]} more than once; expected each one once")
-    for path in paths:
-        path.bounds([one.num_blocks for one in anchors])
-    check_anchors(anchors, least=1)
-
-
-def _check_directions(costs: PathCosts, paths: Sequence[Path]) -> None:
-    """Raise ValueError where a stitch leads from a dearer anchor to a cheaper one."""
-    for path in paths:
-        if path.stitch is not None:
-            source, target = (costs.anchors[place].total_macs for place in (path.stitch.source, path.stitch.target))
-            if source > target:
-                raise ValueError(
-                    f"got the stitch {path} from a source of {source:,} MACs to a target of {target:,}: reversed; "
-                    "expected the cheaper anchor as the source. Swap source and target"
-                )
-
-
-def _shared_layers(anchors: Sequence[Anchor], paths: Sequence[Path], shared: Sequence[int] | None) -> list[list[int]]:
-    """The stitching layers of every path, by number."""
-    if shared is None:
-        numbers = iter(range(sum(path.joints for path in paths)))
-        return [[next(numbers) for _ in range(path.joints)] for path in paths]
-    if len(shared) != len(paths) or any(path.joints != 1 for path in paths):
-        raise ValueError(
-            f"got {len(shared)} numbers in shared for {len(paths)} paths; expected one per path of one joint"
-        )
-    order = {number: place for place, number in enumerate(dict.fromkeys(shared))}
-    ends: dict[int, tuple[int, ...]] = {}
-    for path, number in zip(paths, shared, strict=True):
-        one, other = path.slices
-        widths = anchors[one.anchor].widths[one.stop or 0], anchors[other.anchor].widths[other.start]
-        end = (one.anchor, other.anchor, *widths)
-        if ends.setdefault(number, end) != end:
-            raise ValueError(
-                f"got path {path} sharing a layer with paths between other anchors or widths ({ends[number]} and "
-                f"{end}: source, target, widths); expected equal ones"
-            )
-    return [[order[number]] for number in shared]
+        config.joint_fits = [given.joint_fits[n] for n in given.joint_of[supernet.numbers[path]]]

@@ -72,7 +72,7 @@ class StitchedSupernetForImageClassification(StitchedSupernet):
         rate = self.config.drop_path_rate if drop_path is None else drop_path
         if rate and self.training:
             sides = [(self.anchors[place], vision_kind(self.anchors[place].config)) for place in path.anchors]
-            depth = sum(stop - start for _, start, stop in self._bounds(path))
+            depth = sum(stop - start for _, start, stop in self.bounds(path))
             inputs["rates"] = iter(stochastic_depth(rate, depth, *sides))
         logits = self.path_logits(path, inputs)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)

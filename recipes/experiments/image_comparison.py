@@ -31,7 +31,7 @@ from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile
 from klas_hf.scores.compared import ImageScoring
 from klas_hf.scores.driver import score_stitches
-from klas_hf.scores.functional import FunctionalScoring
+from klas_hf.scores.functional_settings import FunctionalScoring
 from klas_hf.scores.values import NEEDED, SCORES, STITCHED, StitchScores
 from klas_hf.selection.anchor_distances import select_anchors
 from klas_hf.selection.anchors import AnchorRule, AnchorSelection

@@ -21,7 +21,7 @@ from klas_hf.probes.training import train_probes
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile
 from klas_hf.scores.driver import score_stitches
-from klas_hf.scores.functional import FunctionalScoring
+from klas_hf.scores.functional_settings import FunctionalScoring
 from klas_hf.scores.values import StitchScores
 from klas_hf.selection.rivals import random_stitches
 from klas_hf.stitching.supernet import StitchedSupernet

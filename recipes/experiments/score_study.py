@@ -26,7 +26,7 @@ from klas_hf.paths import Stitch
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile
 from klas_hf.scores.driver import score_stitches
-from klas_hf.scores.functional import FunctionalScoring
+from klas_hf.scores.functional_settings import FunctionalScoring
 from klas_hf.scores.values import StitchScores
 from klas_hf.training import TrainingConfig, train_stitches
 

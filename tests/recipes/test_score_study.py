@@ -11,7 +11,7 @@ from test_image_report import images, vit
 from klas_hf import Stitch, StitchedModel, TrainingConfig, score_stitches
 from klas_hf.data.images import image_batches
 from klas_hf.evaluation import evaluate_divergence
-from klas_hf.scores.functional import FunctionalScoring
+from klas_hf.scores.functional_settings import FunctionalScoring
 
 
 def study(folder: Path) -> ImageScoreStudy:
