@@ -41,6 +41,11 @@ def run(options: MakeOptions) -> int:
         return 0
     _note(output, state)
     found = searched(options, data, output)
+    if found.provenance["data"] != plan.digest:
+        raise ValueError(
+            f"got data={options.data}, whose content is not what {output} was begun with; name another output, or "
+            "remove that one"
+        )
     if state.get("stage") != "healed":
         state |= {"stage": "healed", "healing": healed(options, budget, plan.reference, found, data, output)}
         _note(output, state)

@@ -1,6 +1,7 @@
 """What a search over paths may look at, and what that takes: from configurations and the data alone, no weight."""
 
 import copy
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,16 @@ class SearchPlan:
     def bytes_per_parameter(self) -> int:
         """Of the dearest anchor's dtype."""
         return self.anchors[self.reference].model.dtype.itemsize
+
+    @property
+    def digest(self) -> str:
+        """What identifies the data."""
+        digest = hashlib.sha256()
+        for batch in [*self.calibration, *self.scored]:
+            for name, tensor in batch.inputs.items():
+                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def macs(self, path: Path) -> int:
         """MACs of a path."""

@@ -7,12 +7,9 @@ idea is the beam search of greedy depth pruning, with the least-squares joints o
 SN-Net's stitches as further moves.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path as File
 from typing import Any
-
-import torch
 
 from klas_hf.anchors.anchor import Anchor, check_anchors
 from klas_hf.anchors.loading import load_anchors
@@ -77,7 +74,7 @@ class _Search:
         plain = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "scoring"}
         self.settings = plain | {
             "temperature": config.scoring.temperature, "ridge": config.scoring.ridge, "tokens": tokens,
-            "anchors": fingerprints, "data": _digest([*self.plan.calibration, *self.plan.scored]),
+            "anchors": fingerprints, "data": self.plan.digest,
         }  # fmt: skip
         self.rows = None if output is None else RowFile(output, {"search": self.settings})
         self.known: dict[tuple[Path, int | None], tuple[float, float]] = {}
@@ -209,13 +206,3 @@ class _Search:
                 buckets.setdefault(place, []).append((self.known[path, on][0], path))
         order = [sorted(of_one, key=lambda pair: (pair[0], str(pair[1]))) for _, of_one in sorted(buckets.items())]
         return [path for of_one in order for _, path in of_one[:count]]
-
-
-def _digest(batches: Sequence[Any]) -> str:
-    """What identifies data."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name, tensor in batch.inputs.items():
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

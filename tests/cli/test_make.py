@@ -149,6 +149,19 @@ def test_a_healing_that_was_interrupted_goes_on_at_its_rate(
     assert _same(*(AutoModelForCausalLM.from_pretrained(folder) for folder in (output, made)))
 
 
+def test_data_that_have_changed_meanwhile_are_refused(
+    language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    text, words = tmp_path / "text.txt", ("--data", str(tmp_path / "text.txt"))
+    text.write_text((language / "text" / "a.txt").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr("klas_hf.cli.make.healed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert _make(language, "text", tmp_path / "between", *words) == 130
+    text.write_text(text.read_text().replace("word5", "word6"))
+    assert _make(language, "text", tmp_path / "between", *words) == 2
+    assert "whose content is not what" in capsys.readouterr().err
+
+
 def test_images_of_two_anchors_or_one(vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert _make(vision, "images", tmp_path / "two") == 0
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "two")
