@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from klas_hf.anchors.classes import check_classes
 from klas_hf.anchors.weights import evaluating, fingerprint
 from klas_hf.evaluation.images import recalibrated
 from klas_hf.evaluation.measuring import Sums, task_of
@@ -56,6 +57,7 @@ def evaluate_supernet(
         >>> [row.path for row in rows], sorted(rows[0].metrics)
         (['0[:]', '1[:]', '0[:1] 1[2:]', '0[:2] 1[1:]'], ['accuracy', 'loss'])
     """
+    check_classes(batches, supernet.config)
     setting = {"classes": None if classes is None else list(classes), "recalibrated": recalibration is not None}
     weights = [fingerprint(supernet)]
     wanted = {

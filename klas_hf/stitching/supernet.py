@@ -24,8 +24,16 @@ from klas_hf.models import StitchedModel
 from klas_hf.models.checkpoint_files import HUB_OPTIONS, load_whole, replacing, save_processor
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
 from klas_hf.paths import Path, Stitch
+from klas_hf.stitching.calibration import sampled
 from klas_hf.stitching.loading import RANDOM_STITCH
-from klas_hf.stitching.supernet_joints import check_directions, check_paths, costs_of, fit_supernet, shared_layers
+from klas_hf.stitching.supernet_joints import (
+    check_directions,
+    check_paths,
+    costs_of,
+    features_per_row,
+    fit_supernet,
+    shared_layers,
+)
 
 AnyPath = Path | Stitch | str | Sequence[int]
 
@@ -70,6 +78,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         paths: Iterable[AnyPath],
         *,
         calibration: Iterable[Any] | None = None,
+        calibration_items: int | None = None,
         shared: Sequence[int] | None = None,
         ridge: float | None = None,
         image_size: int | tuple[int, int] | None = None,
@@ -83,6 +92,8 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             paths: a selection of stitches, or any paths.
             calibration: batches of images (see `image_batches`) or token ids (`token_batches`) on which all stitching
                 layers are fitted by least squares; None leaves them random, with a warning.
+            calibration_items: how many sequences or images of it are read; None: 256, or as many more as make ten rows
+                per feature.
             shared: a number per path of one joint; paths of one number share it (see `snnet_groups`). None: none do.
             ridge: penalty of the fits; None chooses (see `LeastSquares.solve`).
             image_size: pixels of the images, where the anchors' configurations are for different ones.
@@ -111,7 +122,10 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             architectures=[kind.__name__],
         )
         check_directions(costs_of(config), chosen)
-        batches = None if calibration is None else kind._usable(calibration, loaded)
+        batches = None
+        if calibration is not None:
+            chosen_data = sampled(calibration, loaded[-1].read, features_per_row(loaded), calibration_items)
+            batches = kind._usable(chosen_data, loaded)
         supernet = kind(config).eval()
         last = loaded[-1].model
         supernet.to(device=last.device, dtype=last.dtype)  # before weights that float32 would round

@@ -4,7 +4,7 @@ One pass over the calibration data serves the first joints of all paths, one mor
 path really gives.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -47,6 +47,20 @@ def check_directions(costs: PathCosts, paths: Sequence[Path]) -> None:
                     f"got the stitch {path} from a source of {source:,} MACs to a target of {target:,}: reversed; "
                     "expected the cheaper anchor as the source. Swap source and target"
                 )
+
+
+def features_per_row(anchors: Sequence[Anchor]) -> Callable[[Any], float]:
+    """Of a batch: features of the widest state over the rows that an item has there."""
+
+    def of(batch: Any) -> float:
+        units = len(batch.unit_items) / max(1, len(batch))
+        return max(
+            width / max(1.0, height * across or units)
+            for anchor in anchors
+            for width, (height, across, _) in zip(anchor.widths, anchor.grids(batch), strict=True)
+        )
+
+    return of
 
 
 def shared_layers(anchors: Sequence[Anchor], paths: Sequence[Path], shared: Sequence[int] | None) -> list[list[int]]:

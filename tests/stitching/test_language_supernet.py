@@ -328,3 +328,20 @@ def test_the_tokenizer_travels_from_the_anchors_into_what_is_saved(tmp_path: Pat
         assert found.get_vocab() == AutoTokenizer.from_pretrained(folders[1]).get_vocab()
     supernet_of(anchors(), [(1, 1)]).extract((1, 1)).save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain" / "tokenizer.json").exists()
+
+
+def test_calibration_reads_no_more_than_it_needs() -> None:
+    read: list[int] = []
+
+    class Counted(list):
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__()):
+                read.append(number)
+                yield batch
+
+    many = Counted(token_ids(32, 12, seed=seed) for seed in range(20))
+    StitchedSupernet.from_anchors(anchors(), [(1, 1)], calibration=(batch for batch in many))
+    assert len(read) == 256 / 32
+    read.clear()
+    StitchedSupernet.from_anchors(anchors(), [(1, 1)], calibration=(batch for batch in many), calibration_items=64)
+    assert len(read) == 2
