@@ -121,7 +121,10 @@ class Quickstart:
         settings = {name: getattr(args, name) for name in ("small_steps", "large_steps", "steps")}
         self.rows = RowFile(self.output / "rows.jsonl", {"recipe": "quickstart", **settings})
         self.healing = healing_config(
-            args.steps, per_device_batch_size=8 // self.state.num_processes or 1, seed=args.seed
+            args.steps,
+            per_device_batch_size=8 // self.state.num_processes or 1,
+            eval_steps=max(1, args.steps // 4),
+            seed=args.seed,
         )
         self.say(f"klas_hf quickstart: {self.state.num_processes} process(es) on {self.state.device}")
 
@@ -134,7 +137,10 @@ class Quickstart:
         self.small, self.large, self.tokenizer = anchors(self.args, train_texts, self.state)
         parts = (train_texts, test_texts[::2], test_texts[1::2])
         train, validation, test = (text_sequences(texts, self.tokenizer, LENGTH) for texts in parts)
-        self.examples, self.validation = text_examples(train), text_examples(validation[::3])
+        self.examples, self.validation = (
+            text_examples(train),
+            text_examples(validation[:: max(1, len(validation) // 64)]),
+        )
         self.fitting = TextBatches(train[:: max(1, len(train) // 256)], 16)
         self.scored, self.test = TextBatches(validation, 16), TextBatches(test, 32)
         for name, model in (("small", self.small), ("large", self.large)):
