@@ -259,6 +259,8 @@ def _from_anchors(config: PreTrainedConfig, dtype: torch.dtype, hub: dict[str, A
                 "folders, as a delta refers to them. Save it and pass its folder to from_path, or save the model whole"
             )
     options = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+    if config.identity_joints:
+        options["joint"] = "identity"
     if isinstance(config, StitchedVisionConfig) and config.image_size:
         options["image_size"] = tuple(config.image_size)
     with warnings.catch_warnings():

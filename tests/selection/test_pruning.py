@@ -23,6 +23,7 @@ from klas_hf import (
     Path,
     PathSelection,
     StitchedModel,
+    TrainingConfig,
     esta_stitches,
     gromov_paths,
     linear_patch_paths,
@@ -31,8 +32,10 @@ from klas_hf import (
     measure_stitch_costs,
     model_card,
     replaceme_paths,
+    save_delta,
     shortgpt_paths,
     tail_paths,
+    train_stitches,
     uniform_paths,
 )
 from klas_hf.maths.patches import ChannelPatch, CosineMap, hadamard
@@ -245,6 +248,27 @@ def test_identities_are_the_anchor_with_its_layers_deleted(tmp_path: Folder) -> 
     assert torch.equal(*(one.generate(ids, max_new_tokens=6, do_sample=False) for one in (again, cut)))
 
 
+def test_identities_travel_as_a_delta(tmp_path: Folder) -> None:
+    deep_model().save_pretrained(tmp_path / "anchor")
+    tiny_classifier("vit", large=True).save_pretrained(tmp_path / "classifier")
+    for name, pixels in (("anchor", token_ids(2, 12)), ("classifier", images("vit"))):
+        made = StitchedModel.from_path([str(tmp_path / name)], "0[:1] 0[2:]", joint="identity")
+        save_delta(made, tmp_path / f"{name}-delta")
+        again = StitchedModel.from_pretrained(tmp_path / f"{name}-delta")
+        assert again.stitching_layers() == [] and torch.equal(again(pixels).logits, made(pixels).logits)
+
+
+def test_identities_are_trained_without_joints() -> None:
+    examples = [{"input_ids": ids, "labels": ids} for ids in token_ids(4, 12).tolist()]
+    made = StitchedModel.from_path([deep_model()], "0[:2] 0[4:]", joint="identity")
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    train_stitches(made, examples, TrainingConfig(max_steps=3, trainable="lora", per_device_batch_size=2))
+    assert made.state_dict().keys() == before.keys() and not any("joints" in name for name in before)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
+    with pytest.raises(ValueError, match="no stitching layer"):
+        train_stitches(made, examples, TrainingConfig(max_steps=1, trainable="stitch", per_device_batch_size=2))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_identities_leave_a_classifier_without_the_blocks(kind: str) -> None:
     model, pixels = tiny_classifier(kind, large=True, seed=2), images(kind)
@@ -318,6 +342,16 @@ def test_linear_patch_of_images_takes_each_image_for_a_sample() -> None:
         ]
     expected = rotation @ torch.diag(torch.stack(ratios).mean(0)) @ rotation.T
     torch.testing.assert_close(made.stitching_layers()[0].weight, expected)
+
+
+def test_processes_together_find_the_patch_that_one_would() -> None:
+    x, y, items = torch.randn(12, 8), torch.randn(12, 8), torch.arange(12) // 3
+    whole, *parts = (ChannelPatch(8) for _ in range(3))
+    whole.update(x, y, items)
+    for part, rows in zip(parts, (slice(0, 3), slice(3, 12)), strict=True):
+        part.update(x[rows], y[rows], items[rows])
+    others = iter((parts[1]._ratios, parts[1]._items))
+    torch.testing.assert_close(parts[0].solve(lambda value: value + next(others)), whole.solve(lambda value: value))
 
 
 def test_the_cosine_map_is_adams_from_the_identity() -> None:
