@@ -16,7 +16,7 @@ from klas_hf.files import remove_folder, write_atomically
 from klas_hf.rows import format_table
 
 if TYPE_CHECKING:
-    from klas_hf.costs.budgets import Budget
+    from klas_hf.budgets import Budget
     from klas_hf.selection.plan import SearchPlan
 
 RECORD = "klas_hf_make.json"  # of the run: its options, how far it is, what healing did
@@ -24,7 +24,7 @@ LEFT = ("paths.safetensors", "paths.png", "paths.svg", "rows.jsonl", "curve.png"
 
 
 def run(options: MakeOptions) -> int:
-    from klas_hf.costs.budgets import Budget
+    from klas_hf.budgets import Budget
     from klas_hf.selection.plan import SearchConfig, SearchPlan, unallocated_anchors
 
     budget, output = Budget.of(options.budget), Path(options.output).expanduser()

@@ -12,7 +12,7 @@ from klas_hf.cli.parsing import flag, positional
 from klas_hf.rows import ResultRow, RowFile
 
 if TYPE_CHECKING:
-    from klas_hf.costs.budgets import Budget
+    from klas_hf.budgets import Budget
     from klas_hf.scores.path_scores import PathScores
 
 WORK = "making"  # what is only there to go on with

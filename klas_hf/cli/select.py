@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from klas_hf.budgets import Budget, Cost, check_budget
 from klas_hf.cli.output import say, say_json
 from klas_hf.cli.parsing import Command, flag, positional
 from klas_hf.paths import Stitch
@@ -106,9 +107,6 @@ def recommended(
     Raises:
         ValueError: no stitch is within the budget, or the target itself is; the range is named.
     """
-    from klas_hf.costs.budgets import Budget, check_budget
-    from klas_hf.costs.counting import Cost
-
     budget, target = Budget.of(str(options.budget)), scores.provenance.get("target", {})
     if "parameters" not in target:
         raise ValueError(f"got {options.scores}, which does not say how large the target is; score again")

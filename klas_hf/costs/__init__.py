@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.vision import is_vision
-from klas_hf.costs.counting import Cost
+from klas_hf.budgets import Cost
 from klas_hf.costs.language import decoder_costs, decoder_part_costs, decoder_stitch_costs
 from klas_hf.costs.paths import PathCosts
 from klas_hf.costs.vision import anchor_costs, classifier_costs, classifier_stitch_costs

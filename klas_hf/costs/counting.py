@@ -4,38 +4,11 @@
 counts are halved.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one model costs; MACs are the "FLOPs" of the stitching papers.
-
-    Attributes:
-        macs: multiply-accumulates of one forward: over `tokens` tokens, logits of every position included, or over
-            one image.
-        parameters: parameters stored, each counted once.
-        kv_bytes_per_token: bytes that a cached token takes, in the model's dtype; 0 for images.
-        tokens: length of the sequence that `macs` is for; 0 for images.
-        image_height, image_width: pixels of the image that `macs` is for; 0 for sequences.
-
-    Example:
-        >>> cost = Cost(macs=2_500_000, parameters=30_000, kv_bytes_per_token=96, tokens=128)
-        >>> cost.macs // cost.tokens, cost.image_height  # MACs per token
-        (19531, 0)
-    """
-
-    macs: int
-    parameters: int
-    kv_bytes_per_token: int = 0
-    tokens: int = 0
-    image_height: int = 0
-    image_width: int = 0
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.families import decoder_family
-from klas_hf.costs.counting import Cost, macs_by_module, parameter_count
+from klas_hf.budgets import Cost
+from klas_hf.costs.counting import macs_by_module, parameter_count
 from klas_hf.costs.paths import AnchorCosts, stitch_costs
 from klas_hf.models.configuration_stitched import StitchedConfig, kv_shape
 from klas_hf.paths import StitchCosts

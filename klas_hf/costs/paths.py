@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from klas_hf.costs.counting import Cost
+from klas_hf.budgets import Cost
 from klas_hf.paths import Path, Stitch, StitchCosts
 
 

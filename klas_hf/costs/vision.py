@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from klas_hf.costs.counting import Cost, macs_by_module, parameter_count
+from klas_hf.budgets import Cost
+from klas_hf.costs.counting import macs_by_module, parameter_count
 from klas_hf.costs.paths import AnchorCosts, stitch_costs
 from klas_hf.models import StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import dropped_prefix

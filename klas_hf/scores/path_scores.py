@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from klas_hf import plotting
-from klas_hf.costs import Cost
-from klas_hf.costs.budgets import Budget, check_budget
+from klas_hf.budgets import Budget, Cost, check_budget
 from klas_hf.files import write_atomically
 from klas_hf.paths import Path
 

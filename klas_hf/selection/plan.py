@@ -13,8 +13,8 @@ from klas_hf.anchors.anchor import Anchor
 from klas_hf.anchors.language import anchor_config
 from klas_hf.anchors.loading import load_anchors
 from klas_hf.anchors.vision import is_vision
+from klas_hf.budgets import Budget, check_budget
 from klas_hf.costs import PathCosts, measure_path_costs
-from klas_hf.costs.budgets import Budget, check_budget
 from klas_hf.paths import Path
 from klas_hf.scores.functional_settings import FunctionalScoring, calibration_and_scored
 from klas_hf.scores.path_scores import KINDS, kind_of

@@ -14,8 +14,7 @@ from transformers.utils import logging
 from klas_hf.anchors.language import HUB_OPTIONS, anchor_config
 from klas_hf.anchors.loading import load_anchors
 from klas_hf.anchors.vision import is_vision
-from klas_hf.costs import Cost
-from klas_hf.costs.budgets import Budget
+from klas_hf.budgets import Budget, Cost
 from klas_hf.models import StitchedModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.paths import Stitch

@@ -1,6 +1,8 @@
 """`klas-hf score` and `select` give what the public functions give."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from klas_hf import (
 from klas_hf.cli import main
 from klas_hf.data.images import common_processing, image_batches, load_images
 from klas_hf.data.text import TextBatches, text_sequences
+
+ROOT = Path(__file__).parents[2]
 
 
 def _sequences(language: Path, length: int) -> list[list[int]]:
@@ -217,6 +221,18 @@ def test_a_budget_recommends_the_lowest_score_within_it(
     assert main(["select", *words]) == 0
     out = capsys.readouterr().out
     assert out.count("← recommended") == 1 and f"| {best} ← recommended" in out and found["why"] in out
+
+
+def test_a_budget_is_answered_without_a_library_of_models(scored: Path) -> None:
+    check = (
+        "import sys, klas_hf_command\n"
+        "try: klas_hf_command.main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "print(code, sorted({'torch', 'transformers', 'accelerate'} & set(sys.modules)))"
+    )
+    words = ["select", str(scored), "--budget", "80%"]
+    done = subprocess.run([sys.executable, "-c", check, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
 
 
 def test_without_a_score_the_dearest_within_the_budget_is_recommended(

@@ -13,8 +13,7 @@ from tiny_models import VOCABULARY, tiny_model, token_ids
 from tiny_vision import images, tiny_classifier, tiny_pair
 
 from klas_hf import Path, PathScores, SearchConfig, measure_path_costs, search_paths
-from klas_hf.costs.budgets import Budget
-from klas_hf.costs.counting import Cost
+from klas_hf.budgets import Budget, Cost
 from klas_hf.scores.path_scores import kind_of
 from klas_hf.selection import search
 from klas_hf.selection.moves import Moves

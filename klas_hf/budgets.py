@@ -1,14 +1,38 @@
-"""A budget for a model, in the words that people use: a share of the dearest anchor, parameters, or bytes."""
+"""What a model costs, and a budget in the words that people use: a share of the dearest anchor, parameters, bytes."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from klas_hf.costs.counting import Cost
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _NUMBER = re.compile(r"\s*([\d.]+)\s*([a-zA-Z%]*)\s*")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs; MACs are the "FLOPs" of the stitching papers.
+
+    Attributes:
+        macs: multiply-accumulates of one forward: over `tokens` tokens, logits of every position included, or over
+            one image.
+        parameters: parameters stored, each counted once.
+        kv_bytes_per_token: bytes that a cached token takes, in the model's dtype; 0 for images.
+        tokens: length of the sequence that `macs` is for; 0 for images.
+        image_height, image_width: pixels of the image that `macs` is for; 0 for sequences.
+
+    Example:
+        >>> cost = Cost(macs=2_500_000, parameters=30_000, kv_bytes_per_token=96, tokens=128)
+        >>> cost.macs // cost.tokens, cost.image_height  # MACs per token
+        (19531, 0)
+    """
+
+    macs: int
+    parameters: int
+    kv_bytes_per_token: int = 0
+    tokens: int = 0
+    image_height: int = 0
+    image_width: int = 0
 
 
 @dataclass(frozen=True)
