@@ -161,7 +161,7 @@ def replaceme_paths(
     """Replace the run of blocks, of each length, whose ends are nearest in direction, by a linear map.
 
     Source: ReplaceMe (Shopkhoev et al., arXiv 2505.02819), which merges the map into the MLP before the cut and leaves
-    the residual stream beside it as it is; here the map is a joint, of the whole state.
+    the residual stream beside it as it is; here the map is a joint, of the whole state, and least squares have a bias.
 
     Args:
         anchor, data, shares, tokens, place: as for `shortgpt_paths`.

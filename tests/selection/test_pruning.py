@@ -39,6 +39,7 @@ from klas_hf import (
     uniform_paths,
 )
 from klas_hf.maths.patches import ChannelPatch, CosineMap, hadamard
+from klas_hf.selection import block_distances
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
 MEASURED: list[Callable[..., PathSelection]] = [shortgpt_paths, gromov_paths, replaceme_paths, linear_patch_paths]
@@ -129,7 +130,9 @@ def test_half_of_the_blocks_is_every_other() -> None:
     assert str(uniform_paths(on_meta(8))[3]) == "0[:2] 0[3:4] 0[5:6] 0[7:]"  # 8 − 3: blocks 2, 4 and 6 are gone
 
 
-def test_influence_is_shortgpts() -> None:
+@pytest.mark.parametrize("rows", [7, 256])
+def test_influence_is_shortgpts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_distances, "ROWS", rows)
     model = deep_model()
     found = sequences(model)
     influence = {b: mean_distance(found, b, b + 1) for b in range(1, DEPTH)}
