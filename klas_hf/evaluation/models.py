@@ -43,11 +43,12 @@ def evaluate_stitches(
     training: Mapping[str, Any] | None,
     seed: int = 0,
     tokens: int = 128,
+    setting: Mapping[str, Any] | None = None,
 ) -> list[ResultRow]:
     """Make and measure each stitch or other path, one row each, leaving out what the file already has.
 
-    A row is taken up again only where its path, anchors, training, seed and tokens are the same. One that another rule
-    chose is not made again then: the row is repeated under this rule.
+    A row is taken up again only where its path, anchors, training, seed, tokens and setting are the same. One that
+    another rule chose is not made again then: the row is repeated under this rule.
 
     Args:
         stitches: the selection of one rule: stitches, or any paths; an anchor alone (`"1[:]"`) is one.
@@ -59,6 +60,7 @@ def evaluate_stitches(
         training: how `make` trains, as JSON values (`asdict(TrainingConfig(…))`, data, teacher); None: it does not.
         seed: recorded with the rows.
         tokens: sequence length that costs are for.
+        setting: what else `make` and `measure` depend on, as JSON values: how slices are joined, say.
 
     Returns:
         A row per path, in order, whether it was measured now or before.
@@ -81,7 +83,7 @@ def evaluate_stitches(
     """
     done = []
     for path in stitches:
-        like = _wanted(rule, path, seed, tokens, anchors, training)
+        like = _wanted(rule, path, seed, tokens, anchors, training, setting or {})
         row = rows.find(like, any_rule=True)
         if row is None or row.rule != rule:
             if row is None:
@@ -128,7 +130,7 @@ def evaluate_anchor(
         ('1[:]', True, 1)
     """
     path = None if position is None else f"{position}[:]"
-    like = _wanted(rule, path, seed, tokens, [fingerprint(model)], training)
+    like = _wanted(rule, path, seed, tokens, [fingerprint(model)], training, {})
     row = rows.find(like)
     if row is None:
         row = _measured(like, model, measure(model))
@@ -137,10 +139,12 @@ def evaluate_anchor(
 
 
 def _wanted(
-    rule: str, path: AnyPath | None, seed: int, tokens: int, anchors: Sequence[str], training: Mapping[str, Any] | None
-) -> ResultRow:
+    rule: str, path: AnyPath | None, seed: int, tokens: int, anchors: Sequence[str],
+    training: Mapping[str, Any] | None, setting: Mapping[str, Any],
+) -> ResultRow:  # fmt: skip
     """The row, without its figures."""
-    return ResultRow(rule, path, seed, 0, 0, {}, training=training, made_from=anchors, setting={"tokens": tokens})
+    setting = {"tokens": tokens, **setting}
+    return ResultRow(rule, path, seed, 0, 0, {}, training=training, made_from=anchors, setting=setting)
 
 
 def _measured(row: ResultRow, model: PreTrainedModel, measured: Measurement) -> ResultRow:

@@ -117,7 +117,7 @@ def test_rows_are_measured_once_and_shared_between_rules(tmp_path: Path) -> None
 
 
 def test_a_row_of_anything_else_is_not_taken_for_it(tmp_path: Path) -> None:
-    """Other training, other weights, another seed or length: measured anew, under whatever rule."""
+    """Other training, weights, seed, length or setting: measured anew, under whatever rule."""
     made: list[str] = []
 
     def make(path: str) -> PreTrainedModel:
@@ -131,13 +131,14 @@ def test_a_row_of_anything_else_is_not_taken_for_it(tmp_path: Path) -> None:
     plain: dict = {"anchors": ["a", "b"], "training": {"max_steps": 120}, "seed": 0, "tokens": 16}
     settings: list[dict] = [plain | one for one in (
         {}, {"training": {"max_steps": 1000}}, {"training": None}, {"anchors": ["a", "c"]}, {"seed": 1}, {"tokens": 32},
+        {"setting": {"joint": "identity"}}, {"setting": {"joint": "cosine"}},
     )]  # fmt: skip
     for rule in ("klas", "esta"):
         for one in settings:
             evaluate_stitches(["0[:1] 1[1:2] 0[2:]"], make, measure, rule=rule, rows=rows, **one)
-    assert made == ["0[:1] 1[1:2] 0[2:]"] * 6
+    assert made == ["0[:1] 1[1:2] 0[2:]"] * 8
     turns = [row.metrics["turn"] for row in RowFile(tmp_path / "rows.jsonl", {})]
-    assert turns == [1, 2, 3, 4, 5, 6] * 2
+    assert turns == [1, 2, 3, 4, 5, 6, 7, 8] * 2
     assert [row.training for row in rows][:3] == [{"max_steps": 120}, {"max_steps": 1000}, None]
 
 

@@ -1,0 +1,252 @@
+"""What the study of every size found: who is best at each cost, by how much, and whether functional KL foretold it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import hypot, isfinite
+from statistics import fmean
+
+import numpy as np
+
+from experiments.every_size import ANCHORS, OURS, EverySize
+from klas_hf.curves.regret import lowest_per_bucket
+from klas_hf.curves.tradeoff import TradeoffCurve, higher_is_better, plot_curves
+from klas_hf.files import write_atomically
+from klas_hf.maths.correlations import spearman
+from klas_hf.paths import Path
+from klas_hf.processes import process_state
+from klas_hf.rows import ResultRow, format_mean, markdown_table, mean_and_error
+from klas_hf.scores.path_scores import kind_of
+
+Rows = list[ResultRow]
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """By how much ours is better than a rival at one cost.
+
+    Attributes:
+        rival: its rule.
+        by: difference of the means over seeds, in the metric's unit; above 0 where ours is better.
+        error: its standard error; nan of one seed.
+    """
+
+    rival: str
+    by: float
+    error: float
+
+    def __str__(self) -> str:
+        told = f"{self.by:+.4f}"
+        return f"{told} ± {self.error:.4f} ({self.by / self.error:+.1f} errors)" if self.error > 0 else told
+
+
+class Outcome:
+    """All that was measured at one length of healing.
+
+    Args:
+        study: of one family, whose rows at this length and at length 0 are there.
+        length: optimiser steps.
+
+    Attributes:
+        rows: bucket → rule → its rows, one per seed; where nothing is trained, one per model.
+        anchors: rows of the cheap and of the dear anchor.
+    """
+
+    def __init__(self, study: EverySize, length: int):
+        self.study, self.length = study, length
+        self.metric = study.family.metric
+        self.sign = 1.0 if higher_is_better(self.metric) else -1.0
+        chosen = {seed: study.chosen(seed) for seed in study.settings.seeds}
+        self.rows: list[dict[str, Rows]] = []
+        for bucket in range(study.settings.buckets):
+            of_bucket: dict[str, dict[str, ResultRow]] = {}
+            for seed, by_bucket in chosen.items():
+                for rule, choice in by_bucket[bucket].items():
+                    row = study.row(rule, choice, length, seed)
+                    of_bucket.setdefault(rule, {})[row.measurement] = row
+            self.rows.append({rule: list(rows.values()) for rule, rows in of_bucket.items()})
+        pairs = [study.anchor_rows(length, seed) for seed in (study.settings.seeds if length else [0])]
+        self.anchors: tuple[Rows, Rows] = [small for small, _ in pairs], [large for _, large in pairs]
+
+    def values(self, rows: Rows) -> list[float]:
+        return [row.value(self.metric) for row in rows]
+
+    def line(self, bucket: int) -> list[float] | None:
+        """The straight line between the anchors at the cost of ours, by seed; None outside it."""
+        share = self._along(bucket)
+        if share is None:
+            return None
+        return [(1 - share) * a + share * b for a, b in zip(*map(self.values, self.anchors), strict=True)]
+
+    def closed(self, bucket: int) -> float:
+        """Share of the gap between the anchors that ours closes, of the means over seeds."""
+        small, large = (fmean(self.values(rows)) for rows in self.anchors)
+        return (fmean(self.values(self.rows[bucket][OURS])) - small) / (large - small)
+
+    def advantages(self, bucket: int) -> list[Advantage]:
+        """Of ours over every rival in a bucket, the strongest rival first."""
+        mean, error = mean_and_error(self.values(self.rows[bucket][OURS]))
+        found = []
+        for rule, rows in self.rows[bucket].items():
+            if rule != OURS:
+                other, other_error = mean_and_error(self.values(rows))
+                found.append(Advantage(rule, self.sign * (mean - other), hypot(error, other_error)))
+        return sorted(found, key=lambda one: one.by)
+
+    @cached_property
+    def models(self) -> list[tuple[int, float, float]]:
+        """Bucket, functional KL at the start and mean quality (a loss counts negatively) of every model once."""
+        found: dict[tuple[int, str, str], Rows] = {}
+        for bucket, of_bucket in enumerate(self.rows):
+            for rows in of_bucket.values():
+                for row in rows:
+                    if row.joints:
+                        found.setdefault((bucket, str(row.path), row.setting["joint"]), []).append(row)
+        starts = {(row.path, row.setting["joint"]): row for row in self.study.rows if "divergence" in row.metrics}
+        return [
+            (bucket, starts[path, joint].metrics["divergence"], self.sign * fmean(self.values(_once(rows))))
+            for (bucket, path, joint), rows in found.items()
+        ]
+
+    @property
+    def spearman(self) -> float:
+        """Of functional KL at the start with the loss of quality, over models of every kind and size; 1 is best."""
+        distinct = sorted({(divergence, quality) for _, divergence, quality in self.models})
+        return spearman([one for one, _ in distinct], [-quality for _, quality in distinct])
+
+    @property
+    def regrets(self) -> list[float]:
+        """By bucket, how far the model of least functional KL lies below the best one, in the metric's unit."""
+        bucket, divergence, quality = (np.array(column) for column in zip(*self.models, strict=True))
+        picked, best = (quality[lowest_per_bucket(one, bucket)] for one in (divergence, -quality))
+        return [float(one) for one in best - picked]
+
+    def _along(self, bucket: int) -> float | None:
+        ours, small, large = (rows[0].macs for rows in (self.rows[bucket][OURS], *self.anchors))
+        share = (ours - small) / (large - small)
+        return share if 0 <= share <= 1 else None
+
+
+def report(study: EverySize, lengths: Sequence[int]) -> str:
+    """The study as Markdown, in `report.md` too, with a picture per length; all its rows must be there."""
+    parts = [f"# The best model of every size: {study.family.name}", _about(study)]
+    for length in lengths:
+        outcome = Outcome(study, length)
+        name = f"{length} steps" if length else "the least-squares start"
+        parts += [
+            f"## {name}", f"{outcome.metric} by share of the dear anchor's MACs (the cost of each in brackets):",
+            qualities(outcome), "What the search offers, beside the best rival and the straight line:", offers(outcome),
+            "Over all buckets that both reach:", totals(outcome), foretold(outcome),
+        ]  # fmt: skip
+        if process_state().is_main_process:
+            plot(outcome, name)
+    text = "\n\n".join(parts) + "\n"
+    if process_state().is_main_process:
+        write_atomically(study.output / "report.md", lambda part: part.write_text(text, encoding="utf-8"))
+    return text
+
+
+def qualities(outcome: Outcome) -> str:
+    """A row per rule, a column per bucket: mean ± standard error over seeds."""
+    study = outcome.study
+    edges = study.edges / study.dearest
+    lines = [["rule", *(f"{low:.0%}–{high:.0%}" for low, high in zip(edges, edges[1:], strict=False))]]
+    for rule in (OURS, *study.settings.rivals):
+        cells = [one.get(rule) for one in outcome.rows]
+        if any(cells):
+            lines.append([rule, *(_cell(outcome, rows) if rows else "–" for rows in cells)])
+    between = [outcome.line(n) if of_bucket else None for n, of_bucket in enumerate(outcome.rows)]
+    lines.append(["straight line", *(format_mean(one) if one else "–" for one in between)])
+    small, large = (_cell(outcome, rows) for rows in outcome.anchors)
+    return f"{markdown_table(lines)}\n\nThe anchors, {_treated(outcome)}: {small} and {large}."
+
+
+def offers(outcome: Outcome) -> str:
+    """A row per bucket: our path, the share of the gap that it closes, and its advantage over the best rival."""
+    lines = [["cost", "path", "kind", "closes of the gap", "line closes", "best rival", "ours better by"]]
+    for bucket, of_bucket in enumerate(outcome.rows):
+        if not of_bucket:
+            continue
+        ours, best = of_bucket[OURS][0], next(iter(outcome.advantages(bucket)), None)
+        share = outcome._along(bucket)
+        lines.append(
+            [
+                f"{ours.macs / outcome.study.dearest:.1%}",
+                str(ours.path),
+                kind_of(Path.of(str(ours.path))),
+                f"{outcome.closed(bucket):.0%}",
+                "–" if share is None else f"{share:.0%}",
+                best.rival if best else "–",
+                str(best) if best else "–",
+            ]  # fmt: skip
+        )
+    return markdown_table(lines)
+
+
+def totals(outcome: Outcome) -> str:
+    """A row per rival: mean advantage of ours over the buckets, and in how many it is not behind by over one error."""
+    by_rival: dict[str, list[Advantage]] = {}
+    for bucket, of_bucket in enumerate(outcome.rows):
+        for one in outcome.advantages(bucket) if of_bucket else []:
+            by_rival.setdefault(one.rival, []).append(one)
+    lines = [["rival", "buckets", "ours better by, mean", "ours better in", "no worse within one error in"]]
+    for rival, each in sorted(by_rival.items(), key=lambda pair: fmean(one.by for one in pair[1])):
+        errors = [one.error for one in each]
+        error = f" ± {hypot(*errors) / len(errors):.4f}" if all(map(isfinite, errors)) else ""
+        within = sum(one.by >= -(one.error if isfinite(one.error) else 0.0) for one in each)
+        mean = f"{fmean(one.by for one in each):+.4f}{error}"
+        lines.append([rival, str(len(each)), mean, str(sum(one.by > 0 for one in each)), str(within)])
+    return markdown_table(lines)
+
+
+def foretold(outcome: Outcome) -> str:
+    """How well functional KL at the start foretells the quality."""
+    if len(outcome.models) < 3:
+        return f"{len(outcome.models)} models: too few to correlate with functional KL."
+    regrets = outcome.regrets
+    return (
+        f"Functional KL of the start against quality here: Spearman {outcome.spearman:.3f} over "
+        f"{len({one[1:] for one in outcome.models})} models of every kind; regret per bucket {fmean(regrets):.4f} in the "
+        f"mean, {max(regrets):.4f} at most."
+    )
+
+
+def plot(outcome: Outcome, name: str) -> None:
+    """Quality against MACs of every rule, and the straight line between the anchors."""
+    better = outcome.sign > 0
+    draw: Callable[[Rows, str], TradeoffCurve] = lambda rows, label: TradeoffCurve(  # noqa: E731
+        rows, outcome.metric, higher_is_better=better, label=label
+    )
+    curves = []
+    for rule in (OURS, *outcome.study.settings.rivals):
+        rows = _once([row for of_bucket in outcome.rows for row in of_bucket.get(rule, [])])
+        if rows:
+            curves.append(draw(rows, rule))
+    curves.append(draw([*outcome.anchors[0], *outcome.anchors[1]], ANCHORS))
+    title = f"{outcome.study.family.name}, {name}"
+    plot_curves(curves, title=title, path=outcome.study.output / f"curve-{outcome.length}")
+
+
+def _about(study: EverySize) -> str:
+    seeds, least = len(study.settings.seeds), study.edges[0] / study.dearest
+    text = (
+        f"{study.settings.buckets} buckets from {least:.0%} to 100 % of the dear anchor's {study.dearest / 1e6:,.2f} M "
+        f"MACs, {seeds} seed(s); means ± standard errors over seeds. Rivals stand at the cost of ours where they have a "
+        "path of it (± 2 %), else at the nearest one in the bucket."
+    )
+    return text + "".join(f"\n\n{rule} chooses nothing here: {why}." for rule, why in study.absent.items())
+
+
+def _treated(outcome: Outcome) -> str:
+    return f"healed for {outcome.length} steps" if outcome.length else "as they are"
+
+
+def _once(rows: Rows) -> Rows:
+    """Rows of several rules, each measurement once."""
+    return list({row.measurement: row for row in rows}.values())
+
+
+def _cell(outcome: Outcome, rows: Rows) -> str:
+    shares = sorted({row.macs / outcome.study.dearest for row in rows})
+    told = "–".join(dict.fromkeys(f"{share:.1%}" for share in (shares[0], shares[-1])))
+    return f"{format_mean(outcome.values(rows))} ({told})"
