@@ -18,7 +18,7 @@ from experiments.every_size import RIVALS, EverySize, Family, StudySettings
 from experiments.every_size_report import report
 from experiments.language_study import TextTask
 
-from klas_hf import ImageProbeConfig, SearchConfig
+from klas_hf import SearchConfig
 from klas_hf.data.digits import load_digits_split
 from klas_hf.data.images import image_batches
 from klas_hf.data.text import TextBatches, held_out, python_documentation, text_examples, text_sequences
@@ -27,7 +27,7 @@ from klas_hf.processes import process_state
 
 FAMILIES = ("quickstart", *small_llamas.PAIRS, "stories", *digits.FAMILIES)
 FITTED, BATCH = 256, 16  # sequences that joints are fitted to, and of a batch where nothing is trained
-SMOKE = 64  # sequences or images of each part
+SMOKE = 32  # sequences or images of each part
 
 
 @dataclass
@@ -45,7 +45,7 @@ class EverySizeArguments:
     output_dir: str = field(default="outputs/every_size", metadata={"help": "where rows, report and pictures go"})
     cache_dir: str = field(default="outputs/study_anchors", metadata={"help": "where trained anchors are kept"})
     anchor_steps: int | None = field(default=None, metadata={"help": "training steps of each anchor; None: its own"})
-    smoke: bool = field(default=False, metadata={"help": "barely trained anchors, two sizes, two steps: no result"})
+    smoke: bool = field(default=False, metadata={"help": "barely trained anchors, one size, one step: no result"})
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -66,7 +66,7 @@ class EverySizeArguments:
 def main() -> None:
     (args,) = parse_options(EverySizeArguments, description=__doc__.split("\n")[0])
     if args.smoke:
-        args.lengths, args.seeds, args.buckets, args.anchor_steps = [0, 2], args.seeds[:1], 2, 3
+        args.lengths, args.seeds, args.buckets, args.anchor_steps = [0, 1], args.seeds[:1], 1, 3
     settings = args.settings()
     process_state().print(f"# {args.family}")
     with input_read(args):
@@ -132,7 +132,7 @@ def digits_family(name: str, cache: Path, steps: int | None, count: int | None) 
     fitting, scored, measured = (image_batches(part, 64, digits.MEAN, digits.STD) for part in (train, validation, test))
     return Family(
         name, (small, large), train, validation, fitting, scored, measured, metric="accuracy",
-        image_size=digits.SIZE * digits.SCALE.get(name, 1), probing={"validation": scored, "config": ImageProbeConfig()},
+        image_size=digits.SIZE * digits.SCALE.get(name, 1), probing={"validation": scored},
         healing={"per_device_batch_size": 64, "mean": list(digits.MEAN), "std": list(digits.STD), "weight_decay": 0.05},
     )  # fmt: skip
 

@@ -121,7 +121,7 @@ class StudySettings:
             raise ValueError(f"got seeds={self.seeds}; expected at least one, each once")
         if self.buckets < 1 or min(self.lengths) < 0:
             raise ValueError(
-                f"got buckets={self.buckets} and lengths={self.lengths}; expected at least one bucket, and 0 or more steps"
+                f"got buckets={self.buckets} and lengths={self.lengths}; expected at least 1 bucket and 0 steps or more"
             )
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 
 import numpy as np
 
-from experiments.every_size import ANCHORS, OURS, EverySize
+from experiments.every_size import ANCHORS, EQUAL, OURS, EverySize
 from klas_hf.curves.regret import lowest_per_bucket
 from klas_hf.curves.tradeoff import TradeoffCurve, higher_is_better, plot_curves
 from klas_hf.files import write_atomically
@@ -73,24 +73,27 @@ class Outcome:
 
     def line(self, bucket: int) -> list[float] | None:
         """The straight line between the anchors at the cost of ours, by seed; None outside it."""
-        share = self._along(bucket)
+        share = self.along(bucket)
         if share is None:
             return None
         return [(1 - share) * a + share * b for a, b in zip(*map(self.values, self.anchors), strict=True)]
 
-    def closed(self, bucket: int) -> float:
-        """Share of the gap between the anchors that ours closes, of the means over seeds."""
+    def closed(self, bucket: int) -> float | None:
+        """Share of the gap between the anchors' means that ours closes; None where there is no gap."""
         small, large = (fmean(self.values(rows)) for rows in self.anchors)
-        return (fmean(self.values(self.rows[bucket][OURS])) - small) / (large - small)
+        return None if small == large else (fmean(self.values(self.rows[bucket][OURS])) - small) / (large - small)
 
     def advantages(self, bucket: int) -> list[Advantage]:
-        """Of ours over every rival in a bucket, the strongest rival first."""
-        mean, error = mean_and_error(self.values(self.rows[bucket][OURS]))
+        """Of ours over every rival in a bucket, the strongest first; 0 where a rival takes the same model."""
+        ours = self.rows[bucket][OURS]
+        mean, error = mean_and_error(self.values(ours))
         found = []
         for rule, rows in self.rows[bucket].items():
             if rule != OURS:
                 other, other_error = mean_and_error(self.values(rows))
-                found.append(Advantage(rule, self.sign * (mean - other), hypot(error, other_error)))
+                same = [row.measurement for row in rows] == [row.measurement for row in ours]
+                difference = Advantage(rule, self.sign * (mean - other), hypot(error, other_error))
+                found.append(Advantage(rule, 0.0, 0.0) if same else difference)
         return sorted(found, key=lambda one: one.by)
 
     @cached_property
@@ -121,7 +124,8 @@ class Outcome:
         picked, best = (quality[lowest_per_bucket(one, bucket)] for one in (divergence, -quality))
         return [float(one) for one in best - picked]
 
-    def _along(self, bucket: int) -> float | None:
+    def along(self, bucket: int) -> float | None:
+        """Where the cost of ours lies between those of the anchors, 0 to 1; None outside them."""
         ours, small, large = (rows[0].macs for rows in (self.rows[bucket][OURS], *self.anchors))
         share = (ours - small) / (large - small)
         return share if 0 <= share <= 1 else None
@@ -168,18 +172,11 @@ def offers(outcome: Outcome) -> str:
         if not of_bucket:
             continue
         ours, best = of_bucket[OURS][0], next(iter(outcome.advantages(bucket)), None)
-        share = outcome._along(bucket)
-        lines.append(
-            [
-                f"{ours.macs / outcome.study.dearest:.1%}",
-                str(ours.path),
-                kind_of(Path.of(str(ours.path))),
-                f"{outcome.closed(bucket):.0%}",
-                "–" if share is None else f"{share:.0%}",
-                best.rival if best else "–",
-                str(best) if best else "–",
-            ]  # fmt: skip
+        closed, along = (
+            "–" if share is None else f"{share:.0%}" for share in (outcome.closed(bucket), outcome.along(bucket))
         )
+        path, rival = Path.of(str(ours.path)), (best.rival, str(best)) if best else ("–", "–")
+        lines.append([f"{ours.macs / outcome.study.dearest:.1%}", str(path), kind_of(path), closed, along, *rival])
     return markdown_table(lines)
 
 
@@ -203,11 +200,10 @@ def foretold(outcome: Outcome) -> str:
     """How well functional KL at the start foretells the quality."""
     if len(outcome.models) < 3:
         return f"{len(outcome.models)} models: too few to correlate with functional KL."
-    regrets = outcome.regrets
+    regrets, count = outcome.regrets, len({one[1:] for one in outcome.models})
     return (
-        f"Functional KL of the start against quality here: Spearman {outcome.spearman:.3f} over "
-        f"{len({one[1:] for one in outcome.models})} models of every kind; regret per bucket {fmean(regrets):.4f} in the "
-        f"mean, {max(regrets):.4f} at most."
+        f"Functional KL of the start against quality here: Spearman {outcome.spearman:.3f} over {count} models of "
+        f"every kind; regret per bucket {fmean(regrets):.4f} in the mean, {max(regrets):.4f} at most."
     )
 
 
@@ -230,9 +226,9 @@ def plot(outcome: Outcome, name: str) -> None:
 def _about(study: EverySize) -> str:
     seeds, least = len(study.settings.seeds), study.edges[0] / study.dearest
     text = (
-        f"{study.settings.buckets} buckets from {least:.0%} to 100 % of the dear anchor's {study.dearest / 1e6:,.2f} M "
-        f"MACs, {seeds} seed(s); means ± standard errors over seeds. Rivals stand at the cost of ours where they have a "
-        "path of it (± 2 %), else at the nearest one in the bucket."
+        f"{study.settings.buckets} buckets from {least:.0%} to 100 % of the dear anchor's {study.dearest / 1e6:,.2f} "
+        f"M MACs, {seeds} seed(s); means ± standard errors over seeds. Rivals stand at the cost of ours where they "
+        f"have a path of it (± {EQUAL:.0%}), else at the nearest one in the bucket."
     )
     return text + "".join(f"\n\n{rule} chooses nothing here: {why}." for rule, why in study.absent.items())
 

@@ -1,0 +1,270 @@
+"""The study of every size: what each rule takes at which cost, rows that are made once, and a report of these rows."""
+
+import json
+import re
+import sys
+from math import hypot
+from pathlib import Path as Folder
+from statistics import fmean, stdev
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from tiny_models import tiny_model, token_ids
+
+RECIPES = Folder(__file__).parents[2] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import every_size as recipe  # noqa: E402
+from experiments import every_size  # noqa: E402
+from experiments.every_size import EverySize, Family, StudySettings  # noqa: E402
+from experiments.every_size_report import report  # noqa: E402
+
+from klas_hf import Path, SearchConfig, StitchedModel, evaluate, heal, healing_config, measure_costs  # noqa: E402
+from klas_hf.data.text import TextBatches, text_examples  # noqa: E402
+from klas_hf.evaluation import evaluate_divergence  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
+SETTINGS = StudySettings(
+    lengths=(3,), seeds=(0, 1), buckets=3, search=SearchConfig(joints=2, forwards=4000),
+    rivals=("klas", "esta_proportional", "random", "tail", "shortgpt", "replaceme", "linear patch"),
+)  # fmt: skip
+
+
+def sequences(count: int, seed: int) -> list[list[int]]:
+    """Sequences that count upwards, so that there is something to learn."""
+    return [[1, *row] for row in (3 + (token_ids(count, 1, seed=seed) + torch.arange(9)) % 29).tolist()]
+
+
+def family() -> Family:
+    train, held, scored, test = (sequences(count, seed) for seed, count in enumerate((32, 12, 16, 16)))
+    anchors = tiny_model(seed=1), tiny_model(large=True, num_hidden_layers=6, seed=2)
+    return Family(
+        "tiny", anchors, text_examples(train), text_examples(held), TextBatches(train, 16), TextBatches(scored, 8),
+        TextBatches(test, 16), tokens=10, healing={"per_device_batch_size": 8},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[EverySize, str]:
+    """A study that was interrupted in the middle of its healing, and went on."""
+    folder = tmp_path_factory.mktemp("study")
+    first, healed = EverySize(family(), SETTINGS, folder), 0
+
+    def interrupted(*args, **kwargs):
+        nonlocal healed
+        healed += 1
+        if healed > 5:
+            raise KeyboardInterrupt
+        return heal(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(every_size, "heal", interrupted)
+        first.run(0)
+        with pytest.raises(KeyboardInterrupt):
+            first.run(3)
+    before = (folder / "rows.jsonl").read_text()
+    assert before.count('"max_steps": 3') >= 5
+    study = EverySize(family(), SETTINGS, folder)
+    for length in (0, 3):
+        study.run(length)
+    assert (folder / "rows.jsonl").read_text().startswith(before)
+    return study, report(study, (0, 3))
+
+
+def rows(study: EverySize) -> list[dict]:
+    return [json.loads(line) for line in (study.output / "rows.jsonl").read_text().splitlines()[1:]]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Every Markdown table's lines as cells, without the rule below the heading."""
+    found = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    cells = [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in one.strip().splitlines()] for one in found
+    ]
+    return [[one[0], *one[2:]] for one in cells]
+
+
+def losses(study: EverySize, path: str, joint: str, length: int, metric: str = "loss") -> list[float]:
+    """By seed, each measurement once."""
+    found = {}
+    for row in rows(study):
+        if (row["path"], row["setting"]["joint"]) == (path, joint) and bool(row["training"]) == bool(length):
+            found.setdefault(row["seed"], row["metrics"][metric])
+            assert found[row["seed"]] == row["metrics"][metric]
+    return list(found.values())
+
+
+def test_choices_lie_in_their_buckets_at_the_cost_of_ours_where_a_rule_has_a_path_of_it(done) -> None:
+    study, _ = done
+    small, large = study.family.anchors
+    edges = [share * measure_costs(large, tokens=10).macs for share in (0.2, 0.2 + 0.8 / 3, 0.2 + 1.6 / 3, 1.0)]
+    found, kinds = study._found["search"], set()
+    for seed in (0, 1):
+        for number, of_bucket in enumerate(study.chosen(seed)):
+            ours = of_bucket["search"]
+            under = [
+                n
+                for n, cost in enumerate(found.costs)
+                if cost.macs <= edges[number + 1] and n != found.place(Path.parse("1[:]"))
+            ]
+            assert found.divergence[found.place(ours.path)] == min(found.divergence[n] for n in under)
+            for rule, choice in of_bucket.items():
+                kinds.add(rule)
+                options = {} if choice.joint == "identity" else {"calibration": study.family.fitting}
+                model = StitchedModel.from_path([small, large], choice.path, joint=choice.joint, **options)
+                assert choice.macs == measure_costs(model, tokens=10).macs
+                if rule == "search":
+                    continue
+                wanted = max(ours.macs, edges[number])
+                apart = abs(choice.macs - wanted)
+                assert apart <= 0.02 * wanted or edges[number] < choice.macs <= edges[number + 1]
+                nearest = min(abs(macs - wanted) for macs in study._selections[rule][1])
+                assert apart <= max(nearest, 0.02 * wanted)
+    assert kinds == {"search", *SETTINGS.rivals}
+    klas, values = study.scores.with_score("klas"), []
+    for of_bucket in study.chosen(0):
+        if "klas" in of_bucket and of_bucket["search"].macs > edges[0]:
+            wanted, stitch = of_bucket["search"].macs, of_bucket["klas"].path.stitch
+            near = [s for s in klas.stitches if abs(klas.costs.of(s)[0] - wanted) <= 0.02 * wanted]
+            values += [(klas.value_of(stitch), min(map(klas.value_of, near)))] if stitch in near else []
+    assert all(one == best for one, best in values)
+
+
+def test_every_model_is_made_once_and_measured_as_by_hand(done) -> None:
+    study, _ = done
+    found = rows(study)
+    keys = [(row["rule"], row["path"], row["setting"]["joint"], row["seed"], bool(row["training"])) for row in found]
+    assert len(keys) == len(set(keys)) and {row["seed"] for row in found} == {0, 1}
+    assert len({row["path"] for row in found if row["rule"] == "anchors"}) == 2
+    small, large = study.family.anchors
+    shown = next(row for row in found if row["rule"] == "replaceme" and row["seed"] == 1 and row["training"])
+    model = StitchedModel.from_path([small, large], shown["path"], calibration=study.family.fitting)
+    start = next(
+        row
+        for row in found
+        if row["path"] == shown["path"] and not row["training"] and row["setting"]["joint"] == "least_squares"
+    )
+    assert start["metrics"]["divergence"] == pytest.approx(
+        evaluate_divergence(model, large, study.family.scored), rel=1e-4
+    )
+    (loss,) = losses(study, shown["path"], "least_squares", 0)
+    assert loss == pytest.approx(evaluate(model, study.family.test).metrics["loss"], rel=1e-5)
+    config = healing_config(3, per_device_batch_size=8, eval_steps=1, seed=1)
+    heal(model, study.family.train, teacher=large, validation=study.family.validation, config=config)
+    assert shown["metrics"]["loss"] == pytest.approx(evaluate(model, study.family.test).metrics["loss"], rel=1e-5)
+
+
+def test_the_report_says_what_the_rows_say(done) -> None:
+    study, text = done
+    assert (study.output / "report.md").read_text() == text and (study.output / "curve-3.png").exists()
+    qualities, offers, totals = tables(text.split("## 3 steps")[1])
+    chosen = [study.chosen(seed) for seed in (0, 1)]
+    edges = [share * study.dearest for share in (0.2, 0.2 + 0.8 / 3, 0.2 + 1.6 / 3, 1.0)]
+    assert qualities[0][1:] == [
+        f"{a / study.dearest:.0%}–{b / study.dearest:.0%}" for a, b in zip(edges, edges[1:], strict=False)
+    ]
+
+    def of(rule: str, bucket: int) -> list[float]:
+        """The rule's losses by seed; the random one has another path under each."""
+        return [
+            losses(study, str(one.path), one.joint, 3)[seed]
+            for seed in (0, 1) if (one := chosen[seed][bucket].get(rule)) is not None
+        ]  # fmt: skip
+
+    for rule, *cells in qualities[1:-1]:
+        for bucket, cell in enumerate(cells):
+            if cell == "–":
+                assert rule not in chosen[0][bucket]
+                continue
+            mean, error = map(float, re.match(r"(\S+) ± (\S+)", cell).groups())
+            assert (mean, error) == pytest.approx((fmean(of(rule, bucket)), stdev(of(rule, bucket)) / 2**0.5), abs=6e-5)
+    small, large = (losses(study, path, "least_squares", 3) for path in ("0[:]", "1[:]"))
+    cheap = measure_costs(study.small, tokens=10).macs
+    advantages: dict[str, list[float]] = {}
+    for bucket, cells in enumerate(offers[1:]):
+        ours, values = chosen[0][bucket]["search"], of("search", bucket)
+        assert cells[:2] == [f"{ours.macs / study.dearest:.1%}", str(ours.path)]
+        assert cells[3] == f"{(fmean(values) - fmean(small)) / (fmean(large) - fmean(small)):.0%}"
+        along = (ours.macs - cheap) / (study.dearest - cheap)
+        assert cells[4] == (f"{along:.0%}" if along >= 0 else "–")
+        if along >= 0:
+            line = fmean(a + along * (b - a) for a, b in zip(small, large, strict=True))
+            assert float(qualities[-1][1 + bucket].split()[0]) == pytest.approx(line, abs=6e-5)
+        better = {rule: fmean(of(rule, bucket)) - fmean(values) for rule in chosen[0][bucket] if rule != "search"}
+        assert better[cells[5]] == pytest.approx(min(better.values()))
+        same = str(chosen[0][bucket][cells[5]]) == str(chosen[0][bucket]["search"])
+        error = 0.0 if same else hypot(*(stdev(each) / 2**0.5 for each in (values, of(cells[5], bucket))))
+        by, shown = map(float, re.match(r"(\S+)(?: ± (\S+))?", cells[6]).groups(default="0"))
+        assert (by, shown) == pytest.approx((better[cells[5]], error), abs=6e-5)
+        for rule, one in better.items():
+            advantages.setdefault(rule, []).append(one)
+    for rule, count, mean, ahead, _ in totals[1:]:
+        assert (int(count), int(ahead)) == (len(advantages[rule]), sum(one > 0 for one in advantages[rule]))
+        assert float(mean.split()[0]) == pytest.approx(fmean(advantages[rule]), abs=6e-5)
+    assert {line[0] for line in totals[1:]} == advantages.keys()
+
+
+def test_functional_kl_is_compared_with_quality_over_every_model(done) -> None:
+    study, text = done
+    models: list[dict[tuple[str, str], tuple[float, float]]] = []
+    chosen = [study.chosen(seed) for seed in (0, 1)]
+    for bucket in range(3):
+        there: dict[tuple[str, str], set[int]] = {}
+        for seed in (0, 1):
+            for choice in chosen[seed][bucket].values():
+                there.setdefault((str(choice.path), choice.joint), set()).add(seed)
+        found = {}
+        for (path, joint), seeds in there.items():
+            healed = losses(study, path, joint, 3)  # under the one seed, or both
+            loss = fmean(healed[seed] for seed in seeds) if len(healed) == 2 else healed[0]
+            if Path.parse(path).joints:
+                found[path, joint] = losses(study, path, joint, 0, "divergence")[0], loss
+        models.append(found)
+    every = list({pair for of_bucket in models for pair in of_bucket.values()})
+    regrets = [min(of_bucket.values())[1] - min(loss for _, loss in of_bucket.values()) for of_bucket in models]
+    shown = re.search(
+        r"Spearman (\S+) over (\d+) .*bucket (\S+) in the mean, (\S+) at most", text.split("## 3 steps")[1]
+    )
+    assert float(shown[1]) == pytest.approx(spearmanr(*zip(*every, strict=True)).statistic, abs=6e-4)
+    assert int(shown[2]) == len(every)
+    assert [float(shown[3]), float(shown[4])] == pytest.approx([fmean(regrets), max(regrets)], abs=6e-5)
+
+
+def test_the_recipe_runs_and_goes_on_without_repeating_work(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = ["--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
+    rivals = ["--rivals", "klas", "random", "shortgpt"]
+    monkeypatch.setattr(sys, "argv", ["every_size.py", "--smoke", "--family", "vit", *rivals, *places])
+    recipe.main()
+    out = tmp_path / "out" / "vit"
+    written = {path: path.read_bytes() for path in out.iterdir() if path.suffix in (".jsonl", ".md", ".safetensors")}
+    assert {path.name for path in written} >= {"rows.jsonl", "search.jsonl", "report.md", "scores.safetensors"}
+    assert {"search", "klas", "random", "shortgpt", "anchors"} == {
+        json.loads(line)["rule"] for line in written[out / "rows.jsonl"].splitlines()[1:]
+    }
+    monkeypatch.setattr(every_size, "heal", None)
+    recipe.main()
+    assert {path: path.read_bytes() for path in written} == written
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"family": "bert"}, "family='bert'"),
+        ({"family": "stories"}, "data=None"),
+        ({"data": ["a", "b", "c"]}, "data for no other"),
+        ({"rivals": ["klass"]}, "klass"),
+        ({"seeds": [0, 0]}, "each once"),
+        ({"buckets": 0}, "at least 1 bucket"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe.EverySizeArguments(**options)
+
+
+def test_rows_of_other_data_are_not_taken_for_these(done) -> None:
+    study, _ = done
+    changed = Family(**{**vars(family()), "train": study.family.train[:-1]})
+    with pytest.raises(ValueError, match="train"):
+        EverySize(changed, SETTINGS, study.output)
