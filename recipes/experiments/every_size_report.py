@@ -213,12 +213,11 @@ def plot(outcome: Outcome, name: str) -> None:
     draw: Callable[[Rows, str], TradeoffCurve] = lambda rows, label: TradeoffCurve(  # noqa: E731
         rows, outcome.metric, higher_is_better=better, label=label
     )
-    curves = []
-    for rule in (OURS, *outcome.study.settings.rivals):
+    curves = [draw([*outcome.anchors[0], *outcome.anchors[1]], ANCHORS)]
+    for rule in (*outcome.study.settings.rivals, OURS):  # ours above all
         rows = _once([row for of_bucket in outcome.rows for row in of_bucket.get(rule, [])])
         if rows:
             curves.append(draw(rows, rule))
-    curves.append(draw([*outcome.anchors[0], *outcome.anchors[1]], ANCHORS))
     title = f"{outcome.study.family.name}, {name}"
     plot_curves(curves, title=title, path=outcome.study.output / f"curve-{outcome.length}")
 

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import pytest
 import torch
 from scipy.stats import spearmanr
-from tiny_models import tiny_model, token_ids
+from tiny_models import save_with_tokenizer, tiny_model, token_ids
 
 RECIPES = Folder(__file__).parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -245,6 +245,31 @@ def test_the_recipe_runs_and_goes_on_without_repeating_work(tmp_path: Folder, mo
     monkeypatch.setattr(every_size, "heal", None)
     recipe.main()
     assert {path: path.read_bytes() for path in written} == written
+
+
+def test_stories_are_parted_between_healing_choosing_and_measuring(tmp_path: Folder) -> None:
+    model = save_with_tokenizer(tiny_model(large=True), tmp_path / "llama")
+    for name, count in (("train.txt", 40), ("test.txt", 20)):
+        ids = token_ids(count, 200, seed=count).tolist()
+        (tmp_path / name).write_text("\n".join(" ".join(f"word{one}" for one in story) for story in ids))
+    data = [str(model), str(tmp_path / "train.txt"), str(tmp_path / "test.txt")]
+    found = recipe.family_of(
+        recipe.EverySizeArguments(family="stories", data=data, cache_dir=str(tmp_path / "cache"), anchor_steps=1)
+    )
+    assert [one.config.hidden_size for one in found.anchors] == [48, tiny_model(large=True).config.hidden_size]
+    assert found.tokens == 128 and found.metric == "loss"
+
+    def parted(batches: TextBatches) -> set[tuple[int, ...]]:
+        return {
+            tuple(row[mask.bool()].tolist())
+            for batch in batches
+            for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        }
+
+    train = {tuple(one["input_ids"]) for one in found.train}
+    held = {tuple(one["input_ids"]) for one in found.validation}
+    assert parted(found.fitting) <= train and held <= parted(found.scored) and parted(found.test)
+    assert not train & parted(found.scored) and not (train | parted(found.scored)) & parted(found.test)
 
 
 @pytest.mark.parametrize(
