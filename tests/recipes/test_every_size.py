@@ -7,6 +7,7 @@ from math import hypot
 from pathlib import Path as Folder
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -20,7 +21,7 @@ from experiments import every_size  # noqa: E402
 from experiments.every_size import EverySize, Family, StudySettings  # noqa: E402
 from experiments.every_size_report import report  # noqa: E402
 
-from klas_hf import Path, SearchConfig, StitchedModel, evaluate, heal, healing_config, measure_costs  # noqa: E402
+from klas_hf import Path, PathSelection, SearchConfig, StitchedModel, evaluate, heal, healing_config, measure_costs  # noqa: E402
 from klas_hf.data.text import TextBatches, text_examples  # noqa: E402
 from klas_hf.evaluation import evaluate_divergence  # noqa: E402
 
@@ -122,13 +123,29 @@ def test_choices_lie_in_their_buckets_at_the_cost_of_ours_where_a_rule_has_a_pat
                 nearest = min(abs(macs - wanted) for macs in study._selections[rule][1])
                 assert apart <= max(nearest, 0.02 * wanted)
     assert kinds == {"search", *SETTINGS.rivals}
-    klas, values = study.scores.with_score("klas"), []
-    for of_bucket in study.chosen(0):
-        if "klas" in of_bucket and of_bucket["search"].macs > edges[0]:
-            wanted, stitch = of_bucket["search"].macs, of_bucket["klas"].path.stitch
-            near = [s for s in klas.stitches if abs(klas.costs.of(s)[0] - wanted) <= 0.02 * wanted]
-            values += [(klas.value_of(stitch), min(map(klas.value_of, near)))] if stitch in near else []
-    assert all(one == best for one, best in values)
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        ([1.001, 1.015, 1.03], 1),  # of those of equal cost, the one of least value
+        ([0.985, 1.001, 1.03], 1),
+        ([0.95, 1.03, 1.04], 1),  # none of equal cost: the nearest
+        ([0.1, 0.2, 1.6], None),  # none in the bucket either
+    ],
+)
+def test_a_rival_takes_its_best_path_of_equal_cost_else_the_nearest(
+    costs: list[float], expected: int | None, done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, _ = done
+    ours = study.chosen(0)[1]["search"].macs
+    assert study.edges[1] < 0.95 * ours < 1.04 * ours < study.edges[2]
+    macs = tuple(round(share * ours) for share in costs)
+    paths = tuple(Path.parse(f"0[:{number}] 1[2:]") for number in (1, 2, 3))
+    selection = PathSelection(paths, macs, (3.0, 1.0, 0.0), "klas")
+    monkeypatch.setitem(study._selections, "klas", (selection, np.array(macs)))
+    taken = study.chosen(0)[1].get("klas")
+    assert (taken and taken.path) == (None if expected is None else paths[expected])
 
 
 def test_every_model_is_made_once_and_measured_as_by_hand(done) -> None:
