@@ -1,7 +1,7 @@
 """An anchor's configuration and its tensors one by one, so that only those used are ever read."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from klas_hf.anchors.families import decoder_family
+from klas_hf.anchors.families import DecoderFamily, decoder_family
 from klas_hf.anchors.language import anchor_config, explained_access
 from klas_hf.models.vision_kinds import vision_kind
 
@@ -146,32 +146,15 @@ class DecoderCheckpoint(AnchorCheckpoint):
         if not any(key.startswith(f"{self.family.prefix}.") for key in self.keys):
             raise ValueError(self._headless())
 
-    def decoder_keys(self) -> Iterator[tuple[str, str]]:
-        """(name within the decoder, key in the checkpoint) of every tensor but the head's."""
-        prefix = f"{self.family.prefix}."
-        heads = tuple(f"{head}." for head in self.family.heads)
-        for key in sorted(self.keys):
-            if key.startswith(prefix) and not key.startswith(heads):
-                yield key.removeprefix(prefix), key
-
     def head_keys(self) -> dict[str, str]:
         """Parameter of the head ("weight", "bias") → key in the checkpoint; the embedding's key where tied.
 
         Raises:
             ValueError: the checkpoint has no head (it was saved from a model without one).
         """
-        keys = {
-            key.removeprefix(f"{head}."): key
-            for head in self.family.heads
-            for key in self.keys
-            if key.startswith(f"{head}.")
-        }
-        if "weight" not in keys or self.config.tie_word_embeddings:
-            embedding = f"{self.family.embeddings}.weight"
-            tied = [key for name, key in self.decoder_keys() if name == embedding]
-            if not tied or not self.config.tie_word_embeddings:
-                raise ValueError(self._headless())
-            keys["weight"] = tied[0]
+        keys = head_keys(self.keys, self.family, self.config)
+        if "weight" not in keys:
+            raise ValueError(self._headless())
         return keys
 
     def _headless(self) -> str:
@@ -179,6 +162,24 @@ class DecoderCheckpoint(AnchorCheckpoint):
             f"got {self.name or 'an anchor'} without the weights of its head ({' or '.join(self.family.heads)}); "
             "expected a causal language model. Pass one saved from AutoModelForCausalLM"
         )
+
+
+def decoder_keys(keys: Iterable[str], family: DecoderFamily) -> Iterator[tuple[str, str]]:
+    """(name within the decoder, key in the checkpoint) of every tensor of a causal language model but the head's."""
+    prefix, heads = f"{family.prefix}.", tuple(f"{head}." for head in family.heads)
+    for key in sorted(keys):
+        if key.startswith(prefix) and not key.startswith(heads):
+            yield key.removeprefix(prefix), key
+
+
+def head_keys(keys: Iterable[str], family: DecoderFamily, config: PreTrainedConfig) -> dict[str, str]:
+    """Parameter of the head ("weight", "bias") → key in the checkpoint; the embedding's key where tied."""
+    keys = list(keys)
+    found = {key.removeprefix(f"{head}."): key for head in family.heads for key in keys if key.startswith(f"{head}.")}
+    embedding = f"{family.prefix}.{family.embeddings}.weight"
+    if config.tie_word_embeddings and embedding in keys:
+        found["weight"] = embedding
+    return found
 
 
 def _commit(anchor: str | Path, hub: dict[str, Any]) -> str | None:

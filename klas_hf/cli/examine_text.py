@@ -1,18 +1,19 @@
 """Two causal language models before they are stitched: vocabularies, special tokens, templates, positions, caches."""
 
 import json
-import re
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from klas_hf.anchors.families import DecoderFamily, decoder_family
+from klas_hf.anchors.checkpoints import head_keys
+from klas_hf.anchors.families import decoder_family
 from klas_hf.anchors.vocabularies import check_vocabularies, tokenizer_vocabulary
 from klas_hf.cli.findings import Finding, attempted, ok, problem, warning
 from klas_hf.cli.headers import StoredTensor
 from klas_hf.cli.output import human_count
 from klas_hf.models.configuration_stitched import kv_shape
 from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.stitching.language import slice_keys
 
 Configs = tuple[PreTrainedConfig, PreTrainedConfig]
 Tensors = dict[str, StoredTensor]
@@ -52,46 +53,16 @@ def block_parameters_finding(costs: StitchCosts) -> list[Finding]:
 
 def kept_decoder_keys(tensors: tuple[Tensors, Tensors], configs: Configs, stitch: Stitch) -> tuple[set[str], set[str]]:
     """Which tensors of source and target a stitched model reads."""
-    families = decoder_family(configs[0]), decoder_family(configs[1])
-    first = {
-        key
-        for key, name, block in _named(tensors[0], families[0])
-        if (block < stitch.source_stop if block is not None else not name.startswith(f"{families[0].norm}."))
-    }
-    embeddings = f"{families[1].embeddings}."
-    last = {
-        key
-        for key, name, block in _named(tensors[1], families[1])
-        if (block >= stitch.target_start if block is not None else not name.startswith(embeddings))
-    }
-    return first, last | _head(tensors[1], families[1], configs[1])
+    families, depth = [decoder_family(config) for config in configs], configs[1].num_hidden_layers
+    first = slice_keys(tensors[0], families[0], 0, stitch.source_stop, embeds=True, norm=False)
+    last = slice_keys(tensors[1], families[1], stitch.target_start, depth, embeds=False, norm=True)
+    return {*first.values()}, {*last.values(), *head_keys(tensors[1], families[1], configs[1]).values()}
 
 
 def calibration_keys(tensors: Tensors, config: PreTrainedConfig, stitch: Stitch) -> set[str]:
     """Which tensors of the target are read besides, to fit the stitching layer: its embedding and first blocks."""
     family = decoder_family(config)
-    return {key for key, _, block in _named(tensors, family) if block is None or block < stitch.target_start}
-
-
-def _named(tensors: Tensors, family: DecoderFamily) -> list[tuple[str, str, int | None]]:
-    """(key, name within the decoder, number of the block or None) of every tensor but the head's."""
-    found = []
-    heads = tuple(f"{head}." for head in family.heads)
-    for key in tensors:
-        if key.startswith(f"{family.prefix}.") and not key.startswith(heads):
-            name = key.removeprefix(f"{family.prefix}.")
-            block = re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", name)
-            found.append((key, name, int(block[1]) if block else None))
-    return found
-
-
-def _head(tensors: Tensors, family: DecoderFamily, config: PreTrainedConfig) -> set[str]:
-    """The head's tensors, of which the weight is the embedding's where they are tied."""
-    own = {key for key in tensors if key.startswith(tuple(f"{head}." for head in family.heads))}
-    if not config.tie_word_embeddings:
-        return own
-    tied = f"{family.prefix}.{family.embeddings}.weight"
-    return {key for key in own if not key.endswith(".weight")} | {tied}
+    return {*slice_keys(tensors, family, 0, stitch.target_start, embeds=True, norm=True).values()}
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:

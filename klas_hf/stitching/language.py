@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.batches import TokenBatch, token_batches
-from klas_hf.anchors.checkpoints import DecoderCheckpoint
+from klas_hf.anchors.checkpoints import DecoderCheckpoint, decoder_keys
 from klas_hf.anchors.decoder_parts import cut_config
 from klas_hf.anchors.families import DecoderFamily, decoder_family
 from klas_hf.anchors.language import HUB_OPTIONS
@@ -196,10 +196,9 @@ def stitched_state(anchors: Mapping[int, DecoderCheckpoint], config: StitchedCon
     state: dict[str, Any] = {}
     final = len(config.slices) - 1
     for number, (place, start, stop) in enumerate(config.slices):
-        family = anchors[place].family
-        without = [f"{family.norm}."] if number < final else []
-        without += [f"{family.embeddings}."] if number else []
-        state |= _slice_state(anchors[place], start, stop, f"model.slices.{number}.", tuple(without))
+        anchor = anchors[place]
+        names = slice_keys(anchor.keys, anchor.family, start, stop, embeds=number == 0, norm=number == final)
+        state |= {f"model.slices.{number}.{name}": anchor.tensor(key) for name, key in names.items()}
     last = anchors[config.slices[-1][0]]
     for name, key in last.head_keys().items():
         # Read twice from a file, a tied tensor would be one in memory, which could not be saved under two names.
@@ -222,16 +221,23 @@ class _Copied:
         return self.tensor[index].clone()
 
 
-def _slice_state(
-    anchor: DecoderCheckpoint, start: int, stop: int, prefix: str, without: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Name in the stitched model → tensor, for a slice of one anchor."""
-    state = {}
-    for name, key in anchor.decoder_keys():
-        renamed = _renumber(name, anchor.family, start, stop)
+def slice_keys(
+    keys: Iterable[str], family: DecoderFamily, start: int, stop: int, *, embeds: bool, norm: bool
+) -> dict[str, str]:
+    """Name in a decoder of `blocks[start:stop]` → key in the anchor's checkpoint, of every tensor that it reads.
+
+    Args:
+        keys: of the checkpoint.
+        embeds: whether it begins with the embedding.
+        norm: whether it ends with the final norm.
+    """
+    without = tuple([] if norm else [f"{family.norm}."]) + tuple([] if embeds else [f"{family.embeddings}."])
+    found = {}
+    for name, key in decoder_keys(keys, family):
+        renamed = _renumber(name, family, start, stop)
         if renamed is not None and not name.startswith(without):
-            state[prefix + renamed] = anchor.tensor(key)
-    return state
+            found[renamed] = key
+    return found
 
 
 def _renumber(name: str, family: DecoderFamily, start: int, stop: int) -> str | None:
@@ -246,7 +252,8 @@ def _renumber(name: str, family: DecoderFamily, start: int, stop: int) -> str | 
 def _prefix(anchor: DecoderCheckpoint, stop: int, **loading: Any) -> PreTrainedModel:
     """`anchor.blocks[:stop]` without its final norm: what a stitching layer has to imitate."""
     config = cut_config(anchor.config, 0, stop)
-    state = _slice_state(anchor, 0, stop, "")
+    names = slice_keys(anchor.keys, anchor.family, 0, stop, embeds=True, norm=True)
+    state = {name: anchor.tensor(key) for name, key in names.items()}
     model = load_parts(MODEL_MAPPING[type(config)], config, state, **loading)
     model.set_submodule(anchor.family.norm, nn.Identity())
     return model
