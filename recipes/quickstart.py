@@ -139,7 +139,7 @@ class Quickstart:
         train, validation, test = (text_sequences(texts, self.tokenizer, LENGTH) for texts in parts)
         self.examples, self.validation = (
             text_examples(train),
-            text_examples(validation[:: max(1, len(validation) // 64)]),
+            text_examples(validation[:: max(1, len(validation) // 40)]),
         )
         self.fitting = TextBatches(train[:: max(1, len(train) // 256)], 16)
         self.scored, self.test = TextBatches(validation, 16), TextBatches(test, 32)
