@@ -158,6 +158,7 @@ def test_the_reader_s_own_language_models(ran: Callable[[str], tuple[Page, Path]
     )
 
 
+@pytest.mark.slow
 def test_a_curve_and_a_classifier_are_left_behind(ran: Callable[[str], tuple[Page, Path]]) -> None:
     page, folder = ran(VISION)
     rows = [json.loads(line) for line in (folder / "outputs/curve-after.jsonl").read_text().splitlines()[1:]]
@@ -188,6 +189,7 @@ def test_the_heatmap_is_explained_in_numbers(ran: Callable[[str], tuple[Page, Pa
     assert all(f"| {label}" in printed(page) for label in ("Γ", "Θ", "functional KL"))
 
 
+@pytest.mark.slow
 def test_the_chosen_stitch_is_within_the_budget(ran: Callable[[str], tuple[Page, Path]]) -> None:
     page, folder = ran(BUDGET)
     code = "\n".join(map(source, code_cells(page)))

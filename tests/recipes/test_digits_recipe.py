@@ -58,6 +58,7 @@ def test_bad_options_are_refused(option: str, value: str, message: str, tmp_path
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     """With a rule that needs no scores: the figures need them, and both processes must make them."""
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]

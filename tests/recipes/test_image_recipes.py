@@ -161,7 +161,10 @@ def refused(recipe: str, *options: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("recipe", ["imagenet.py", "cifar100.py", "score_study.py"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["imagenet.py", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar100.py", "score_study.py"))],
+)
 def test_a_typo_in_a_path_ends_in_one_line(recipe: str, images: Path, anchors: list[str], tmp_path: Path) -> None:
     given = ["--output_dir", str(tmp_path / "out")]
     given += ["--families", "mobilenet", "--image_size", "16"] if recipe == "score_study.py" else []
