@@ -4,6 +4,7 @@ A learning rate is found by short runs from the same start, so that the defaults
 the weights that did best on held-out examples are kept, so that healing never returns a model worse than its start.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from klas_hf.errors import TrainingDiverged
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.loop import TrainingResult, train_stitches
 
@@ -28,7 +30,7 @@ class HealingResult:
     Attributes:
         training: the run at the rate that was chosen.
         learning_rate: that rate.
-        tried: rate → held-out loss of its short run, in nats per label.
+        tried: rate → held-out loss of its short run, in nats per label; infinite where it diverged.
         start, end: held-out loss before and after.
 
     Example:
@@ -73,6 +75,7 @@ def heal(
 
     Raises:
         ValueError: too few examples to hold some out, or as `train_stitches`.
+        TrainingDiverged: at every rate that was tried; the model is as it was.
 
     Example:
         >>> model = StitchedModel.from_path([source, target], "0[:2] 1[3:]", calibration=batches)
@@ -128,17 +131,20 @@ def _sweep(
     start = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     record = model.config.training if hasattr(model.config, "training") else None
     found: dict[float, float] = {}
+    diverged: dict[float, TrainingDiverged] = {}
 
     def run(rate: float) -> float:
         if rate not in found:
-            result = train_stitches(
-                model,
-                train,
-                replace(short, learning_rate=rate, eval_steps=short.max_steps),
-                teacher=teacher,
-                validation=held,
-            )
-            found[rate] = result.validation[-1][1]
+            trial = replace(short, learning_rate=rate, eval_steps=short.max_steps)
+            try:
+                result = train_stitches(model, train, trial, teacher=teacher, validation=held)
+                found[rate] = result.validation[-1][1]
+                if not math.isfinite(found[rate]):  # in the last step, whose loss nobody saw
+                    raise TrainingDiverged(
+                        f"got a held-out loss of {found[rate]} at a rate of {rate:g}; lower the rates"
+                    )
+            except TrainingDiverged as error:
+                found[rate], diverged[rate] = math.inf, error
             model.load_state_dict(start)
         return found[rate]
 
@@ -152,6 +158,8 @@ def _sweep(
             break
     if hasattr(model.config, "training"):
         model.config.training = record
+    if len(diverged) == len(found):
+        raise diverged[min(diverged)]
     return found
 
 

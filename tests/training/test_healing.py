@@ -11,7 +11,7 @@ from image_examples import ToyImages, interrupted_after, tiny_vit, toy_supernet
 from tiny_models import tiny_model, token_ids
 from torch import nn
 
-from klas_hf import StitchedModel, TrainingConfig, evaluate, heal, healing_config, train_stitches
+from klas_hf import StitchedModel, TrainingConfig, TrainingDiverged, evaluate, heal, healing_config, train_stitches
 from klas_hf.training.healing import RATES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
@@ -109,6 +109,18 @@ def test_healing_finds_a_rate_and_is_never_worse() -> None:
     train_stitches(alone, TRAIN, config, teacher=dearest, validation=HELD)
     for name, tensor in alone.state_dict().items():  # the sweep left nothing behind
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_rate_that_diverges_is_left_out() -> None:
+    model, dearest = pruned()
+    config = replace(QUICK, max_steps=20, max_grad_norm=1e30)
+    result = heal(model, TRAIN, teacher=dearest, validation=HELD, config=config, rates=(5e-3, 1e30))
+    assert result.learning_rate == 5e-3 and result.tried[1e30] == float("inf") and result.end < result.start
+    start = copy.deepcopy(model.state_dict())
+    with pytest.raises(TrainingDiverged):
+        heal(model, TRAIN, teacher=dearest, validation=HELD, config=config, rates=(1e29, 1e30))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, start[name]), name
 
 
 def test_distillation_alone_pulls_towards_the_teacher() -> None:
