@@ -25,6 +25,7 @@ ROWS = (
 )
 
 
+@pytest.mark.slow
 def test_every_figure_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["vision.py", "--smoke"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -35,6 +36,7 @@ def test_every_figure_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert math.isfinite(ratio) and ours >= 0 and bound >= 0
 
 
+@pytest.mark.slow
 def test_a_child_reports_its_own_memory(tmp_path: Path) -> None:
     source, target = tiny_pair("swin")
     source.save_pretrained(tmp_path / "stitched")  # any model will do

@@ -72,6 +72,7 @@ def test_the_exported_program_equals_the_model(source: str, target: str) -> None
     [False, pytest.param(True, marks=pytest.mark.slow)],
     ids=["portable kernels", "XNNPACK"],
 )
+@pytest.mark.slow
 def test_executorch_runs_the_exported_model(lowered: bool, tmp_path: Path) -> None:
     exir = pytest.importorskip("executorch.exir", reason="the optional executorch")
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

@@ -121,6 +121,7 @@ def check_results(saved: SavedModel, results: dict[str, dict[str, Any]]) -> None
     assert results["tiny_text"]["byte_perplexity,none"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_folder_with_the_code_it_carries(saved: SavedModel, tasks: Path, tmp_path: Path) -> None:
     arguments = f"--model hf --model_args pretrained={saved.folder} --trust_remote_code --device cpu --batch_size 2"
     output = f"--include_path {tasks} --tasks {','.join(TASKS)} --output_path {tmp_path / 'out'} --log_samples"

@@ -65,6 +65,7 @@ def test_default_targets_find_the_attention_of_every_family(family: str) -> None
     assert {name.split(".")[5] for name in found} <= {"self_attn", "attention"}
 
 
+@pytest.mark.slow
 def test_default_targets_need_no_order_of_imports(tmp_path: Path) -> None:
     """PEFT imported after the model was made; klas_hf itself does not import it."""
     saved(stitched_lm(), tmp_path)

@@ -521,6 +521,7 @@ def load_hub_delta(output: Path, revision: str | None) -> list[dict[str, torch.T
     return [model.state_dict() for model in (*models, StitchedModel.from_pretrained(output))]
 
 
+@pytest.mark.slow
 def test_hub_anchors_are_pinned(hub: HubServer, client: HubClient, tmp_path: Path) -> None:
     source, target, _ = anchors("llama", tmp_path)
     repos = [hub.make(f"me/delta-{folder.name}", files_in(folder)) for folder in (source, target)]

@@ -121,7 +121,13 @@ def test_nan_is_kept_for_the_caller_to_see() -> None:
     assert consecutive_kl(log_p).isnan().nonzero().tolist() == [[1, 0]]
 
 
-@pytest.mark.parametrize("setting", ["torch.backends", "torch.backends.cuda.matmul", "torch.backends.mkldnn.matmul"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.backends",
+        *(pytest.param(f"torch.backends.{one}.matmul", marks=pytest.mark.slow) for one in ("cuda", "mkldnn")),
+    ],
+)
 def test_products_are_exact_whichever_way_tf32_was_allowed(setting: str) -> None:
     """In a process of its own: PyTorch forgets no setting of the new kind, and then refuses the old questions."""
     script = f"""

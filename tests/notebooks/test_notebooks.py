@@ -177,6 +177,7 @@ def test_a_curve_and_a_classifier_are_left_behind(ran: Callable[[str], tuple[Pag
     assert printed(page).rstrip().endswith("\n".join(lines))
 
 
+@pytest.mark.slow
 def test_the_heatmap_is_explained_in_numbers(ran: Callable[[str], tuple[Page, Path]]) -> None:
     page, _ = ran(HEATMAP)
     table = [line.split()[1:] for line in printed(page).splitlines() if re.match(r"i=\d ", line)]

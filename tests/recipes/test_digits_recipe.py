@@ -28,6 +28,7 @@ def rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()[1:]]
 
 
+@pytest.mark.slow
 def test_smoke_run_compares_all_rules_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path)
     shown = capsys.readouterr().out

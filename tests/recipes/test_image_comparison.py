@@ -383,6 +383,7 @@ def assert_alike(one: ImageComparison, other: ImageComparison) -> None:
         assert metrics(one)[key] == pytest.approx(values, rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_nothing_is_done_twice_after_an_interruption_between_rules(
     make: Callable[..., ImageComparison], counted: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,6 +421,7 @@ def _refuse_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(loop._Run, "_step", step)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_one_without_a_break(make: Callable[..., ImageComparison]) -> None:
     whole = make(folder="whole")
     whole.run()

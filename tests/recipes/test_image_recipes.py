@@ -104,6 +104,7 @@ def test_imagenet_recipe_runs_and_resumes(images: Path, anchors: list[str], tmp_
     assert second[second.index("## Anchors") :] == first[first.index("## Anchors") :]
 
 
+@pytest.mark.slow
 def test_cifar_recipe_gives_anchors_of_other_classes_a_new_head(images: Path, tmp_path: Path) -> None:
     others = tuple(f"other{n}" for n in range(5))
     anchors = [save_anchor(tmp_path / name, width, others) for name, width in (("small", 8), ("large", 16))]
@@ -163,7 +164,7 @@ def refused(recipe: str, *options: str) -> str:
 
 @pytest.mark.parametrize(
     "recipe",
-    ["imagenet.py", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar100.py", "score_study.py"))],
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("imagenet.py", "cifar100.py", "score_study.py")],
 )
 def test_a_typo_in_a_path_ends_in_one_line(recipe: str, images: Path, anchors: list[str], tmp_path: Path) -> None:
     given = ["--output_dir", str(tmp_path / "out")]

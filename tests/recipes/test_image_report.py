@@ -220,6 +220,7 @@ def test_paired_differences(values: dict[int, tuple[float, float]]) -> None:
 # ---- scores, classes
 
 
+@pytest.mark.slow
 def test_all_stitches_tell_what_each_score_foretells(tmp_path: Path) -> None:
     settings = replace(SETTINGS, rules=["every"], seeds=[0, 1])
     comparison = compared(tmp_path / "out", settings)

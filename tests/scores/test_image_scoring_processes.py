@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from image_scoring_run import found
 
 from klas_hf import RowFile, StitchScores
@@ -14,6 +15,7 @@ from klas_hf import RowFile, StitchScores
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     command = ["torch.distributed.run", "--nproc_per_node", "2", *rendezvous, str(HERE / "image_scoring_run.py")]

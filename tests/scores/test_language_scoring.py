@@ -282,7 +282,7 @@ def test_scores_carry_costs_and_provenance(
     assert json.loads(json.dumps(got.provenance)) == got.provenance
     for side, probe in zip(("source", "target"), probes, strict=True):
         assert got.provenance[side]["fingerprint"] == probe.config.anchor_fingerprint
-    assert got.provenance["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(got.provenance["versions"]["torch"])
     assert_same(StitchScores.load(got.save(tmp_path / "scores.safetensors")), got, rtol=0, atol=0)
 
 

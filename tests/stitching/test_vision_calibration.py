@@ -3,12 +3,14 @@
 import copy
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from tiny_vision import (
     PREFIX,
     as_rows,
@@ -200,7 +202,12 @@ def test_a_path_without_joints_needs_no_calibration() -> None:
         {"joints.0.projection": "disk"},
         {"slices.0": "disk"},
         {"slices.1": "disk", "joints.1": "disk"},
-        {"slices": "disk", "joints": "disk"},
+        pytest.param(
+            {"slices": "disk", "joints": "disk"},
+            marks=pytest.mark.skipif(
+                Version(version("accelerate")) < Version("1.15"), reason="accelerate refuses a model wholly on the disk"
+            ),
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")

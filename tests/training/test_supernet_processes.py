@@ -42,6 +42,7 @@ def labels_of(pixels: Tensor) -> list[int]:
     return [data.labels[int(row.argmin())] for row in distances if row.min() < 1e-5]
 
 
+@pytest.mark.slow
 def test_gradients_of_two_paths_are_averaged(folder: Path) -> None:
     found = [load_file(folder / f"supernet-{process}.safetensors") for process in range(2)]
     model = toy_supernet()
