@@ -18,7 +18,10 @@ from klas_hf.training.config import TrainingConfig
 from klas_hf.training.loop import TrainingResult, train_stitches
 
 DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
-RATES = (3e-4, 1e-3, 3e-3)  # the middle one first, then outwards while it gets better
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that may be tried
+BEGINNING = (
+    0.128  # over the width of the head: the rate that is tried first (arXiv 2203.03466: Adam's go with 1 / width)
+)
 SWEEP_SHARE = 0.1  # of the steps, that each rate is tried for
 HELD_OUT = 10  # every tenth example, where no validation examples are given
 
@@ -67,7 +70,8 @@ def heal(
             labels alone, distillation alone and both (LOG.md). None: the labels alone.
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
-        rates: learning rates to try, ascending.
+        rates: learning rates that may be tried, ascending: first the one nearest to 0.128 / width of the head (1e-3 at
+            128, 4e-5 at 3072; ten times that for LoRA), then its neighbours while they do better.
         output_dir: where checkpoints of the run at the chosen rate go; it is resumed from there.
 
     Returns:
@@ -125,7 +129,7 @@ def _sweep(
     model: PreTrainedModel, train: Any, held: Any, teacher: PreTrainedModel | None, config: TrainingConfig,
     rates: Sequence[float],
 ) -> dict[float, float]:  # fmt: skip
-    """Held-out losses of short runs, from the middle rate outwards while they get better; the model is put back."""
+    """Held-out losses of short runs, from one rate outwards while they get better; the model is put back."""
     total = config.max_steps if config.max_steps is not None else max(1, len(train) // config.per_device_batch_size)
     short = replace(config, max_steps=max(1, round(total * SWEEP_SHARE)), save_steps=10**9)
     start = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
@@ -148,7 +152,8 @@ def _sweep(
             model.load_state_dict(start)
         return found[rate]
 
-    place = len(rates) // 2
+    first = BEGINNING / _head_width(model) * (10 if config.trainable == "lora" else 1)
+    place = min(range(len(rates)), key=lambda place: abs(math.log(rates[place] / first)))
     run(rates[place])
     for step in (1, -1):
         at = place
@@ -161,6 +166,13 @@ def _sweep(
     if len(diverged) == len(found):
         raise diverged[min(diverged)]
     return found
+
+
+def _head_width(model: PreTrainedModel) -> int:
+    """Features that a language model's head, or a classifier's, reads."""
+    head = model.get_output_embeddings()
+    weights = [head.weight] if head is not None else [one for one in model.parameters() if one.ndim > 1]
+    return int(weights[-1].shape[1])
 
 
 def _split(data: Any) -> tuple[Any, Any]:

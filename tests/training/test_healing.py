@@ -111,6 +111,19 @@ def test_healing_finds_a_rate_and_is_never_worse() -> None:
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(
+    ("width", "trainable", "first"),
+    [(32, "full", 3e-3), (128, "full", 1e-3), (1024, "full", 1e-4), (128, "lora", 1e-2), (None, "full", 1e-2)],
+)
+def test_the_rate_tried_first_goes_with_one_over_the_width(width: int | None, trainable: str, first: float) -> None:
+    config = replace(QUICK, max_steps=1, trainable=trainable)
+    if width is None:  # a classifier whose head reads 16 features
+        result = heal(tiny_vit(), ToyImages(), config=config)
+    else:
+        result = heal(tiny_model(hidden_size=width, num_hidden_layers=1), TRAIN, config=config)
+    assert next(iter(result.tried)) == first and set(result.tried) <= set(RATES)
+
+
 def test_a_rate_that_diverges_is_left_out() -> None:
     model, dearest = pruned()
     config = replace(QUICK, max_steps=20, max_grad_norm=1e30)
