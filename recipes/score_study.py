@@ -131,7 +131,7 @@ def study_of(family: str, args: StudyArguments, settings: StudySettings) -> Scor
             with input_read(args):
                 models, text = small_llamas.sibling_pair(*args.stories, cache, args.anchor_steps)
         else:
-            models, text = small_llamas.documentation_pair(family, cache, args.anchor_steps, args.middle)
+            models, text, _ = small_llamas.documentation_pair(family, cache, args.anchor_steps, args.middle)
         fine_tuning = TrainingConfig(
             trainable="full", per_device_batch_size=16, gradient_accumulation_steps=1, learning_rate=1e-3,
             save_steps=1000,

@@ -52,7 +52,7 @@ SIBLING = Size(4, 48, 1500, 5e-3)
 
 def documentation_pair(
     family: str, cache: Path, steps: int | None, middle: bool = False
-) -> tuple[list[PreTrainedModel], TextTask]:
+) -> tuple[list[PreTrainedModel], TextTask, PreTrainedTokenizerBase]:
     """Two Llamas trained on Python's documentation, from the cache or trained now, and texts that neither has seen.
 
     Args:
@@ -65,7 +65,7 @@ def documentation_pair(
     train, validation, test = (text_sequences(texts, tokenizer, LENGTH) for texts in parts)
     task = TextTask(_spread(train), validation[:128], test[:256], LENGTH)
     sizes = MIDDLE_PAIR if middle else PAIRS[family]
-    return [_trained(size, tokenizer, train, cache, steps) for size in sizes], task
+    return [_trained(size, tokenizer, train, cache, steps) for size in sizes], task, tokenizer
 
 
 def sibling_pair(
@@ -73,14 +73,20 @@ def sibling_pair(
 ) -> tuple[list[PreTrainedModel], TextTask]:
     """A Llama and a smaller one that learns from its outputs, on two files of stories, one to a line."""
     tokenizer, target = AutoTokenizer.from_pretrained(anchor), AutoModelForCausalLM.from_pretrained(anchor)
-    train, test = (text_sequences(_stories(path), tokenizer, 2 * LENGTH) for path in (train_file, test_file))
     steps = SIBLING.steps if steps is None else steps
     folder = cache / f"{SIBLING.name}-of-{Path(anchor).name}-{steps}-steps"
     if not folder.exists():
+        train = text_sequences(_stories(train_file), tokenizer, 2 * LENGTH)
         given = {**target.config.to_dict(), "initializer_range": 0.06}
         _train(SIBLING.config(**given), text_examples(train), folder, steps, SIBLING.rate, teacher=target)
-    task = TextTask(_spread(train), test[:256:2], test[1:512:2], 2 * LENGTH)
+    task = story_task(train_file, test_file, tokenizer, 2 * LENGTH)
     return [AutoModelForCausalLM.from_pretrained(folder), target], task
+
+
+def story_task(train_file: str, test_file: str, tokenizer: PreTrainedTokenizerBase, length: int) -> TextTask:
+    """Two files of stories, one to a line: one to learn from, and one to choose by and to measure on."""
+    train, test = (text_sequences(_stories(path), tokenizer, length) for path in (train_file, test_file))
+    return TextTask(_spread(train), test[:256:2], test[1:512:2], length)
 
 
 def _stories(path: str) -> list[str]:

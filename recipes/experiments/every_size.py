@@ -75,6 +75,7 @@ class Family:
         tokens: length of the sequences that costs are counted for.
         image_size: pixels that costs are counted for; None for text.
         probing: further options of `train_probes`.
+        classes: labels to measure among, where the data have fewer classes than the anchors.
         healing: settings that are not `healing_config`'s.
     """
 
@@ -89,6 +90,7 @@ class Family:
     tokens: int = 128
     image_size: int | None = None
     probing: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[int, ...] | None = None
     healing: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -196,7 +198,7 @@ class EverySize:
             return model
 
         def measure(model: PreTrainedModel) -> Measurement:
-            measured = evaluate(model, self.family.test)
+            measured = evaluate(model, self.family.test, classes=self.family.classes)
             if length:
                 return measured
             divergence = evaluate_divergence(model, self.large, self.family.scored)

@@ -183,3 +183,15 @@ def test_options_are_named_as_on_the_command_line(images: Path, anchors: list[st
     with pytest.raises(SystemExit, match="2"), input_read(ImageDataArguments("", ["", ""])):
         load_task(ImageDataArguments(str(images), [str(tmp_path), anchors[1]]))
     assert "give --image_size …, one that all take" in capsys.readouterr().err
+
+
+def test_the_study_of_every_size_takes_classifiers_and_their_images(images: Path, anchors: list[str]) -> None:
+    sys.path.insert(0, str(RECIPES))
+    from every_size import EverySizeArguments, family_of
+
+    found = family_of(
+        EverySizeArguments(family="images", anchors=anchors, data=[str(images)], image_size=24, test_split="val")
+    )
+    assert (len(found.train), len(found.validation)) == (72, 18) and found.metric == "accuracy"
+    assert sum(len(batch["labels"]) for batch in found.test) == 45 and found.image_size == 24
+    assert [anchor.config.hidden_sizes[0] for anchor in found.anchors] == [8, 16]

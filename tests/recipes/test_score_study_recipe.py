@@ -140,7 +140,7 @@ def test_small_llamas_are_trained_once_and_know_one_tokenizer(
     texts = [" ".join(f"word{number}" for number in row) for row in words]
     monkeypatch.setattr(small_llamas, "python_documentation", lambda: texts)
     monkeypatch.setattr(small_llamas, "VOCABULARY", 300)
-    models, task = small_llamas.documentation_pair(family, tmp_path, steps=2)
+    models, task, _ = small_llamas.documentation_pair(family, tmp_path, steps=2)
     assert "trained" in capsys.readouterr().out
     sizes = [(model.config.num_hidden_layers, model.config.hidden_size) for model in models]
     assert sizes == [(size.depth, size.width) for size in small_llamas.PAIRS[family]]
@@ -148,7 +148,7 @@ def test_small_llamas_are_trained_once_and_know_one_tokenizer(
     deep, wide = small_llamas.documentation_pair("llama_across", tmp_path, steps=2, middle=True)[0]
     capsys.readouterr()
     assert (deep.config.num_hidden_layers, wide.config.hidden_size) == (10, 128)
-    again, _ = small_llamas.documentation_pair(family, tmp_path, steps=2)
+    again, *_ = small_llamas.documentation_pair(family, tmp_path, steps=2)
     assert "trained" not in capsys.readouterr().out
     for one, other in zip(models, again, strict=True):
         assert all((a == b).all() for a, b in zip(one.parameters(), other.parameters(), strict=True))
