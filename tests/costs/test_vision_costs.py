@@ -352,7 +352,9 @@ def counted_path(anchors: list[PreTrainedModel], path: Path, pixels: Tensor) -> 
     return macs, parameters
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "levit_teacher" else kind for kind in KINDS]
+)
 def test_costs_of_paths_are_those_of_their_parts_and_of_the_models(kind: str) -> None:
     anchors = list(tiny_pair(kind))
     for path in sample_paths(anchors, images(kind)):

@@ -125,6 +125,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Page,
     return run
 
 
+@pytest.mark.slow
 def test_a_stitched_language_model_is_left_behind(ran: Callable[[str], tuple[Page, Path]]) -> None:
     page, folder = ran(LANGUAGE)
     model = AutoModelForCausalLM.from_pretrained(folder / "outputs/stitched")

@@ -17,6 +17,9 @@ from torch import Tensor
 HERE = Path(__file__).parent
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What supernet_run.py leaves under torchrun, as `accelerate launch` starts it on two CPU processes."""
@@ -42,7 +45,6 @@ def labels_of(pixels: Tensor) -> list[int]:
     return [data.labels[int(row.argmin())] for row in distances if row.min() < 1e-5]
 
 
-@pytest.mark.slow
 def test_gradients_of_two_paths_are_averaged(folder: Path) -> None:
     found = [load_file(folder / f"supernet-{process}.safetensors") for process in range(2)]
     model = toy_supernet()
