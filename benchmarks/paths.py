@@ -1,16 +1,14 @@
-"""What LOG.md says of the search over paths and of healing, on the quickstart's anchors; planned for real sizes.
+"""What LOG.md says of the search over paths, on the quickstart's anchors; planned for real sizes.
 
     accelerate launch recipes/quickstart.py                          # trains and keeps the two anchors
     python benchmarks/paths.py search --anchors ~/.cache/klas_hf/quickstart/steps-600-1500-seed-0
-    python benchmarks/paths.py healing --anchors ~/.cache/klas_hf/quickstart/steps-600-1500-seed-0
     python benchmarks/paths.py plan                                  # Llama 3.2 1B and 3B, from configurations alone
 
 `search` measures in full every path of one joint, and all of two within the large anchor that one move makes of these,
-beside what few items say of them and what `search_paths` finds. `healing` compares what is learnt from.
+beside what few items say of them and what `search_paths` finds.
 """
 
 import argparse
-import copy
 import tempfile
 import time
 from pathlib import Path as Folder
@@ -19,32 +17,19 @@ import torch
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from klas_hf import (
-    FunctionalScoring,
-    Path,
-    SearchConfig,
-    StitchedModel,
-    TrainingConfig,
-    evaluate,
-    search_paths,
-    train_stitches,
-)
+from klas_hf import FunctionalScoring, SearchConfig, search_paths
 from klas_hf.anchors.loading import load_anchors
-from klas_hf.data.text import TextBatches, held_out, python_documentation, text_examples, text_sequences
+from klas_hf.data.text import TextBatches, held_out, python_documentation, text_sequences
 from klas_hf.scores.paths import PathScorer
 from klas_hf.selection.plan import SearchPlan, unallocated_anchors
 
 LENGTH = 64
-LOSSES = {"labels": 0.0, "distilled": 1.0, "both": 0.5}  # share of the loss that is distillation
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("search", "healing", "plan"))
+    parser.add_argument("what", choices=("search", "plan"))
     parser.add_argument("--anchors", type=Folder, help="folder with the anchors small and large")
-    parser.add_argument("--paths", nargs="+", default=["1[:2] 1[5:6] 1[7:]", "0[:5] 1[5:]"], help="that are healed")
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 300])
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     options = parser.parse_args()
     if options.what == "plan":
         plan()
@@ -58,10 +43,7 @@ def main() -> None:
         [AutoModelForCausalLM.from_pretrained(one) for one in places],
         AutoTokenizer.from_pretrained(places[0]),
     )
-    if options.what == "search":
-        search(models, tokenizer)
-    else:
-        healing(models, tokenizer, options)
+    search(models, tokenizer)
 
 
 def search(models: list[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -92,35 +74,6 @@ def search(models: list[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) ->
         within = [path for path in every if planned.macs(path) <= budget * planned.dearest.macs]
         best, ours = min(within, key=full.__getitem__), found.best(budget)
         print(f"| {budget:.0%} | {full[best]:.4f} `{best}` | {found.divergence[found.place(ours)]:.4f} `{ours}` |")
-
-
-def healing(models: list[PreTrainedModel], tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> None:
-    """Loss on test text after training on labels, on the large anchor's answers, and on both."""
-    train_texts, test_texts = held_out(python_documentation())
-    parts = (train_texts, test_texts[::2], test_texts[1::2])
-    train, validation, test = (text_sequences(texts, tokenizer, LENGTH) for texts in parts)
-    fit, tested = TextBatches(train[:: len(train) // 256][:256], 32), TextBatches(test, 32)
-    examples, held = text_examples(train), text_examples(validation[:128])
-    print("anchors:", *(f"{evaluate(model, tested).metrics['loss']:.4f}" for model in models))
-    print("| path | steps | rate | learns from | loss | kept step |\n|---|---|---|---|---|---|")
-    for path in options.paths:
-        model = StitchedModel.from_path(models, Path.parse(path), calibration=fit)
-        start = copy.deepcopy(model.state_dict())
-        print(f"| `{path}` | 0 | | | {evaluate(model, tested).metrics['loss']:.4f} | |", flush=True)
-        for name, weight in LOSSES.items():
-            for steps in options.steps:
-                for rate in options.rates:
-                    model.load_state_dict(start)
-                    config = TrainingConfig(
-                        trainable="full", max_steps=steps, per_device_batch_size=8, gradient_accumulation_steps=1,
-                        learning_rate=rate, distillation_weight=weight, eval_steps=max(20, steps // 5),
-                    )  # fmt: skip
-                    teacher = models[1] if weight else None
-                    result = train_stitches(model, examples, config, teacher=teacher, validation=held)
-                    kept, loss = min(result.validation, key=lambda pair: pair[1])[0], evaluate(model, tested)
-                    print(
-                        f"| `{path}` | {steps} | {rate:g} | {name} | {loss.metrics['loss']:.4f} | {kept} |", flush=True
-                    )
 
 
 def plan() -> None:

@@ -187,10 +187,10 @@ def test_options_are_named_as_on_the_command_line(images: Path, anchors: list[st
 
 def test_the_study_of_every_size_takes_classifiers_and_their_images(images: Path, anchors: list[str]) -> None:
     sys.path.insert(0, str(RECIPES))
-    from every_size import EverySizeArguments, family_of
+    from families import FamilyArguments, family_of
 
     found = family_of(
-        EverySizeArguments(family="images", anchors=anchors, data=[str(images)], image_size=24, test_split="val")
+        FamilyArguments(family="images", anchors=anchors, data=[str(images)], image_size=24, test_split="val")
     )
     assert (len(found.train), len(found.validation)) == (72, 18) and found.metric == "accuracy"
     assert sum(len(batch["labels"]) for batch in found.test) == 45 and found.image_size == 24
