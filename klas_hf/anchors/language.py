@@ -17,9 +17,15 @@ from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
 from klas_hf.models.modeling_stitched import scale_logits
 from klas_hf.models.vision_kinds import VISION_KINDS
-from klas_hf.processes import others_bars
+from klas_hf.processes import others_bars, process_state
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def hub_options(options: Mapping[str, Any], revision: str | None = None) -> dict[str, Any]:
+    """Those of `from_pretrained`'s options that say where files come from, of this revision if one is given."""
+    found = {name: options[name] for name in HUB_OPTIONS if name in options}
+    return found if revision is None else found | {"revision": revision}
 
 
 class LanguageAnchor(Anchor[TokenBatch, Tensor]):
@@ -153,10 +159,21 @@ def load_anchor(anchor: str | Path | PreTrainedModel | LanguageAnchor, **kwargs:
 
 
 def pretrained(auto_class: Any, anchor: str | Path, check: Callable[[PreTrainedConfig], Any], **kwargs: Any) -> Any:
-    """A model in eval mode, by Hub id or folder; `check` sees its configuration before anything is downloaded."""
-    check(anchor_config(anchor, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}))
+    """A model in eval mode, by Hub id or folder; `check` sees its configuration before anything is downloaded.
+
+    Where `device_map` says nothing else it lies on accelerate's device, and in the dtype of its checkpoint.
+    """
+    if kwargs.get("device_map") is None:
+        kwargs["device_map"] = on_accelerator()
+    check(anchor_config(anchor, **hub_options(kwargs)))
     with explained_access(anchor), others_bars():
         return auto_class.from_pretrained(anchor, use_safetensors=True, **kwargs).eval()
+
+
+def on_accelerator() -> dict[str, torch.device] | None:
+    """A `device_map` that puts all of a model on accelerate's device; None where that is the CPU."""
+    device = process_state().device
+    return None if device.type == "cpu" else {"": device}
 
 
 def anchor_config(anchor: str | Path, **hub: Any) -> PreTrainedConfig:

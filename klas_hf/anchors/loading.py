@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from klas_hf.anchors.anchor import Anchor
-from klas_hf.anchors.language import HUB_OPTIONS, load_anchor
+from klas_hf.anchors.language import hub_options, load_anchor
 from klas_hf.anchors.vision import is_vision, load_vision_anchor
 
 _ONE_ANCHOR = "as source and as target; expected two different anchors, the cheaper one as the source"
@@ -23,22 +23,23 @@ def load_anchors(anchors: Sequence[Any], revisions: Sequence[str | None] | None 
         ValueError: an unknown family, or anchors for text and for images.
     """
     own = [options | ({"revision": one} if one else {}) for one in revisions or [None] * len(anchors)]
-    hub = [{name: value for name, value in one.items() if name in HUB_OPTIONS} for one in own]
-    images = [is_vision(anchor, **where) for anchor, where in zip(anchors, hub, strict=True)]
+    images = [is_vision(anchor, **hub_options(one)) for anchor, one in zip(anchors, own, strict=True)]
     if len(set(images)) > 1:
         raise ValueError("got anchors for images and for text; expected all of one kind")
     load: Callable[..., Anchor] = load_vision_anchor if images[0] else load_anchor
     return [load(anchor, **kwargs) for anchor, kwargs in zip(anchors, own, strict=True)]
 
 
-def load_pair(source: Any, target: Any) -> tuple[Anchor, Anchor]:
-    """Two different anchors, loaded where they are not.
+def load_pair(
+    source: Any, target: Any, revisions: Sequence[str | None] | None = None, **options: Any
+) -> tuple[Anchor, Anchor]:
+    """Two different anchors, loaded where they are not; arguments as for `load_anchors`.
 
     Raises:
         ValueError: one anchor twice, an unknown family, other classes or vocabularies.
     """
     check_different(source, target)
-    first, last = load_anchors([source, target])
+    first, last = load_anchors([source, target], revisions, **options)
     first.check_like(last)
     if first.fingerprint == last.fingerprint:
         raise ValueError(f"got the anchor {last.name} {_ONE_ANCHOR}")

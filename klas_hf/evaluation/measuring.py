@@ -149,7 +149,7 @@ class TextTask(Task):
         losses = F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), predicted.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        return {"loss": losses.view_as(predicted).double().sum(1)}, (predicted != IGNORED).sum(1)
+        return {"loss": losses.view_as(predicted).cpu().double().sum(1)}, (predicted != IGNORED).sum(1)
 
 
 class ImageTask(Task):
@@ -207,8 +207,8 @@ class Sums:
         if self.classes is not None:
             chosen = torch.tensor(list(self.classes), device=logits.device)
             terms["accuracy_among"] = chosen[logits[:, chosen].argmax(-1)] == labels
-        values = torch.stack([terms[name].double() for name in self.names], 1)
-        self.ratios.update(values.cpu().numpy(), counts[:, None].cpu().numpy())
+        values = torch.stack([terms[name].cpu().double() for name in self.names], 1)
+        self.ratios.update(values.numpy(), counts[:, None].cpu().numpy())
 
     def measured(self) -> Measurement:
         """What was added, by all processes.

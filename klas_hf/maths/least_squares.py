@@ -151,15 +151,22 @@ def joint_equations(parts: Sequence[NormalEquations]) -> NormalEquations:
     return replace(moved[0], **{name: sum(getattr(part, name) for part in moved) for name in summed})
 
 
+def summing_device(device: torch.device | str) -> torch.device:
+    """Where float64 sums of a device's tensors live: there, or on the CPU for Apple's GPUs, which have no float64."""
+    return torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
+
+
 class LeastSquares:
     """Accumulates the normal equations of y ≈ W x + b.
 
     Args:
         in_features, out_features: widths of x and y.
-        device: where the float64 sums live: `8 · in · (in + out)` bytes.
+        device: where the rows come from; the float64 sums, `8 · in · (in + out)` bytes, live there (`summing_device`).
     """
 
     def __init__(self, in_features: int, out_features: int, device: torch.device | str = "cpu"):
+        device = summing_device(device)
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -177,7 +184,7 @@ class LeastSquares:
         """
         if not len(x):
             return
-        x, y = x.to(self._gram), y.to(self._gram)
+        x, y = (one.to(self._gram.device).double() for one in (x, y))
         if not self.rows:
             self._shift_x, self._shift_y = x.mean(0), y.mean(0)
         x, y = x - self._shift_x, y - self._shift_y

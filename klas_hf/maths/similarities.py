@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klas_hf.maths.least_squares import LinearFit, NormalEquations, joint_equations, moved_gram
+from klas_hf.maths.least_squares import LinearFit, NormalEquations, joint_equations, moved_gram, summing_device
 
 Pair = tuple[int, int]
 Array = NDArray[np.float64]
@@ -31,7 +31,7 @@ class PairMoments:
     Args:
         pairs: positions (source block, target block), each pair once.
         source_widths, target_widths: features of every block of the two sequences, in a pair or not.
-        device: where the float64 sums live.
+        device: where the rows come from; the float64 sums live there (`summing_device`).
 
     Raises:
         ValueError: no pair, a pair twice, or one that names no block.
@@ -45,7 +45,7 @@ class PairMoments:
         device: torch.device | str = "cpu",
     ):
         _check_pairs(pairs, len(source_widths), len(target_widths))
-        self.shape, self.device = (len(source_widths), len(target_widths)), device
+        self.shape, self.device = (len(source_widths), len(target_widths)), (device := summing_device(device))
         self._source = {i: _Moments(source_widths[i], device) for i in sorted({i for i, _ in pairs})}
         self._target = {j: _Moments(target_widths[j], device) for j in sorted({j for _, j in pairs})}
         self._cross = {
@@ -87,8 +87,7 @@ class PairMoments:
                 cross += xs[i].T @ ys[j]
 
     def _check_finite(self, tensors: Sequence[Tensor]) -> None:
-        sums = torch.stack([tensor.sum(dtype=torch.float64).to(self.device) for tensor in tensors])
-        if not sums.isfinite().all():
+        if not torch.stack([tensor.sum().isfinite().to(self.device) for tensor in map(Tensor.float, tensors)]).all():
             raise ValueError(
                 "got NaN or infinite features; expected finite activations. Load the anchors in bfloat16 or float32 "
                 "and check their weights"
@@ -175,7 +174,7 @@ class _Moments:
 
     def add(self, x: Tensor) -> Tensor:
         """Add rows and return them as they were summed: in float64, about the shift."""
-        x = x.to(self.gram)
+        x = x.to(self.gram.device).double()
         if not self.rows and len(x):
             self.shift = x.mean(0)
         x = x - self.shift

@@ -12,6 +12,7 @@ from klas_hf.anchors.classes import check_classes
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.vision import VisionAnchor, load_vision_anchor
 from klas_hf.errors import TrainingDiverged
+from klas_hf.maths.least_squares import summing_device
 from klas_hf.probes.images import ImageProbeConfig, ImageProbeNet, pooled_features
 from klas_hf.processes import process_state, progress, sum_over_processes
 
@@ -137,9 +138,10 @@ class _Features:
 def _moments(train: _Features, anchor: VisionAnchor) -> list[tuple[Tensor, Tensor]]:
     """Mean and standard deviation of every block's pooled features, from one pass."""
     widths = train.config.widths or []
-    sums = [torch.zeros(3, width, dtype=torch.float64, device=anchor.device) for width in widths]
+    sums = [torch.zeros(3, width, dtype=torch.float64, device=summing_device(anchor.device)) for width in widths]
     for pooled, _ in train:
-        for total, x in zip(sums, (one.double() for one in pooled), strict=True):
+        for total, one in zip(sums, pooled, strict=True):
+            x = one.to(total.device).double()
             total += torch.stack([torch.full_like(total[0], len(x)), x.sum(0), x.square().sum(0)])
     moments = []
     for total in sums:
@@ -152,7 +154,8 @@ def _moments(train: _Features, anchor: VisionAnchor) -> list[tuple[Tensor, Tenso
         mean = first / count
         spread = (second / count - mean.square()).clamp_min(0).sqrt()
         varies = spread > CONSTANT * mean.abs()
-        moments.append((mean.float(), torch.where(varies | spread.isnan(), spread, torch.inf).float()))
+        usable = torch.where(varies | spread.isnan(), spread, torch.inf)
+        moments.append((mean.float().to(anchor.device), usable.float().to(anchor.device)))
     return moments
 
 

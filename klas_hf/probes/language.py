@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.actions import Publishable
 from klas_hf.anchors.language import LanguageAnchor, load_anchor
-from klas_hf.maths.least_squares import LeastSquares
+from klas_hf.maths.least_squares import LeastSquares, summing_device
 from klas_hf.processes import progress, shared_out, sum_over_processes
 
 KINDS = ("logit", "ridge", "tuned")
@@ -180,9 +180,10 @@ def fit_probes(anchor: Any, data: Iterable[Any], config: ProbeConfig | None = No
         return probes.eval()
     equations = [LeastSquares(anchor.width, anchor.width, anchor.device) for _ in probes.translators]
     for batch in progress(shared_out(anchor.read(data)), f"ridge probes of {anchor.name}"):
-        *earlier, last = (anchor.rows(state, batch).double() for state in anchor.states(batch)[1:])
+        home = summing_device(anchor.device)
+        *earlier, last = (anchor.rows(state, batch).to(home).double() for state in anchor.states(batch)[1:])
         for equation, h in zip(equations, earlier, strict=True):
-            equation.update(h, last.to(h.device) - h)
+            equation.update(h, last - h)
     config.r2 = []
     for block, equation in enumerate(equations):
         equation.combine(sum_over_processes)

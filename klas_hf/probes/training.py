@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from klas_hf.anchors.batches import TokenBatch
-from klas_hf.anchors.language import LanguageAnchor, load_anchor
-from klas_hf.anchors.vision import is_vision
+from klas_hf.anchors.language import LanguageAnchor, hub_options, load_anchor
+from klas_hf.anchors.vision import is_vision, load_vision_anchor
 from klas_hf.errors import TrainingDiverged
 from klas_hf.maths.divergences import kl_divergence
 from klas_hf.probes import ImageProbeConfig, ImageProbeNet, ProbeConfig, ProbeNet, fit_probes
@@ -24,6 +24,7 @@ def train_probes(
     config: ProbeConfig | ImageProbeConfig | None = None,
     *,
     validation: Iterable[Any] | None = None,
+    **loading: Any,
 ) -> ProbeNet | ImageProbeNet:
     """Probes of every block of an anchor (Alg. 1): of images by gradient descent, of text in closed form or tuned.
 
@@ -35,6 +36,8 @@ def train_probes(
             defaults.
         validation: batches of images for early stopping; None holds out every fifth batch of the data. Language
             models have no use for it.
+        loading: of an anchor named by Hub id or folder, as for `from_pretrained`: revision, dtype, device_map, …; by
+            itself it lies on accelerate's device, in its checkpoint's dtype.
 
     Returns:
         The probes, marked as this anchor's.
@@ -51,14 +54,13 @@ def train_probes(
         >>> train_probes(small, images, ImageProbeConfig(epochs=1)).config.num_labels
         3
     """
-    if is_vision(anchor):
+    if is_vision(anchor, **hub_options(loading)):
         _check_config(config, ImageProbeConfig)
-        return train_image_probes(anchor, data, config, validation=validation)
+        return train_image_probes(load_vision_anchor(anchor, **loading), data, config, validation=validation)
     _check_config(config, ProbeConfig)
     if validation is not None:
         raise ValueError("got validation data for a language model, whose probes need none; leave it out")
-    config = config or ProbeConfig()
-    anchor = load_anchor(anchor)
+    config, anchor = config or ProbeConfig(), load_anchor(anchor, **loading)
     if config.kind != "tuned":
         return fit_probes(anchor, data, config)
     batches = list(anchor.read(data))

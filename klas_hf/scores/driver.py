@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.language import hub_options
 from klas_hf.anchors.loading import check_different, load_pair
 from klas_hf.anchors.streaming import stream
 from klas_hf.anchors.vision import VisionAnchor, is_vision
@@ -35,6 +36,8 @@ def score_stitches(
     images: ImageScoring | None = None,
     functional: FunctionalScoring | None = None,
     positions: tuple[int, int] = (0, 1),
+    revisions: Sequence[str | None] | None = None,
+    **loading: Any,
 ) -> StitchScores:
     """Score every stitch (i, j) between two anchors (KLAS Alg. 2); lower is better.
 
@@ -56,6 +59,9 @@ def score_stitches(
         images: what else is measured on images.
         functional: how functional KL is measured, beside the rest; None measures it only where `score` wants it.
         positions: of the two anchors in a list of more.
+        revisions: of the anchors on the Hub.
+        loading: of anchors named by Hub id or folder, as for `from_pretrained`: dtype, device_map, attn_implementation,
+            quantization_config, token, …; by themselves they lie on accelerate's device, in their checkpoints' dtype.
 
     Returns:
         Θ, capacity and Γ with standard errors over sequences or images, and the costs of all stitches.
@@ -77,14 +83,14 @@ def score_stitches(
         raise ValueError(f"got score={score!r}; expected one of {sorted(SCORES)}")
     check_different(source, target)
     needs_probes = not set(NEEDED[score]) <= set(STITCHED)
-    if needs_probes and probes is None and is_vision(source):
+    if needs_probes and probes is None and is_vision(source, **hub_options(loading, (revisions or [None])[0])):
         raise ValueError(
             "got no probes for two image classifiers; expected probes=(of source, of target), made by train_probes on "
             "labelled images other than those that are scored on"
         )
     if functional is None and set(NEEDED[score]) & set(STITCHED):
         functional = FunctionalScoring()
-    anchors = load_pair(source, target)
+    anchors = load_pair(source, target, revisions, **loading)
     data = list(data) if functional and iter(data) is data else data  # an iterator can be read once
     batches = anchors[1].read(data)
     first: Any = next(batches, None)

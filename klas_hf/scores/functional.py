@@ -221,7 +221,7 @@ def _add(sums: RatioSums, place: Pair, terms: Tensor, weights: Tensor, items: Te
     if not terms.isfinite().all():
         raise ValueError("got NaN or infinite divergences; expected finite activations. Check the anchors' weights")
     totals = torch.zeros(2, count, dtype=torch.float64)
-    totals.index_add_(1, items.cpu(), torch.stack([terms, weights]).double().cpu())
+    totals.index_add_(1, items.cpu(), torch.stack([terms, weights]).cpu().double())
     sums.add_at(place, totals[0].numpy(), totals[1].numpy())
 
 

@@ -17,7 +17,14 @@ from klas_hf.selection.anchors import AnchorRule, AnchorSelection, choose_pairs
 
 
 @torch.no_grad()
-def select_anchors(anchors: Sequence[Any], data: Iterable[Any], *, rule: AnchorRule = "least_kl") -> AnchorSelection:
+def select_anchors(
+    anchors: Sequence[Any],
+    data: Iterable[Any],
+    *,
+    rule: AnchorRule = "least_kl",
+    revisions: Sequence[str | None] | None = None,
+    **loading: Any,
+) -> AnchorSelection:
     """Choose which of several image classifiers to stitch, by the KL divergence between their own outputs.
 
     KLAS Alg. 3, line 2, for which the paper gives no formula.
@@ -27,6 +34,9 @@ def select_anchors(anchors: Sequence[Any], data: Iterable[Any], *, rule: AnchorR
         data: batches of images; labels are not needed.
         rule: "least_kl", the path from the cheapest to the dearest anchor whose summed divergence is least (KLAS, our
             reading); "nearest", neighbours by cost (SN-Net); "all", every pair.
+        revisions: of the anchors on the Hub.
+        loading: of anchors named by Hub id or folder, as for `from_pretrained`: dtype, device_map, attn_implementation,
+            quantization_config, token, …; by themselves they lie on accelerate's device, in their checkpoints' dtype.
 
     Returns:
         The pairs, cheaper first, and the matrix of divergences in nats.
@@ -39,7 +49,8 @@ def select_anchors(anchors: Sequence[Any], data: Iterable[Any], *, rule: AnchorR
         >>> chosen.pairs, chosen.divergence.shape, bool(chosen.divergence[0, 1] > 0)
         (((0, 1),), (2, 2), True)
     """
-    loaded = [load_vision_anchor(anchor) for anchor in anchors]
+    commits = [{} if one is None else {"revision": one} for one in revisions or [None] * len(anchors)]
+    loaded = [load_vision_anchor(one, **loading, **commit) for one, commit in zip(anchors, commits, strict=True)]
     check_anchors(loaded)
     batches = image_batches(data)
     first = next(batches, None)

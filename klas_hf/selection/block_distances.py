@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from klas_hf.anchors.anchor import Anchor
 from klas_hf.anchors.streaming import Gathered, stream
+from klas_hf.maths.least_squares import summing_device
 from klas_hf.processes import sum_over_processes
 
 Run = tuple[int, int]  # blocks[start:stop]; also the states before and after them
@@ -59,7 +60,8 @@ class _Distances(Gathered):
 
     def update(self, states: Sequence[list[Any]], batch: Any) -> None:
         ends = sorted({end for run in self.runs for end in run})
-        rows = {end: self._rows(states[0][end], batch).to(self.anchor.device) for end in ends}
+        home = summing_device(self.anchor.device)
+        rows = {end: self._rows(states[0][end], batch).to(home) for end in ends}
         for first in range(0, max(map(len, rows.values())), ROWS):
             part = {end: normalize(of_one[first : first + ROWS].double(), dim=1) for end, of_one in rows.items()}
             found = [self.measure((part[one] * part[other]).sum(1)) for one, other in self.runs]

@@ -31,6 +31,8 @@ def search_paths(
     *,
     tokens: int = 128,
     output: str | File | None = None,
+    revisions: Sequence[str | None] | None = None,
+    **loading: Any,
 ) -> PathScores:
     """Costs and functional KL of the best paths of every size through some anchors.
 
@@ -40,6 +42,9 @@ def search_paths(
         config: settings; None takes the defaults.
         tokens: sequence length that a language model's costs are counted for.
         output: JSONL file of all that was measured; a search that was interrupted goes on from it.
+        revisions: of the anchors on the Hub.
+        loading: of anchors named by Hub id or folder, as for `from_pretrained`: dtype, device_map, attn_implementation,
+            quantization_config, token, …; by themselves they lie on accelerate's device, in their checkpoints' dtype.
 
     Returns:
         All paths that were measured on all items, the anchors among them.
@@ -52,17 +57,17 @@ def search_paths(
         >>> found.best("60%").joints > 0, found.pareto()[-1] == Path.parse("1[:]")
         (True, True)
     """
-    return _Search(anchors, data, config or SearchConfig(), tokens, output).run()
+    return _Search(load_anchors(anchors, revisions, **loading), data, config or SearchConfig(), tokens, output).run()
 
 
 class _Search:
     """One search: its anchors, what is known of paths, and what has been spent."""
 
     def __init__(
-        self, anchors: Sequence[Any], data: Iterable[Any], config: SearchConfig, tokens: int, output: str | File | None
+        self, anchors: list[Anchor], data: Iterable[Any], config: SearchConfig, tokens: int, output: str | File | None
     ):
         self.config = config
-        self.anchors: list[Anchor] = load_anchors(anchors)
+        self.anchors = anchors
         check_anchors(self.anchors, least=1)
         self.plan = SearchPlan(self.anchors, data, config, tokens)
         self.scorer = PathScorer(

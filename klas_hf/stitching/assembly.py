@@ -11,21 +11,18 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from klas_hf.anchors.language import HUB_OPTIONS, anchor_config
-from klas_hf.anchors.loading import load_anchors
+from klas_hf.anchors.language import anchor_config, hub_options, on_accelerator
 from klas_hf.anchors.vision import is_vision
 from klas_hf.budgets import Budget, Cost
 from klas_hf.models import StitchedModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.paths import Stitch
-from klas_hf.processes import process_state
 from klas_hf.scores.path_scores import PathScores
 from klas_hf.selection.plan import SearchConfig, SearchPlan, unallocated_anchors
 from klas_hf.selection.search import search_paths
 from klas_hf.stitching.calibration import sampled
 from klas_hf.stitching.images import check_pair, common_size, stitch_classifiers
 from klas_hf.stitching.language import check_direction, stitch_decoders
-from klas_hf.stitching.loading import with_revision
 
 logger = logging.get_logger(__name__)
 Anchor: TypeAlias = str | Path | PreTrainedModel
@@ -55,8 +52,8 @@ def assemble_path(
             start from "least_squares" (default), from LinearPatch's map ("linear_patch") or from the map that turns
             states towards the next anchor's ("cosine"), both between states of one width; or "identity", no layers
             between slices of one anchor, which is this anchor without the blocks left out. `dtype`: None takes that of
-            the last anchor. `device_map` and others as for `from_pretrained`; for images also `image_size`, where the
-            anchors' configurations are for different ones.
+            the last anchor. `device_map` (None, and no anchor in memory: accelerate's device) and others as for
+            `from_pretrained`; for images also `image_size`, where the anchors' configurations are for different ones.
 
     Returns:
         A `StitchedForCausalLM` or a `StitchedForImageClassification` in eval mode.
@@ -149,8 +146,7 @@ def _searched(
         raise ValueError(
             f"got budget={budget.text!r} and no calibration; expected calibration=batches, on which paths are compared"
         )
-    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-    shapes = unallocated_anchors(anchors, revisions, **hub)
+    shapes = unallocated_anchors(anchors, revisions, **hub_options(kwargs))
     widest, items = max(max(anchor.widths) for anchor in shapes), kwargs.get("calibration_items")
     batches = list(
         sampled(
@@ -164,8 +160,7 @@ def _searched(
     tokens = 128 if ids is None else ids.shape[1]
     SearchPlan(shapes, batches, search or SearchConfig(), tokens).check(budget)
     given = {name: value for name, value in kwargs.items() if name not in _OF_ASSEMBLY and value is not None}
-    options = {"device_map": {"": process_state().device}} | given
-    found = search_paths(load_anchors(anchors, revisions, **options), batches, search, tokens=tokens)
+    found = search_paths(anchors, batches, search, tokens=tokens, revisions=revisions, **given)
     return assemble_best(anchors, found, budget, revisions=revisions, **kwargs | {"calibration": batches})
 
 
@@ -182,10 +177,9 @@ def _configs(
     if revisions is not None and len(revisions) != len(anchors):
         raise ValueError(f"got {len(revisions)} revisions for {len(anchors)} anchors; expected one, or None, for each")
     path.bounds([10**9] * len(anchors))  # an anchor that is not there
-    hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
     pairs = list(zip(anchors, revisions or [None] * len(anchors), strict=True))
     configs = [
-        anchor.config if isinstance(anchor, PreTrainedModel) else anchor_config(anchor, **with_revision(hub, revision))
+        anchor.config if isinstance(anchor, PreTrainedModel) else anchor_config(anchor, **hub_options(kwargs, revision))
         for anchor, revision in (pairs[place] for place in path.anchors)
     ]
     kinds = ["image classifier" if is_vision(config) else "language model" for config in configs]
@@ -204,11 +198,12 @@ def _assemble(
     if "torch_dtype" in kwargs:
         logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")
         kwargs["dtype"] = kwargs.pop("torch_dtype")
+    if kwargs.get("device_map") is None and not any(isinstance(anchors[n], PreTrainedModel) for n in path.anchors):
+        kwargs["device_map"] = on_accelerator()
     join = stitch_classifiers if is_vision(configs[0]) else stitch_decoders
     model = join(anchors, path, revisions=revisions, **kwargs)
     embeds = path.slices[0].anchor
     if not isinstance(anchors[embeds], PreTrainedModel):
-        hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
         revision = None if revisions is None else revisions[embeds]
-        model.processor_from = str(anchors[embeds]), with_revision(hub, revision)
+        model.processor_from = str(anchors[embeds]), hub_options(kwargs, revision)
     return model

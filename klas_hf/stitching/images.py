@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.checkpoints import ClassifierCheckpoint, UnreadTensor
 from klas_hf.anchors.images import ImageBatch, image_batches
-from klas_hf.anchors.language import HUB_OPTIONS, anchor_config
+from klas_hf.anchors.language import HUB_OPTIONS, anchor_config, hub_options
 from klas_hf.anchors.vision import check_labels, feature_rows
 from klas_hf.anchors.weights import evaluating
 from klas_hf.costs import measure_costs
@@ -30,7 +30,7 @@ from klas_hf.models.vision_shapes import FeatureShape, trace
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.stitching.calibration import sampled
 from klas_hf.stitching.joints import Joint, check_joint, fit_joints
-from klas_hf.stitching.loading import load_parts, warn_of_random_stitches, with_revision
+from klas_hf.stitching.loading import load_parts, warn_of_random_stitches
 
 
 def stitch_classifiers(
@@ -48,15 +48,14 @@ def stitch_classifiers(
     **kwargs: Any,
 ) -> StitchedForImageClassification:
     """Make the model of a path through image classifiers; see `assemble_path`."""
-    hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
     revisions = revisions or [None] * len(anchors)
     with ExitStack() as files:
         opened = {
-            place: files.enter_context(ClassifierCheckpoint(anchors[place], **with_revision(hub, revisions[place])))
+            place: files.enter_context(ClassifierCheckpoint(anchors[place], **hub_options(kwargs, revisions[place])))
             for place in path.anchors
         }
         configs = [
-            opened[place].config if place in opened else _config(anchor, with_revision(hub, revision))
+            opened[place].config if place in opened else _config(anchor, hub_options(kwargs, revision))
             for place, (anchor, revision) in enumerate(zip(anchors, revisions, strict=True))
         ]
         used = [configs[place] for place in path.anchors]

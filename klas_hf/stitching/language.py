@@ -16,7 +16,7 @@ from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.checkpoints import DecoderCheckpoint, decoder_keys
 from klas_hf.anchors.decoder_parts import cut_config
 from klas_hf.anchors.families import DecoderFamily, decoder_family
-from klas_hf.anchors.language import HUB_OPTIONS
+from klas_hf.anchors.language import HUB_OPTIONS, hub_options
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
 from klas_hf.models import StitchedConfig, StitchedForCausalLM
@@ -24,7 +24,7 @@ from klas_hf.models.modeling_stitched import StitchedTextModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.stitching.calibration import sampled
 from klas_hf.stitching.joints import Joint, check_joint, fit_joints
-from klas_hf.stitching.loading import load_parts, prefix_map, warn_of_random_stitches, with_revision
+from klas_hf.stitching.loading import load_parts, prefix_map, warn_of_random_stitches
 
 
 def stitch_decoders(
@@ -46,10 +46,9 @@ def stitch_decoders(
     changes with the cut), and transformers loads them as it would any checkpoint: no other tensor is read. The model
     gets the last anchor's generation config.
     """
-    hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
     with ExitStack() as files:
         opened = {
-            place: files.enter_context(DecoderCheckpoint(anchors[place], **with_revision(hub, revision)))
+            place: files.enter_context(DecoderCheckpoint(anchors[place], **hub_options(kwargs, revision)))
             for place, revision in enumerate(revisions or [None] * len(anchors))
             if place in path.anchors
         }
@@ -59,7 +58,7 @@ def stitch_decoders(
             joint, path, list(pairwise(one.hidden_size for one in config.slice_configs)), calibration is not None
         )
         config.identity_joints = joint == "identity"
-        check_vocabularies(first.name, first.config, last.name, last.config, **hub)
+        check_vocabularies(first.name, first.config, last.name, last.config, **hub_options(kwargs))
         batches = None
         if calibration is not None:
             chosen = _sampled(calibration, config, calibration_items)

@@ -45,8 +45,3 @@ def load_parts(
 def prefix_map(device_map: Any) -> Any:
     """Where an anchor's first blocks go, run beside a model whose parts a `device_map` may name."""
     return "auto" if isinstance(device_map, dict) and "" not in device_map else device_map
-
-
-def with_revision(hub: dict[str, Any], revision: str | None) -> dict[str, Any]:
-    """Hub options with a revision, where there is one."""
-    return hub if revision is None else hub | {"revision": revision}

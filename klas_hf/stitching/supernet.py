@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.actions import Publishable
 from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.language import hub_options
 from klas_hf.anchors.loading import load_anchors
 from klas_hf.costs import Cost
 from klas_hf.models import StitchedModel
@@ -83,6 +84,8 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         ridge: float | None = None,
         image_size: int | tuple[int, int] | None = None,
         tokens: int = 128,
+        revisions: Sequence[str | None] | None = None,
+        **loading: Any,
     ) -> "StitchedSupernet":
         """Join anchors on many paths.
 
@@ -98,6 +101,9 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             ridge: penalty of the fits; None chooses (see `LeastSquares.solve`).
             image_size: pixels of the images, where the anchors' configurations are for different ones.
             tokens: length of the sequences that the costs of language models are counted for.
+            revisions: of the anchors on the Hub.
+            loading: of anchors named by Hub id or folder, as for `from_pretrained`: dtype, device_map, token, …; by
+                themselves they lie on accelerate's device, in their checkpoints' dtype.
 
         Returns:
             The supernet in eval mode.
@@ -108,7 +114,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
                 cheaper, or layers shared between widths.
         """
         chosen = [Path.of(path) for path in paths]
-        loaded = load_anchors(anchors)
+        loaded = load_anchors(anchors, revisions, **loading)
         kind = next(kind for kind in StitchedSupernet.__subclasses__() if kind.anchor_class is type(loaded[0]))
         check_paths(loaded, chosen)
         layers = shared_layers(loaded, chosen, shared)
@@ -131,7 +137,11 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         supernet.to(device=last.device, dtype=last.dtype)  # before weights that float32 would round
         for model, one in zip(supernet.anchors, loaded, strict=True):
             model.load_state_dict(one.model.state_dict())
-        supernet.processors_from = [None if isinstance(one, PreTrainedModel) else (str(one), {}) for one in anchors]
+        commits = revisions or [None] * len(anchors)
+        supernet.processors_from = [
+            None if isinstance(one, PreTrainedModel) else (str(one), hub_options(loading, commit))
+            for one, commit in zip(anchors, commits, strict=True)
+        ]
         if batches is None:
             warnings.warn(RANDOM_STITCH, stacklevel=2)
             return supernet
