@@ -117,7 +117,7 @@ def on_map(hidden: Tensor) -> Features:
 
 def image_size(config: PreTrainedConfig, default: int = 224) -> tuple[int, int]:
     """(height, width) in pixels that a configuration is for; `default` where the family has no such field."""
-    size: Any = config.to_dict().get("image_size") or default
+    size: Any = getattr(config, "image_size", None) or default
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
