@@ -22,6 +22,8 @@ class DecoderFamily:
         embeddings: the token embedding.
         heads: names of the unembedding, in a checkpoint and in the model.
         head_bias: whether the unembedding has a bias.
+        writer: the linear layer of a block whose output is the last to be added to the residual stream, as it is; None
+            where a norm, a scale or a choice of experts stands between.
         fed_hidden: config fields to set where the decoder is fed hidden states instead of embeddings, so that it
             neither scales nor drops them.
     """
@@ -32,29 +34,35 @@ class DecoderFamily:
     embeddings: str = "embed_tokens"
     heads: tuple[str, ...] = ("lm_head",)
     head_bias: bool = False
+    writer: str | None = "mlp.down_proj"
     fed_hidden: dict[str, Any] = field(default_factory=dict)
 
 
 _LLAMA_LIKE = DecoderFamily()
-_GRANITE_LIKE = DecoderFamily(fed_hidden={"embedding_multiplier": 1.0})
+_WITHOUT_WRITER = DecoderFamily(writer=None)
+_GRANITE_LIKE = DecoderFamily(writer=None, fed_hidden={"embedding_multiplier": 1.0})
 
 DECODER_FAMILIES: dict[str, DecoderFamily] = {
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
-    "mixtral": _LLAMA_LIKE,
+    "mixtral": _WITHOUT_WRITER,
     "qwen2": _LLAMA_LIKE,
     "qwen3": _LLAMA_LIKE,
     "gemma": _LLAMA_LIKE,
-    "gemma2": _LLAMA_LIKE,
-    "gemma3_text": _LLAMA_LIKE,
+    "gemma2": _WITHOUT_WRITER,
+    "gemma3_text": _WITHOUT_WRITER,
     "smollm3": _LLAMA_LIKE,
-    "olmo2": _LLAMA_LIKE,
+    "olmo2": _WITHOUT_WRITER,
     "phi3": _LLAMA_LIKE,
-    "phi": DecoderFamily(norm="final_layernorm", head_bias=True, fed_hidden={"embd_pdrop": 0.0}),
+    "phi": DecoderFamily(norm="final_layernorm", head_bias=True, writer="mlp.fc2", fed_hidden={"embd_pdrop": 0.0}),
     "granite": _GRANITE_LIKE,
-    "starcoder2": DecoderFamily(fed_hidden={"embedding_dropout": 0.0}),
+    "starcoder2": DecoderFamily(writer="mlp.c_proj", fed_hidden={"embedding_dropout": 0.0}),
     "gpt_neox": DecoderFamily(
-        prefix="gpt_neox", norm="final_layer_norm", embeddings="embed_in", heads=("lm_head", "embed_out")
+        prefix="gpt_neox",
+        norm="final_layer_norm",
+        embeddings="embed_in",
+        heads=("lm_head", "embed_out"),
+        writer="mlp.dense_4h_to_h",
     ),
 }
 

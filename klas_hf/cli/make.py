@@ -100,7 +100,7 @@ def _foretold(plan: "SearchPlan", budget: "Budget", data: MakeData, options: Mak
 
     weights = sum(one.bytes for anchor in options.anchors for one in stored_tensors(anchor).values())
     first, size = plan.first(), plan.bytes_per_parameter
-    within = sum(budget.allows(plan.costs.of(path), plan.dearest, size) for path in first)
+    within = sum(budget.allows(plan.cost(path), plan.dearest, size) for path in first)
     items = sum(map(len, [*plan.calibration, *plan.scored]))
     teacher, dearest = options.anchors[plan.reference], plan.dearest
     lines = [

@@ -45,6 +45,7 @@ def decoder_part_costs(config: PreTrainedConfig, dtype: torch.dtype, tokens: int
         widths=[config.hidden_size] * (len(blocks) + 1),
         positions=[tokens] * (len(blocks) + 1),
         block_kv_bytes=[2 * heads * width * dtype.itemsize] * len(blocks),
+        merges=family.writer is not None,
     )
 
 

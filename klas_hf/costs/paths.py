@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ class AnchorCosts:
         widths: n + 1 widths, at the input of each block and after the last.
         positions: n + 1 numbers of positions there, class tokens included. A joint runs at those of what it maps to.
         block_kv_bytes: bytes that a cached token takes in each block; nothing for images.
+        merges: whether a joint behind a block, to another block of the anchor, can be merged into the block.
     """
 
     embed_macs: int
@@ -32,6 +34,7 @@ class AnchorCosts:
     widths: Sequence[int]
     positions: Sequence[int]
     block_kv_bytes: Sequence[int] = ()
+    merges: bool = False
 
     @property
     def total_macs(self) -> int:
@@ -82,11 +85,16 @@ class PathCosts:
     image_height: int = 0
     image_width: int = 0
 
+    def mergeable(self, path: Path | Stitch | str | Sequence[int]) -> bool:
+        """Whether all joints of a path lie within anchors that merge them (`joint="merged"`), and so cost nothing."""
+        slices = Path.of(path).slices
+        return all(one.anchor == other.anchor and self.anchors[one.anchor].merges for one, other in pairwise(slices))
+
     def of(self, path: Path | Stitch | str | Sequence[int], *, identity: bool = False) -> Cost:
         """What the model of a path costs, its stitching layers (with biases) included.
 
         Args:
-            identity: whether it has none (`joint="identity"`), so that joints cost nothing.
+            identity: whether it has none (`joint="identity"` or "merged"), so that joints cost nothing.
 
         Raises:
             ValueError: the path is out of range.

@@ -139,6 +139,12 @@ def _choice(search: Mapping[str, Any]) -> str:
 
 def _start(fits: Sequence[Mapping[str, Any]] | None, joints: int) -> str:
     """How the stitching layers started."""
+    if not joints and fits:
+        listed = ", ".join(f"{fit['r2']:.3f} (ridge {fit['ridge']:.2g})" for fit in fits)
+        return (
+            "It has no stitching layer: least squares were merged into the MLP of the block before each cut (as in "
+            f"ReplaceMe), on {fits[0]['rows']:,} positions: R² = {listed}."
+        )
     if not joints:
         return "It has no stitching layer."
     if not fits:

@@ -90,9 +90,10 @@ class StitchedModel(PreTrainedModel):
             path: `Path`, its text, or a `Stitch`.
             kwargs: `calibration` batches for the least-squares start of the stitching layers (None: random, with a
                 warning), of which `calibration_items` sequences or images are read (None: 256, or as many more as make
-                ten rows per feature); the `ridge` of the fits; `joint`: "least_squares", or how a rival joins the
-                blocks of one anchor: "identity" (no layer), "linear_patch" or "cosine"; `dtype`, `device_map` and
-                others of `from_pretrained`; `revisions` of the anchors on the Hub; `image_size` in pixels.
+                ten rows per feature); the `ridge` of the fits; `joint`: "least_squares"; "merged" into the blocks of
+                one language model, without layers; or how a rival joins these: "identity" (no layer), "linear_patch"
+                or "cosine"; `dtype`, `device_map` and others of `from_pretrained`; `revisions` of the anchors on the
+                Hub; `image_size` in pixels.
 
         Raises:
             ValueError: a path out of range, or anchors that do not fit each other.

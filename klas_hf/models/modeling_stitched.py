@@ -87,7 +87,7 @@ class StitchedTextModel(StitchedModel):
         output = BaseModelOutputWithPast(
             last_hidden_state=last.last_hidden_state,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=None if states is None else (*chain.from_iterable(states), last.hidden_states[-1]),
+            hidden_states=None if states is None else (*chain.from_iterable(states), last.last_hidden_state),
             attentions=None if attentions is None else tuple(chain.from_iterable(attentions)),
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict

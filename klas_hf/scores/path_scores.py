@@ -33,6 +33,7 @@ class PathScores:
         names: of the anchors.
         bytes_per_parameter: of the dearest anchor's dtype.
         provenance: fingerprints, settings, versions, forwards that it took.
+        joints: of each path, what `StitchedModel.from_path` is to make of its joints, and what its cost is for.
 
     Example:
         >>> found = search_paths([source, target], batches, tokens=16)
@@ -49,6 +50,11 @@ class PathScores:
     names: tuple[str, ...]
     bytes_per_parameter: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    joints: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.joints:
+            object.__setattr__(self, "joints", ("least_squares",) * len(self.paths))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -73,6 +79,10 @@ class PathScores:
         if path not in self._places:
             raise ValueError(f"got path {path}, which was not scored; expected one of the {len(self)} in paths")
         return self._places[path]
+
+    def joint(self, path: Path) -> str:
+        """What its joints are: "least_squares" layers, or "merged" into the blocks before."""
+        return self.joints[self.place(path)]
 
     def share(self, path: Path) -> float:
         """A path's MACs as a share of the dearest anchor's."""
@@ -132,6 +142,7 @@ class PathScores:
             "names": list(self.names),
             "bytes_per_parameter": self.bytes_per_parameter,
             "provenance": dict(self.provenance),
+            "joints": list(self.joints),
         }
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ("divergence", "error")}
         return write_atomically(path, lambda part: save_file(arrays, part, {"klas_hf_paths": json.dumps(plain)}))
@@ -156,7 +167,7 @@ class PathScores:
         return cls(
             tuple(map(Path.parse, plain["paths"])), **arrays, costs=tuple(Cost(**cost) for cost in plain["costs"]),
             names=tuple(plain["names"]), bytes_per_parameter=plain["bytes_per_parameter"],
-            provenance=plain["provenance"],
+            provenance=plain["provenance"], joints=tuple(plain["joints"]),
         )  # fmt: skip
 
     @cached_property

@@ -13,7 +13,7 @@ from klas_hf.anchors.anchor import Anchor
 from klas_hf.anchors.language import anchor_config
 from klas_hf.anchors.loading import load_anchors
 from klas_hf.anchors.vision import is_vision
-from klas_hf.budgets import Budget, check_budget
+from klas_hf.budgets import Budget, Cost, check_budget
 from klas_hf.costs import PathCosts, measure_path_costs
 from klas_hf.paths import Path
 from klas_hf.scores.functional_settings import FunctionalScoring, calibration_and_scored
@@ -38,6 +38,8 @@ class SearchConfig:
         screened: share of the scored items that candidates are first measured on.
         forwards: runs of a block on one sequence or image that may be spent; None: three times what scoring all
             stitches between the anchors' costs on all items takes (of one anchor, all its cuts).
+        merged: cost paths of one language model without layers at their joints, as `joint="merged"` makes them; their
+            divergence is measured with layers, which start a little nearer.
         scoring: how functional KL is measured.
 
     Raises:
@@ -57,6 +59,7 @@ class SearchConfig:
     cheapest: float = 0.2
     screened: float = 0.125
     forwards: int | None = None
+    merged: bool = True
     scoring: FunctionalScoring = FunctionalScoring(temperature=1.0)
 
     def __post_init__(self) -> None:
@@ -122,10 +125,18 @@ class SearchPlan:
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def joint(self, path: Path) -> str:
+        """What the joints of a path are to be."""
+        return "merged" if path.joints and self.config.merged and self.costs.mergeable(path) else "least_squares"
+
+    def cost(self, path: Path) -> Cost:
+        """What a path costs, with such joints."""
+        return self.costs.of(path, identity=self.joint(path) == "merged")
+
     def macs(self, path: Path) -> int:
         """MACs of a path."""
         if path not in self._macs:
-            self._macs[path] = self.costs.of(path).macs
+            self._macs[path] = self.cost(path).macs
         return self._macs[path]
 
     def place(self, path: Path) -> int | None:
@@ -157,7 +168,7 @@ class SearchPlan:
 
     def check(self, budget: Budget) -> None:
         """Raise ValueError, with the range, for a budget that no path will meet or that even the dearest meets."""
-        costs = [self.costs.of(path) for path in [*self.wholes, *self.first()]]
+        costs = [self.cost(path) for path in [*self.wholes, *self.first()]]
         check_budget(budget, costs, self.dearest, self.bytes_per_parameter)
 
     def _all_pairs(self) -> int:

@@ -160,16 +160,16 @@ def replaceme_paths(
 ) -> PathSelection:
     """Replace the run of blocks, of each length, whose ends are nearest in direction, by a linear map.
 
-    Source: ReplaceMe (Shopkhoev et al., arXiv 2505.02819), which merges the map into the MLP before the cut and leaves
-    the residual stream beside it as it is; here the map is a joint, of the whole state, and least squares have a bias.
+    Source: ReplaceMe (Shopkhoev et al., arXiv 2505.02819). Least squares are merged into the MLP before the cut, as
+    there, where the anchor's blocks allow it; elsewhere, and by the cosine, the map is a joint of the whole state.
 
     Args:
         anchor, data, shares, tokens, place: as for `shortgpt_paths`.
         objective: what the map is fitted by, least squares or the cosine.
 
     Returns:
-        Rule "replaceme_least_squares" or "replaceme_cosine", cheapest first, the joint's MACs included; `values` are
-        mean cosine distances between the ends.
+        Rule "replaceme_least_squares" or "replaceme_cosine", cheapest first, the MACs of a joint included; `values`
+        are mean cosine distances between the ends.
 
     Raises:
         ValueError: as for `shortgpt_paths`; an unknown objective.
@@ -182,7 +182,9 @@ def replaceme_paths(
     """
     if objective not in ("least_squares", "cosine"):
         raise ValueError(f"got objective={objective!r}; expected 'least_squares' or 'cosine'")
-    return _run_paths(f"replaceme_{objective}", objective, anchor, data, shares, tokens, place, cosine_distance)
+    merges = objective == "least_squares" and _costs(anchor, tokens).anchors[0].merges
+    joint = "merged" if merges else objective
+    return _run_paths(f"replaceme_{objective}", joint, anchor, data, shares, tokens, place, cosine_distance)
 
 
 def linear_patch_paths(
@@ -263,7 +265,7 @@ def _selected(
 ) -> PathSelection:
     """The paths that cost less than the anchor, cheapest first; with shares, the dearest within each."""
     whole = costs.anchors[0].total_macs
-    macs = {path: costs.of(path, identity=joint == "identity").macs for path in found}
+    macs = {path: costs.of(path, identity=joint in ("identity", "merged")).macs for path in found}
     order = sorted((path for path in found if macs[path] < whole), key=lambda path: macs[path])
     if not order:
         raise ValueError(

@@ -121,11 +121,11 @@ class _Search:
                 self.improved[move] = self.improved.get(move, 0) + better
         self._measure(self._finalists(), None)
         full = {path: self.known[path, None] for path, batches in self.priced if batches is None}
-        full = dict(sorted(full.items(), key=lambda pair: (self.plan.costs.of(pair[0]).macs, str(pair[0]))))
-        costs = [self.plan.costs.of(path) for path in full]
+        full = dict(sorted(full.items(), key=lambda pair: (self.plan.macs(pair[0]), str(pair[0]))))
+        costs, joints = [self.plan.cost(path) for path in full], tuple(map(self.plan.joint, full))
         return as_scores(
             full, costs, names=tuple(anchor.name for anchor in self.anchors),
-            bytes_per_parameter=self.plan.bytes_per_parameter,
+            bytes_per_parameter=self.plan.bytes_per_parameter, joints=joints,
             provenance=self.settings
             | {"versions": library_versions(), "spent": self.spent, "limit": self.plan.forwards},
         )  # fmt: skip
@@ -142,7 +142,7 @@ class _Search:
             for path, score in zip(missing, self._scores(missing, batches), strict=True):
                 self.known[path, batches] = score.divergence, score.error
                 if self.rows is not None:
-                    cost = self.plan.costs.of(path)
+                    cost = self.plan.cost(path)
                     row = ResultRow(
                         "search", path, 0, cost.macs, cost.parameters, {"divergence": score.divergence},
                         {"error": score.error, "items": score.items}, setting={"batches": batches},

@@ -49,11 +49,13 @@ def assemble_path(
             `calibration_items`: read so many sequences or images, in whole batches, spread over all batches where
             their number is known; None: 256, or as many more as make ten rows per feature.
             `ridge`: penalty of the fits; None chooses (see `LeastSquares.solve`). `joint`: what joints are: layers that
-            start from "least_squares" (default), from LinearPatch's map ("linear_patch") or from the map that turns
-            states towards the next anchor's ("cosine"), both between states of one width; or "identity", no layers
-            between slices of one anchor, which is this anchor without the blocks left out. `dtype`: None takes that of
-            the last anchor. `device_map` (None, and no anchor in memory: accelerate's device) and others as for
-            `from_pretrained`; for images also `image_size`, where the anchors' configurations are for different ones.
+            start from "least_squares" (default); "merged", no layers between slices of one language model, for least
+            squares go into the MLP before each cut (ReplaceMe); layers that start from LinearPatch's map
+            ("linear_patch") or from the map that turns states towards the next anchor's ("cosine"), both between
+            states of one width; or "identity", no layers between slices of one anchor, which is this anchor without
+            the blocks left out. `dtype`: None takes that of the last anchor. `device_map` (None, and no anchor in
+            memory: accelerate's device) and others as for `from_pretrained`; for images also `image_size`, where the
+            anchors' configurations are for different ones.
 
     Returns:
         A `StitchedForCausalLM` or a `StitchedForImageClassification` in eval mode.
@@ -125,7 +127,7 @@ def assemble_best(
         ValueError: as `assemble_path` and `PathScores.best`.
     """
     path, wanted = found.best(budget), Budget.of(budget)
-    model = assemble_path(anchors, path, **kwargs)
+    model = assemble_path(anchors, path, **{"joint": found.joint(path)} | kwargs)
     place = found.place(path)
     model.config.search = {
         "budget": wanted.text, "share": found.share(path), "divergence": float(found.divergence[place]),

@@ -64,6 +64,8 @@ def stitch_classifiers(
         check_labels(first.config, last.config)
         config = stitched_vision_config(configs, path, size)
         check_joint(joint, path, [(x, y) for x, y in config.joint_channels], calibration is not None)
+        if joint == "merged":
+            raise ValueError("got joint='merged' for image classifiers; expected language models. Use 'least_squares'")
         config.identity_joints = joint == "identity"
         config.anchor_names = [opened[place].name if place in opened else None for place in range(len(anchors))]
         config.anchor_revisions = [opened[place].revision if place in opened else None for place in range(len(anchors))]

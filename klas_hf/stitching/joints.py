@@ -4,6 +4,7 @@ Each maps what the path before it really gives, to what the next slice's anchor 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -18,13 +19,13 @@ from klas_hf.models import StitchedModel
 from klas_hf.paths import Path
 from klas_hf.processes import progress, shared_out, sum_over_processes
 
-Joint = Literal["least_squares", "identity", "linear_patch", "cosine"]
+Joint = Literal["least_squares", "merged", "identity", "linear_patch", "cosine"]
 _MAPS: dict[str, type[ChannelPatch] | type[CosineMap]] = {"linear_patch": ChannelPatch, "cosine": CosineMap}
 
 
 def check_joint(joint: str, path: Path, widths: Sequence[tuple[int, int]], calibrated: bool) -> None:
     """Raise ValueError unless the joints of a path, of these widths before and behind, can be of this kind."""
-    kinds = ("least_squares", "identity", *_MAPS)
+    kinds = ("least_squares", "merged", "identity", *_MAPS)
     if joint not in kinds:
         raise ValueError(f"got joint={joint!r}; expected one of {kinds}")
     for (before, behind), (one, other) in zip(widths, pairwise(path.slices), strict=True):
@@ -33,12 +34,12 @@ def check_joint(joint: str, path: Path, widths: Sequence[tuple[int, int]], calib
                 f"got joint={joint!r} for {one} → {other} of path {path}, from {before} to {behind} features; expected "
                 "as many on both sides. Use joint='least_squares'"
             )
-        if joint == "identity" and one.anchor != other.anchor:
+        if joint in ("identity", "merged") and one.anchor != other.anchor:
             raise ValueError(
-                f"got joint='identity' for {one} → {other} of path {path}, between two anchors, whose features have "
+                f"got joint={joint!r} for {one} → {other} of path {path}, between two anchors, whose features have "
                 "nothing to do with each other; expected slices of one anchor. Use joint='least_squares'"
             )
-    if joint in _MAPS and path.joints and not calibrated:
+    if joint in ("merged", *_MAPS) and path.joints and not calibrated:
         raise ValueError(f"got joint={joint!r} and no calibration; expected calibration=batches, which it is found on")
 
 
@@ -76,6 +77,52 @@ def fit_joints(
     if joint == "least_squares":
         seen = [(fit.rows, layer.weight.shape[1]) for fit, layer in zip(fits, layers, strict=True)]
         warn_of_few_rows(*min(seen, key=lambda pair: pair[0] / pair[1]))
+
+
+@torch.no_grad()
+def merge_joints(
+    model: StitchedModel,
+    writers: Sequence[nn.Module],
+    entering: Callable[[int, Any], tuple[Tensor, Tensor]],
+    wanted: Callable[[int], Callable[[Any], Tensor]],
+    calibration: Iterable[Any],
+    ridge: float | None = None,
+) -> None:
+    """Merge least squares into the layers that write last before each cut, so that nothing is left at the joints.
+
+    Of a state s = r + m, with m what the layer writes, T m + r is brought near to the state wanted, and T goes into
+    the layer's weight (ReplaceMe, arXiv 2505.02819, Eq. 6); with a bias where the layer has one.
+
+    Args:
+        writers: of every joint, the linear layer before it; on a device.
+        entering: number of a joint, and a batch → `(rows, width)` the states before the cut, and what the layer wrote.
+        wanted, calibration, ridge: as for `fit_joints`.
+
+    Raises:
+        ValueError: a writer that is offloaded; as `fit_joints`.
+    """
+    if any(writer.weight.is_meta for writer in writers):
+        raise ValueError("got joint='merged' and slices that are offloaded; expected all on devices. Merge first")
+    batches = list(calibration) if len(writers) > 1 else calibration
+    fits: list[LinearFit] = []
+    for number, writer in enumerate(writers):
+        target, width = wanted(number), len(writer.weight)
+        equations = LeastSquares(width, width, writer.weight.device)
+        for batch in progress(shared_out(batches), "calibrating a joint to be merged"):
+            state, written = entering(number, batch)
+            y = target(batch).to(state.device).double() - (state.double() - written.double())
+            equations.update(written, y)
+            if writer.bias is None:  # rows of both signs have no mean, and so the fit no bias
+                equations.update(-written, -y)
+        equations.combine(sum_over_processes)
+        fit = equations.solve(ridge)
+        weight = fit.weight.to(writer.weight.device)
+        if writer.bias is not None:
+            writer.bias.copy_(weight @ writer.bias.double() + fit.bias.to(weight))
+        writer.weight.copy_(weight @ writer.weight.double())
+        fits.append(fit if writer.bias is not None else replace(fit, rows=fit.rows // 2))
+    model.config.joint_fits = [{"r2": one.r2, "ridge": one.ridge, "rows": one.rows, "joint": "merged"} for one in fits]
+    warn_of_few_rows(*min(((one.rows, len(one.weight)) for one in fits), key=lambda pair: pair[0] / pair[1]))
 
 
 def _fitted(

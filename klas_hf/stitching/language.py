@@ -4,9 +4,10 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from transformers import MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreT
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.checkpoints import DecoderCheckpoint, decoder_keys
 from klas_hf.anchors.decoder_parts import cut_config
-from klas_hf.anchors.families import DecoderFamily, decoder_family
+from klas_hf.anchors.families import DECODER_FAMILIES, DecoderFamily, decoder_family
 from klas_hf.anchors.language import HUB_OPTIONS, hub_options
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
@@ -23,7 +24,7 @@ from klas_hf.models import StitchedConfig, StitchedForCausalLM
 from klas_hf.models.modeling_stitched import StitchedTextModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.stitching.calibration import sampled
-from klas_hf.stitching.joints import Joint, check_joint, fit_joints
+from klas_hf.stitching.joints import Joint, check_joint, fit_joints, merge_joints
 from klas_hf.stitching.loading import load_parts, prefix_map, warn_of_random_stitches
 
 
@@ -57,7 +58,9 @@ def stitch_decoders(
         check_joint(
             joint, path, list(pairwise(one.hidden_size for one in config.slice_configs)), calibration is not None
         )
-        config.identity_joints = joint == "identity"
+        if joint == "merged":
+            _check_writers(path, opened)
+        config.identity_joints = joint in ("identity", "merged")
         check_vocabularies(first.name, first.config, last.name, last.config, **hub_options(kwargs))
         batches = None
         if calibration is not None:
@@ -68,7 +71,9 @@ def stitch_decoders(
         model = load_parts(StitchedForCausalLM, config, stitched_state(opened, config), **loading, **options)
         model.generation_config = generation_config_of(last)
         layers = model.stitching_layers()
-        if layers and batches is None:
+        if joint == "merged" and batches is not None and path.joints:
+            _merge(model, opened, batches, ridge, dtype=loading["dtype"], device_map=prefix_map(device_map))
+        elif layers and batches is None:
             warn_of_random_stitches()
         elif batches is not None and layers:
             _fit(model, opened, batches, ridge, joint, dtype=loading["dtype"], device_map=prefix_map(device_map))
@@ -160,12 +165,49 @@ def _fit(
     def entering(number: int, batch: TokenBatch) -> Tensor:
         return _counted(_front_states(model.model, number, batch), batch)
 
-    def wanted(number: int) -> Callable[[TokenBatch], Tensor]:
-        place, start, _ = model.config.slices[number + 1]
-        prefix = _prefix(anchors[place], start, **loading)
-        return lambda batch: _counted(_last_hidden(prefix, batch), batch)
+    fit_joints(model, entering, partial(_wanted, model, anchors, loading), calibration, ridge, joint)
 
-    fit_joints(model, entering, wanted, calibration, ridge, joint)
+
+def _merge(
+    model: StitchedForCausalLM, anchors: Mapping[int, DecoderCheckpoint], calibration: Iterable[TokenBatch],
+    ridge: float | None, **loading: Any,
+) -> None:  # fmt: skip
+    """Merge the joints into the blocks before; `loading` as for `_fit`."""
+    writers: list[nn.Module] = []
+    for part, (place, *_) in zip(model.model.slices[:-1], model.config.slices, strict=False):
+        family = anchors[place].family
+        writers.append(part.get_submodule(family.blocks)[-1].get_submodule(cast(str, family.writer)))
+
+    def entering(number: int, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        written: list[Tensor] = []
+        handle = writers[number].register_forward_hook(lambda _, args, output: written.append(output))
+        try:
+            state = _front_states(model.model, number, batch)
+        finally:
+            handle.remove()
+        return _counted(state, batch), _counted(written[-1].to(state.device), batch)
+
+    merge_joints(model, writers, entering, partial(_wanted, model, anchors, loading), calibration, ridge)
+
+
+def _check_writers(path: AnchorPath, anchors: Mapping[int, DecoderCheckpoint]) -> None:
+    """Raise ValueError unless every joint of a path can be merged into the block before it."""
+    for one in path.slices[:-1]:
+        if anchors[one.anchor].family.writer is None:
+            known = sorted(name for name, family in DECODER_FAMILIES.items() if family.writer)
+            raise ValueError(
+                f"got joint='merged' for an anchor of type {anchors[one.anchor].config.model_type!r}, whose blocks add "
+                f"nothing to the states as a linear layer gives it; expected one of {known}. Use joint='least_squares'"
+            )
+
+
+def _wanted(
+    model: StitchedForCausalLM, anchors: Mapping[int, DecoderCheckpoint], loading: Mapping[str, Any], number: int
+) -> Callable[[TokenBatch], Tensor]:
+    """What makes of a batch the rows that the next slice of a joint has in its own anchor."""
+    place, start, _ = model.config.slices[number + 1]
+    prefix = _prefix(anchors[place], start, **loading)
+    return lambda batch: _counted(_last_hidden(prefix, batch), batch)
 
 
 def _counted(hidden: Tensor, batch: TokenBatch) -> Tensor:

@@ -20,7 +20,7 @@ from klas_hf.training.loop import TrainingResult, train_stitches
 DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that may be tried
 BEGINNING = 0.128  # over the head's width: the rate tried first (Adam's go with 1 / width, arXiv 2203.03466)
-SWEEP_SHARE = 0.1  # of the steps, that each rate is tried for
+SWEEP_SHARE = 0.3  # of the steps, that each rate is tried for: after a tenth of them too low a rate still looks best
 HELD_OUT = 10  # every tenth example, where no validation examples are given
 
 

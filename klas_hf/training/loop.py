@@ -123,6 +123,7 @@ def train_stitches(
         objective.while_training(accelerator.device),
     ):
         prepared, optimizer, loader = accelerator.prepare(trainable, optimizer_of(trainable, config), loader)
+        optimizer.zero_grad()  # what a run that diverged has left
         held = None
         if held_objective is not None:
             every = max(1, total // 10) if config.eval_steps is None else config.eval_steps

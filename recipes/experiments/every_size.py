@@ -261,7 +261,7 @@ class EverySize:
         if not within:
             return None
         place = min(within, key=lambda n: (found.divergence[n], found.costs[n].macs))
-        return Choice(found.paths[place], "least_squares", found.costs[place].macs)
+        return Choice(found.paths[place], found.joints[place], found.costs[place].macs)
 
     def _rival(self, rule: str, seed: int, wanted: float, low: float, high: float) -> Choice | None:
         """Of a rule's paths of the cost wanted its best one, else the nearest in cost within the bucket."""
@@ -290,7 +290,7 @@ class EverySize:
                 except ValueError as error:  # anchors that a rule has no path for: kept, and told in the report
                     self.absent[rule] = str(error)
                     chosen = PathSelection((), (), (), rule)
-                identity = chosen.joint == "identity"
+                identity = chosen.joint in ("identity", "merged")
                 macs = [self.costs.of(path, identity=identity).macs for path in chosen]
                 found[rule] = chosen, np.array(macs, dtype=np.int64)
         return found

@@ -55,7 +55,8 @@ def test_a_language_model_is_that_of_the_functions(language: Path, made: Path) -
     searched, learnt, held = _text(language)
     names = [language / "small", language / "large"]
     found = search_paths(names, searched, tokens=12)
-    model = StitchedModel.from_path(names, found.best("70%"), calibration=learnt)
+    best = found.best("70%")
+    model = StitchedModel.from_path(names, best, calibration=learnt, joint=found.joint(best))
     teacher = AutoModelForCausalLM.from_pretrained(names[1])
     heal(model, learnt.examples, teacher=teacher, config=healing_config(4, per_device_batch_size=8))
     loaded = AutoModelForCausalLM.from_pretrained(made)

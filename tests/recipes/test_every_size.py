@@ -157,16 +157,18 @@ def test_every_model_is_made_once_and_measured_as_by_hand(done) -> None:
     assert len({row["path"] for row in found if row["rule"] == "anchors"}) == 2
     small, large = study.family.anchors
     shown = next(row for row in found if row["rule"] == "replaceme" and row["seed"] == 1 and row["training"])
-    model = StitchedModel.from_path([small, large], shown["path"], calibration=study.family.fitting)
+    joint = shown["setting"]["joint"]
+    assert joint == "merged"
+    model = StitchedModel.from_path([small, large], shown["path"], joint=joint, calibration=study.family.fitting)
     start = next(
         row
         for row in found
-        if row["path"] == shown["path"] and not row["training"] and row["setting"]["joint"] == "least_squares"
+        if row["path"] == shown["path"] and not row["training"] and row["setting"]["joint"] == joint
     )
     assert start["metrics"]["divergence"] == pytest.approx(
         evaluate_divergence(model, large, study.family.scored), rel=1e-4
     )
-    (loss,) = losses(study, shown["path"], "least_squares", 0)
+    (loss,) = losses(study, shown["path"], joint, 0)
     assert loss == pytest.approx(evaluate(model, study.family.test).metrics["loss"], rel=1e-5)
     config = healing_config(3, per_device_batch_size=8, eval_steps=1, seed=1)
     heal(model, study.family.train, teacher=large, validation=study.family.validation, config=config)

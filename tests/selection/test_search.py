@@ -1,5 +1,6 @@
 """The search over paths: what it finds against every path measured, what it spends, and how it goes on."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any
@@ -91,10 +92,11 @@ def test_the_best_of_every_bucket_is_found_where_all_is_measured(kinds: tuple[st
 
 
 def test_paths_of_several_joints_are_found_and_anchors_are_among_the_paths() -> None:
-    found = search_paths(anchors(), data(), SearchConfig(forwards=WIDE, beam=2), tokens=12)
+    config = SearchConfig(forwards=WIDE, beam=2, merged=False)
+    found = search_paths(anchors(), data(), config, tokens=12)
     assert {path.joints for path in found.paths} > {0, 3}  # of every number there may be one that others beat by far
     assert {kind_of(path) for path in found.paths} >= {"anchor", "pruned"}
-    one = search_paths(anchors(), data(), SearchConfig(forwards=WIDE, beam=2, joints=1), tokens=12)
+    one = search_paths(anchors(), data(), replace(config, joints=1), tokens=12)
     for share in (0.4, 0.6, 0.8):
         values = [scores.divergence[scores.place(scores.best(share))] for scores in (found, one)]
         assert values[0] <= values[1]

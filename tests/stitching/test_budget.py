@@ -36,7 +36,8 @@ def test_a_share_gives_the_best_path_that_a_search_finds_within_it(budget: float
     found = search_paths([small, large], batches(), QUICK, tokens=12)
     path = found.best(0.6)
     assert model.config.path == str(path) and path.joints == 1
-    assert same(model, StitchedModel.from_path([small, large], path, calibration=batches()))
+    joint = found.joint(path)
+    assert same(model, StitchedModel.from_path([small, large], path, calibration=batches(), joint=joint))
     assert measure_costs(model, tokens=12).macs <= 0.6 * measure_costs(large, tokens=12).macs
     place = found.place(path)
     assert model.config.search == {
