@@ -20,7 +20,7 @@ from klas_hf.training.loop import TrainingResult, train_stitches
 DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that may be tried
 BEGINNING = 0.128  # over the head's width: the rate tried first (Adam's go with 1 / width, arXiv 2203.03466)
-SWEEP_SHARE = 0.3  # of the steps, that each rate is tried for: after a tenth of them too low a rate still looks best
+SWEEP_SHARE = 0.2  # of the steps, that each rate is tried for
 HELD_OUT = 10  # every tenth example, where no validation examples are given
 
 
@@ -69,7 +69,8 @@ def heal(
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
         rates: learning rates that may be tried, ascending: first the one nearest to 0.128 / width of the head (1e-3 at
-            128, 4e-5 at 3072; ten times that for LoRA), then its neighbours while they do better.
+            128, 4e-5 at 3072; ten times that for LoRA), then higher ones while they do better; lower ones only where
+            it diverges, for in short runs too low a rate looks better than it is (LOG.md).
         output_dir: where checkpoints of the run at the chosen rate go; it is resumed from there.
 
     Returns:
@@ -127,7 +128,7 @@ def _sweep(
     model: PreTrainedModel, train: Any, held: Any, teacher: PreTrainedModel | None, config: TrainingConfig,
     rates: Sequence[float],
 ) -> dict[float, float]:  # fmt: skip
-    """Held-out losses of short runs, from one rate outwards while they get better; the model is put back."""
+    """Held-out losses of short runs, from one rate upwards while they get better; the model is put back."""
     total = config.max_steps if config.max_steps is not None else max(1, len(train) // config.per_device_batch_size)
     short = replace(config, max_steps=max(1, round(total * SWEEP_SHARE)), save_steps=10**9)
     start = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
@@ -152,13 +153,10 @@ def _sweep(
 
     first = BEGINNING / _head_width(model) * (10 if config.trainable == "lora" else 1)
     place = min(range(len(rates)), key=lambda place: abs(math.log(rates[place] / first)))
-    run(rates[place])
-    for step in (1, -1):
-        at = place
-        while 0 <= at + step < len(rates) and run(rates[at + step]) < found[rates[at]]:
-            at += step
-        if at != place:
-            break
+    while run(rates[place]) == math.inf and place:
+        place -= 1
+    while place + 1 < len(rates) and rates[place + 1] not in found and run(rates[place + 1]) < found[rates[place]]:
+        place += 1
     if hasattr(model.config, "training"):
         model.config.training = record
     if len(diverged) == len(found):
