@@ -158,6 +158,7 @@ class Quickstart:
         if self.state.is_main_process:
             found.save(self.output / "paths.safetensors")
             found.plot(self.output / "paths")
+        self.joints = dict(zip(found.paths, found.joints, strict=True))
         self.say("  " + str(found).replace("\n", "\n  "))
         self.clock.lap("search")
         return found
@@ -197,7 +198,9 @@ class Quickstart:
     def make(self, path: Path) -> PreTrainedModel:
         """The model of a path, healed; the large one, which has no teacher, learns from the text itself."""
         calibration = self.fitting if path.joints else None
-        model = StitchedModel.from_path([self.small, self.large], path, calibration=calibration).to(self.state.device)
+        joint = self.joints.get(path, "least_squares")  # or merged into the blocks before
+        model = StitchedModel.from_path([self.small, self.large], path, calibration=calibration, joint=joint)
+        model = model.to(self.state.device)
         teacher = None if str(path) == ANCHORS[1] else self.large
         heal(model, self.examples, teacher=teacher, validation=self.validation, config=self.healing)
         self.models[str(path)] = model
