@@ -89,6 +89,7 @@ def anchor_costs(config: PreTrainedConfig, size: tuple[int, int]) -> AnchorCosts
         head_parameters=parameters(head),
         widths=[shape.channels for shape in shapes],
         positions=[shape.height * shape.width + kind.prefix_tokens for shape in shapes],
+        merges=kind.writer is not None,
     )
 
 

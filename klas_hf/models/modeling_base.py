@@ -91,7 +91,7 @@ class StitchedModel(PreTrainedModel):
             kwargs: `calibration` batches for the least-squares start of the stitching layers (None: random, with a
                 warning), of which `calibration_items` sequences or images are read (None: 256, or as many more as make
                 ten rows per feature); the `ridge` of the fits; `joint`: "least_squares"; "merged" into the blocks of
-                one language model, without layers; or how a rival joins these: "identity" (no layer), "linear_patch"
+                one anchor, without layers; or how a rival joins these: "identity" (no layer), "linear_patch"
                 or "cosine"; `dtype`, `device_map` and others of `from_pretrained`; `revisions` of the anchors on the
                 Hub; `image_size` in pixels.
 

@@ -13,6 +13,7 @@ class SwinKind(VisionKind):
 
     def __init__(self, prefix: str):
         self.base = prefix
+        self.writer = "mlp.fc2" if prefix == "swin" else None  # Swin V2 norms what it adds
         self.embed = (f"{prefix}.embeddings",)
         self.head = (f"{prefix}.layernorm", "classifier")
 

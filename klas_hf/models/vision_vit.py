@@ -10,6 +10,7 @@ class ViTKind(VisionKind):
     """ViT (one class token) and DeiT (a distillation token too; with one head, or a second head averaged in)."""
 
     fixed_size = True
+    writer = "mlp.fc2"
 
     def __init__(self, prefix: str, prefix_tokens: int):
         self.base = prefix

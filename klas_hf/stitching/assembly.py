@@ -49,8 +49,8 @@ def assemble_path(
             `calibration_items`: read so many sequences or images, in whole batches, spread over all batches where
             their number is known; None: 256, or as many more as make ten rows per feature.
             `ridge`: penalty of the fits; None chooses (see `LeastSquares.solve`). `joint`: what joints are: layers that
-            start from "least_squares" (default); "merged", no layers between slices of one language model, for least
-            squares go into the MLP before each cut (ReplaceMe); layers that start from LinearPatch's map
+            start from "least_squares" (default); "merged", no layers between slices of one anchor, for least squares
+            go into the MLP before each cut (ReplaceMe), where the family allows it; layers from LinearPatch's map
             ("linear_patch") or from the map that turns states towards the next anchor's ("cosine"), both between
             states of one width; or "identity", no layers between slices of one anchor, which is this anchor without
             the blocks left out. `dtype`: None takes that of the last anchor. `device_map` (None, and no anchor in

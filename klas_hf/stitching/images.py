@@ -8,6 +8,7 @@ their anchors' checkpoints, so whatever transformers renames on loading it renam
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from klas_hf.anchors.weights import evaluating
 from klas_hf.costs import measure_costs
 from klas_hf.models import StitchedBackbone, StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import StitchingLayer, dropped_prefix
-from klas_hf.models.vision_features import image_size
+from klas_hf.models.vision_features import VisionKind, image_size
 from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.models.vision_shapes import FeatureShape, trace
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.stitching.calibration import sampled
-from klas_hf.stitching.joints import Joint, check_joint, fit_joints
+from klas_hf.stitching.joints import Joint, check_joint, fit_joints, merge_joints
 from klas_hf.stitching.loading import load_parts, warn_of_random_stitches
 
 
@@ -65,8 +66,8 @@ def stitch_classifiers(
         config = stitched_vision_config(configs, path, size)
         check_joint(joint, path, [(x, y) for x, y in config.joint_channels], calibration is not None)
         if joint == "merged":
-            raise ValueError("got joint='merged' for image classifiers; expected language models. Use 'least_squares'")
-        config.identity_joints = joint == "identity"
+            _check_writers(path, configs)
+        config.identity_joints = joint in ("identity", "merged")
         config.anchor_names = [opened[place].name if place in opened else None for place in range(len(anchors))]
         config.anchor_revisions = [opened[place].revision if place in opened else None for place in range(len(anchors))]
         batches = None
@@ -82,7 +83,9 @@ def stitch_classifiers(
             StitchedForImageClassification, config, state, dtype=dtype, device_map=device_map, **options
         ).eval()
         layers = model.stitching_layers()
-        if layers and batches is None:
+        if joint == "merged" and batches is not None and path.joints:
+            _merge(model, opened, batches, ridge, dtype=dtype)
+        elif layers and batches is None:
             warn_of_random_stitches()
         elif batches is not None and layers:
             _fit(model, opened, batches, ridge, joint, dtype=dtype)
@@ -183,19 +186,64 @@ def _fit(
     calibration: Iterable[ImageBatch], ridge: float | None, joint: Joint, **loading: Any,
 ) -> None:  # fmt: skip
     """Fit the joints, over all positions of all images; `loading` is `dtype` of the anchors' first blocks."""
-    config, layers = model.config, model.stitching_layers()
-    kinds = [vision_kind(config.slice_config(number)) for number in range(len(config.slices))]
+    layers, kinds = model.stitching_layers(), _kinds(model.config)
 
     def entering(number: int, batch: ImageBatch) -> Tensor:
         state = _last_features(model, batch, number + 1)
         return feature_rows(state, kinds[number], dropped_prefix(kinds[number], kinds[number + 1]))
 
-    def wanted(number: int) -> Callable[[ImageBatch], Tensor]:
-        place, start, _ = config.slices[number + 1]
-        prefix = _prefix(anchors[place], start, config, **loading).to(_device(layers[number]))
-        return lambda batch: feature_rows(_last_features(prefix, batch, None), kinds[number + 1])
+    fit_joints(model, entering, partial(_wanted, model, anchors, layers, loading), calibration, ridge, joint)
 
-    fit_joints(model, entering, wanted, calibration, ridge, joint)
+
+def _merge(
+    model: StitchedForImageClassification, anchors: Mapping[int, ClassifierCheckpoint],
+    calibration: Iterable[ImageBatch], ridge: float | None, **loading: Any,
+) -> None:  # fmt: skip
+    """Merge the joints into the blocks before; `loading` as for `_fit`."""
+    config, kinds = model.config, _kinds(model.config)
+    writers: list[nn.Module] = []
+    for number, (place, _, stop) in enumerate(config.slices[:-1]):
+        block = kinds[number].blocks(anchors[place].config)[stop - 1].modules[-1]
+        writers.append(model.slices[number].get_submodule(f"{block}.{kinds[number].writer}"))
+
+    def entering(number: int, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        written: list[Tensor] = []
+        handle = writers[number].register_forward_hook(lambda _, args, output: written.append(output))
+        try:
+            state = _last_features(model, batch, number + 1)
+        finally:
+            handle.remove()
+        rows = [feature_rows(one, kinds[number]) for one in (state, state._replace(hidden=written[-1]))]
+        return rows[0], rows[1]
+
+    wanted = partial(_wanted, model, anchors, writers, loading)
+    merge_joints(model, writers, entering, wanted, calibration, ridge)
+
+
+def _check_writers(path: AnchorPath, configs: Sequence[PreTrainedConfig]) -> None:
+    """Raise ValueError unless every joint of a path can be merged into the block before it."""
+    for one in path.slices[:-1]:
+        if vision_kind(configs[one.anchor]).writer is None:
+            raise ValueError(
+                f"got joint='merged' for a {configs[one.anchor].model_type!r}, whose blocks add nothing to the states "
+                "as a linear layer gives it; expected a ViT, DeiT or Swin. Use joint='least_squares'"
+            )
+
+
+def _kinds(config: StitchedVisionConfig) -> list[VisionKind]:
+    """The kind of every slice."""
+    return [vision_kind(config.slice_config(number)) for number in range(len(config.slices))]
+
+
+def _wanted(
+    model: StitchedForImageClassification, anchors: Mapping[int, ClassifierCheckpoint], layers: Sequence[nn.Module],
+    loading: Mapping[str, Any], number: int,
+) -> Callable[[ImageBatch], Tensor]:  # fmt: skip
+    """What makes of a batch the rows that the next slice of a joint has in its own anchor."""
+    place, start, _ = model.config.slices[number + 1]
+    kind = _kinds(model.config)[number + 1]
+    prefix = _prefix(anchors[place], start, model.config, **loading).to(_device(layers[number]))
+    return lambda batch: feature_rows(_last_features(prefix, batch, None), kind)
 
 
 def _last_features(model: Any, batch: ImageBatch, count: int | None) -> Any:

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model, token_ids
-from tiny_vision import images, tiny_pair
+from tiny_vision import KINDS, images, tiny_pair
 
 from klas_hf import Path, SearchConfig, StitchedModel, evaluate, measure_costs, measure_path_costs, search_paths
 from klas_hf.anchors.families import DECODER_FAMILIES
 from klas_hf.anchors.loading import load_anchors
+from klas_hf.models.vision_features import image_size
+from klas_hf.models.vision_kinds import vision_kind
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
 IDS = [token_ids(16, 12, seed=seed) for seed in range(6)]
@@ -99,6 +101,48 @@ def test_merged_joints_start_nearer_than_none_and_cost_nothing(path: str) -> Non
     assert costs.mergeable(path) and costs.of(path, identity=True) == measure_costs(merged, tokens=12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_classifier_s_writer_writes_is_added_as_it_is(kind: str) -> None:
+    model = tiny_pair(kind)[1]
+    one = vision_kind(model.config)
+    (anchor,) = load_anchors([model])
+    (batch,) = anchor.read([images(kind, 2)])
+    block = one.blocks(model.config)[0]
+    names = [
+        n for n, part in model.get_submodule(block.modules[-1]).named_modules() if isinstance(part, torch.nn.Linear)
+    ]
+    before = anchor.states(batch)[1].hidden
+    moved = 0.1 * torch.randn(before.shape[-1], generator=torch.Generator().manual_seed(0))
+    for name in [one.writer] if one.writer else names:
+        layer = model.get_submodule(f"{block.modules[-1]}.{name}")
+        if len(layer.weight) != before.shape[-1]:
+            continue
+        handle = layer.register_forward_hook(lambda _, args, output: output + moved)
+        after = anchor.states(batch)[1].hidden
+        handle.remove()
+        assert torch.allclose(after, before + moved, rtol=1e-4, atol=1e-5) == (one.writer is not None)
+
+
+@pytest.mark.parametrize(("kind", "path"), [("vit", "0[:1] 0[3:]"), ("deit", "0[:2] 0[3:]"), ("swin", "0[:3] 0[4:]")])
+def test_classifiers_start_nearer_than_without_and_cost_nothing(kind: str, path: str) -> None:
+    model = tiny_pair(kind)[1]
+    size = image_size(model.config)
+    merged, none = (
+        StitchedModel.from_path([model], path, joint=joint, image_size=size, calibration=calibration)
+        for joint, calibration in (("merged", [images(kind, 64)]), ("identity", None))
+    )
+    unseen = images(kind, 32, seed=9)
+    with torch.no_grad():
+        states = [one.run_slices(unseen)[0][-1].hidden if one is not model else None for one in (merged, none)]
+    (anchor,) = load_anchors([model])
+    (batch,) = anchor.read([unseen])
+    wanted = anchor.states(batch)[-1].hidden
+    assert (states[0] - wanted).square().mean() < (states[1] - wanted).square().mean()
+    assert merged.num_parameters() == none.num_parameters() and not merged.stitching_layers()
+    costs = measure_path_costs([model], image_size=size)
+    assert costs.mergeable(path) and costs.of(path, identity=True).macs == measure_costs(merged, image_size=size).macs
+
+
 def test_it_is_saved_and_generates(tmp_path: Folder) -> None:
     made = StitchedModel.from_path([deep()], "0[:1] 0[2:3] 0[4:]", joint="merged", calibration=IDS)
     made.save_pretrained(tmp_path)
@@ -133,5 +177,5 @@ def test_what_cannot_be_merged_is_refused() -> None:
         StitchedModel.from_path([deep(seed=5), model], "0[:2] 1[3:]", joint="merged", calibration=IDS)
     with pytest.raises(ValueError, match=r"'olmo2'.*expected one of"):
         StitchedModel.from_path([deep("olmo2")], "0[:2] 0[3:]", joint="merged", calibration=IDS)
-    with pytest.raises(ValueError, match="for image classifiers"):
-        StitchedModel.from_path([tiny_pair("vit")[1]], "0[:1] 0[2:]", joint="merged", calibration=[images("vit")])
+    with pytest.raises(ValueError, match=r"'resnet'.*expected a ViT, DeiT or Swin"):
+        StitchedModel.from_path([tiny_pair("resnet")[1]], "0[:1] 0[2:]", joint="merged", calibration=[images("resnet")])
