@@ -1,7 +1,7 @@
 """What LOG.md says of the search over paths, on the quickstart's anchors; planned for real sizes.
 
     accelerate launch recipes/quickstart.py                          # trains and keeps the two anchors
-    python benchmarks/paths.py search --anchors ~/.cache/klas_hf/quickstart/steps-600-1500-seed-0
+    python benchmarks/paths.py search --anchors ~/.cache/klas_hf/quickstart/steps-500-1200-seed-0
     python benchmarks/paths.py plan                                  # Llama 3.2 1B and 3B, from configurations alone
 
 `search` measures in full every path of one joint, and all of two within the large anchor that one move makes of these,

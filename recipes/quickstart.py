@@ -63,7 +63,7 @@ from klas_hf.data.text import (
     train_tokenizer,
 )
 from klas_hf.files import write_folder_atomically
-from klas_hf.options import parse_options
+from klas_hf.options import input_read, parse_options
 from klas_hf.processes import process_state
 
 LENGTH = 64  # tokens of a sequence
@@ -84,8 +84,8 @@ class QuickstartArguments:
     cache_dir: str = field(
         default="~/.cache/klas_hf/quickstart", metadata={"help": "where the two anchors are kept for the next run"}
     )
-    small_steps: int = field(default=600, metadata={"help": "optimiser steps of the small anchor's training"})
-    large_steps: int = field(default=1500, metadata={"help": "optimiser steps of the large anchor's training"})
+    small_steps: int = field(default=500, metadata={"help": "optimiser steps of the small anchor's training"})
+    large_steps: int = field(default=1200, metadata={"help": "optimiser steps of the large anchor's training"})
     steps: int = field(default=100, metadata={"help": "optimiser steps of healing per model, after its rate is found"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
     smoke: bool = field(default=False, metadata={"help": "barely trained anchors, hardly healed: seconds, no result"})
@@ -95,7 +95,8 @@ def main() -> None:
     (args,) = parse_options(QuickstartArguments, description=__doc__.split("\n")[0])
     if args.smoke:
         args.small_steps, args.large_steps, args.steps = 10, 20, 2
-    run = Quickstart(args)
+    with input_read(args):
+        run = Quickstart(args)
     run.prepare()
     found = run.search()
     by_rule = run.heal(run.choose(found))

@@ -74,6 +74,7 @@ def test_what_is_left_is_a_folder_to_use_and_to_publish(made: Path) -> None:
     assert there > LEFT | {"config.json", "model.safetensors", "tokenizer.json"} and "making" not in there
     card = ModelCard.load(made / "README.md")
     assert card.data.eval_results[0].metric_type == "loss" and "![picture" in card.text and "budget of 70%" in card.text
+    assert "merged into the MLP" in card.text  # the path of this budget lies within one anchor
     assert AutoTokenizer.from_pretrained(made)("word5 word9")["input_ids"] == [5, 9]
 
 
