@@ -4,6 +4,7 @@ Every step leaves a file behind that the next one reads, so the same command goe
 """
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,8 @@ from klas_hf.files import remove_folder, write_atomically
 from klas_hf.rows import format_table
 
 if TYPE_CHECKING:
+    import torch
+
     from klas_hf.budgets import Budget
     from klas_hf.selection.plan import SearchPlan
 
@@ -25,7 +28,7 @@ LEFT = ("paths.safetensors", "paths.png", "paths.svg", "rows.jsonl", "curve.png"
 
 def run(options: MakeOptions) -> int:
     from klas_hf.budgets import Budget
-    from klas_hf.selection.plan import SearchConfig, SearchPlan, unallocated_anchors
+    from klas_hf.selection.plan import SearchPlan, search_within, unallocated_anchors
 
     budget, output = Budget.of(options.budget), Path(options.output).expanduser()
     state = {} if options.dry_run else _begun(output, options)
@@ -34,13 +37,13 @@ def run(options: MakeOptions) -> int:
         return 0
     shapes = unallocated_anchors(options.anchors)
     data = read_data(options)
-    plan = SearchPlan(shapes, data.searched, SearchConfig(), options.length)
+    plan = SearchPlan(shapes, data.searched, search_within(budget), options.length)
     plan.check(budget)
     if options.dry_run:
         say(_foretold(plan, budget, data, options))
         return 0
     _note(output, state)
-    found = searched(options, data, output)
+    found = searched(options, budget, data, output)
     if found.provenance["data"] != plan.digest:
         raise ValueError(
             f"got data={options.data}, whose content is not what {output} was begun with; name another output, or "
@@ -103,15 +106,48 @@ def _foretold(plan: "SearchPlan", budget: "Budget", data: MakeData, options: Mak
     within = sum(budget.allows(plan.cost(path), plan.dearest, size) for path in first)
     items = sum(map(len, [*plan.calibration, *plan.scored]))
     teacher, dearest = options.anchors[plan.reference], plan.dearest
+    rate = _macs_per_second(plan.anchors[plan.reference].model.dtype)
+    healing = 1.5 * options.steps * options.batch_size * 4 * dearest.macs  # forward, twice that backward, the teacher's
     lines = [
         f"weights to be read: {human_bytes(weights)} of {names(options.anchors)}",
         f"dearest anchor: {teacher}, {human_count(dearest.macs)} MACs, {human_count(dearest.parameters)} parameters",
         f"search: {len(first):,} paths of one joint, {within:,} of them within {budget.text}, then their neighbours; "
-        f"at most {plan.forwards:,} runs of a block on one of {items:,} sequences or images",
-        f"healing: {options.steps:,} steps, and short runs to find the rate; teacher: {teacher}",
+        f"at most {plan.forwards:,} runs of a block on one of {items:,} sequences or images, "
+        f"{_time(plan.forwards * dearest.macs / plan.anchors[plan.reference].num_blocks, rate)}",
+        f"healing: {options.steps:,} steps, and short runs to find the rate, {_time(healing, rate)}; "
+        f"teacher: {teacher}",
         f"measured on {sum(map(_items, data.held_out)):,} sequences or images; nothing was loaded",
     ]
     return "\n".join(lines)
+
+
+def _macs_per_second(dtype: "torch.dtype") -> float:
+    """Multiply-accumulates that products of matrices reach here, which no model does."""
+    import torch
+
+    from klas_hf.processes import process_state
+
+    side, device = 1024, process_state().device
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    float((matrix @ matrix)[0, 0])  # what the first one takes is not counted
+    runs, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < 0.2:
+        float((matrix @ matrix)[0, 0])
+        runs += 1
+    return runs * side**3 / (time.perf_counter() - begun)
+
+
+def _time(macs: float, rate: float) -> str:
+    """How long so many multiply-accumulates take at least."""
+    seconds = macs / rate
+    told = (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.0f} h"
+    )
+    return f"{told} or more here"
 
 
 def _items(batch: Mapping[str, Any]) -> int:

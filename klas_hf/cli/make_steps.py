@@ -81,16 +81,18 @@ def read_data(options: MakeOptions) -> MakeData:
     return MakeData(material, searched, learnt, learnt.examples, TextBatches(held, options.batch_size))
 
 
-def searched(options: MakeOptions, data: MakeData, output: Path) -> "PathScores":
+def searched(options: MakeOptions, budget: "Budget", data: MakeData, output: Path) -> "PathScores":
     """The paths that were found, now or before."""
     from klas_hf.scores.path_scores import PathScores
+    from klas_hf.selection.plan import search_within
     from klas_hf.selection.search import search_paths
 
     file = output / "paths.safetensors"
     if file.exists():
         return PathScores.load(file)
     anchors = [load_model(anchor) for anchor in options.anchors]
-    found = search_paths(anchors, data.searched, tokens=options.length, output=output / WORK / "search.jsonl")
+    file_of_rows, config = output / WORK / "search.jsonl", search_within(budget)
+    found = search_paths(anchors, data.searched, config, tokens=options.length, output=file_of_rows)
     if is_main_process():
         found.save(file)
     return found

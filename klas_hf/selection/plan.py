@@ -74,6 +74,13 @@ class SearchConfig:
             raise ValueError(f"got kinds={self.kinds}; expected some of {KINDS[1:]}")
 
 
+def search_within(budget: Budget) -> SearchConfig:
+    """The default search; for a small share of the dearest anchor's MACs one that looks below it too."""
+    if budget.share is None or 0.8 * budget.share >= SearchConfig.cheapest:
+        return SearchConfig()
+    return SearchConfig(cheapest=0.8 * budget.share)
+
+
 class SearchPlan:
     """The paths that a search begins with, and the forwards that it may spend.
 

@@ -18,7 +18,7 @@ from klas_hf.models import StitchedModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.paths import Stitch
 from klas_hf.scores.path_scores import PathScores
-from klas_hf.selection.plan import SearchConfig, SearchPlan, unallocated_anchors
+from klas_hf.selection.plan import SearchConfig, SearchPlan, search_within, unallocated_anchors
 from klas_hf.selection.search import search_paths
 from klas_hf.stitching.calibration import sampled
 from klas_hf.stitching.images import check_pair, common_size, stitch_classifiers
@@ -160,7 +160,8 @@ def _searched(
     )
     ids = batches[0].inputs.get("input_ids") if batches else None
     tokens = 128 if ids is None else ids.shape[1]
-    SearchPlan(shapes, batches, search or SearchConfig(), tokens).check(budget)
+    search = search or search_within(budget)
+    SearchPlan(shapes, batches, search, tokens).check(budget)
     given = {name: value for name, value in kwargs.items() if name not in _OF_ASSEMBLY and value is not None}
     found = search_paths(anchors, batches, search, tokens=tokens, revisions=revisions, **given)
     return assemble_best(anchors, found, budget, revisions=revisions, **kwargs | {"calibration": batches})

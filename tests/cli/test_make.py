@@ -189,7 +189,7 @@ def test_a_dry_run_loads_and_writes_nothing(
     out = capsys.readouterr().out
     searched, _, held = _text(language)
     found = search_paths([language / "small", language / "large"], searched, tokens=12)
-    assert f"at most {found.provenance['limit']:,} runs of a block" in out
+    assert f"at most {found.provenance['limit']:,} runs of a block" in out and out.count(" or more here") == 2
     assert f"measured on {len(held.examples)} sequences" in out and not (tmp_path / "between").exists()
     parameters = 4 * sum(
         AutoModelForCausalLM.from_pretrained(language / name).num_parameters() for name in ("small", "large")

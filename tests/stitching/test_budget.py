@@ -11,7 +11,9 @@ from torch import Tensor
 
 from klas_hf import SearchConfig, StitchedForCausalLM, StitchedModel, measure_costs, search_paths
 from klas_hf.anchors import loading
+from klas_hf.budgets import Budget
 from klas_hf.costs import Cost
+from klas_hf.selection.plan import search_within
 
 QUICK = SearchConfig(buckets=4, beam=1, joints=1)
 
@@ -117,3 +119,12 @@ def test_mistakes_are_told_before_an_anchor_is_loaded(
     monkeypatch.setattr("klas_hf.anchors.language.pretrained", lambda *_, **__: pytest.fail("an anchor was loaded"))
     with pytest.raises(ValueError, match=expected):
         StitchedModel.from_anchors(*names, **{"calibration": batches()} | words)
+
+
+def test_a_small_share_is_searched_for_below_what_a_search_looks_at_by_itself() -> None:
+    small, large = tiny_model(seed=1), tiny_model(large=True, num_hidden_layers=12, seed=2)
+    model = StitchedModel.from_anchors(small, large, budget=0.19, calibration=batches())
+    share = measure_costs(model, tokens=12).macs / measure_costs(large, tokens=12).macs
+    assert share <= 0.19 < 0.2 == SearchConfig.cheapest
+    assert search_within(Budget.of("2B")) == search_within(Budget.of(0.6)) == SearchConfig()
+    assert search_within(Budget.of(0.1)).cheapest == pytest.approx(0.08)
