@@ -91,7 +91,8 @@ def merge_joints(
     """Merge least squares into the layers that write last before each cut, so that nothing is left at the joints.
 
     Of a state s = r + m, with m what the layer writes, T m + r is brought near to the state wanted, and T goes into
-    the layer's weight (ReplaceMe, arXiv 2505.02819, Eq. 6); with a bias where the layer has one.
+    the layer's weight (ReplaceMe, arXiv 2505.02819, Eq. 6); with a bias where the layer has one. What is fitted is
+    T − 1, so that a ridge, and rows that say nothing of a direction, leave the layer as it is.
 
     Args:
         writers: of every joint, the linear layer before it; on a device.
@@ -110,13 +111,14 @@ def merge_joints(
         equations = LeastSquares(width, width, writer.weight.device)
         for batch in progress(shared_out(batches), "calibrating a joint to be merged"):
             state, written = entering(number, batch)
-            y = target(batch).to(state.device).double() - (state.double() - written.double())
+            y = target(batch).to(state.device).double() - state.double()
             equations.update(written, y)
             if writer.bias is None:  # rows of both signs have no mean, and so the fit no bias
                 equations.update(-written, -y)
         equations.combine(sum_over_processes)
         fit = equations.solve(ridge)
         weight = fit.weight.to(writer.weight.device)
+        weight += torch.eye(width).to(weight)
         if writer.bias is not None:
             writer.bias.copy_(weight @ writer.bias.double() + fit.bias.to(weight))
         writer.weight.copy_(weight @ writer.weight.double())

@@ -179,3 +179,13 @@ def test_what_cannot_be_merged_is_refused() -> None:
         StitchedModel.from_path([deep("olmo2")], "0[:2] 0[3:]", joint="merged", calibration=IDS)
     with pytest.raises(ValueError, match=r"'resnet'.*expected a ViT, DeiT or Swin"):
         StitchedModel.from_path([tiny_pair("resnet")[1]], "0[:1] 0[2:]", joint="merged", calibration=[images("resnet")])
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_a_ridge_leaves_the_layer_as_it_is(family: str) -> None:
+    model = deep(family)
+    made = StitchedModel.from_path([model], "0[:2] 0[4:]", joint="merged", calibration=IDS, ridge=1e9)
+    names = DECODER_FAMILIES[family]
+    blocks = made.model.slices[0].get_submodule(names.blocks)
+    old, new = (one.get_submodule(names.writer) for one in (load_anchors([model])[0].blocks[1], blocks[-1]))
+    torch.testing.assert_close(new.weight, old.weight, rtol=1e-4, atol=1e-6)
