@@ -81,7 +81,7 @@ class PathScores:
         return self._places[path]
 
     def joint(self, path: Path) -> str:
-        """What its joints are: "least_squares" layers, or "merged" into the blocks before."""
+        """What the joints of a path are: "least_squares" layers, or "merged" into the blocks before."""
         return self.joints[self.place(path)]
 
     def share(self, path: Path) -> float:
