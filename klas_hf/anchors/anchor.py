@@ -63,6 +63,10 @@ class Anchor(ABC, Generic[Batch, State]):
         return fingerprint(self.model)
 
     @abstractmethod
+    def writer(self, block: int) -> nn.Module | None:
+        """The linear layer of a block whose output is the last to be added to the state, as it is, if there is one."""
+
+    @abstractmethod
     def read(self, data: Iterable[Any]) -> Iterator[Batch]:
         """Batches as they are given, checked."""
 

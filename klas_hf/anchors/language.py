@@ -46,6 +46,10 @@ class LanguageAnchor(Anchor[TokenBatch, Tensor]):
     def decoder(self) -> PreTrainedModel:
         return self.model.base_model
 
+    def writer(self, block: int) -> nn.Module | None:
+        name = decoder_family(self.config).writer
+        return None if name is None else self.blocks[block].get_submodule(name)
+
     @property
     def blocks(self) -> nn.ModuleList:
         return self.decoder.get_submodule(self.family.blocks)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoModelForImageClassification,
@@ -39,6 +39,10 @@ class VisionAnchor(Anchor[ImageBatch, Features]):
     @property
     def blocks(self) -> tuple[Block, ...]:
         return self.kind.blocks(self.config)
+
+    def writer(self, block: int) -> nn.Module | None:
+        name = self.kind.writer
+        return None if name is None else self.model.get_submodule(f"{self.blocks[block].modules[-1]}.{name}")
 
     @property
     def num_blocks(self) -> int:

@@ -2,14 +2,16 @@
 
     F(path) = mean over x of KL(dearest(x) ‖ path(x)),  every joint fitted to what the path before it really gives
 
-One reference for all, so that paths of every kind can be ranked together. Paths are taken in groups: one pass over the
+One reference for all, so that paths of every kind can be ranked together. A joint is a layer, or merged into what the
+block before it writes last. Paths are taken in groups: one pass over the
 calibration data for each joint that a path has, in which paths with a common beginning run it once, then one pass over
 the data that are scored. Only sums are kept, so memory does not grow with the data.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +24,7 @@ from klas_hf.anchors.fitting import fitted_joint
 from klas_hf.anchors.weights import evaluating
 from klas_hf.maths.divergences import kl_divergence
 from klas_hf.maths.estimates import RatioSums
-from klas_hf.maths.least_squares import RIDGE, warn_of_few_rows
+from klas_hf.maths.least_squares import RIDGE, LinearFit, warn_of_few_rows
 from klas_hf.maths.similarities import PairMoments
 from klas_hf.paths import Path
 from klas_hf.processes import progress, shared_out, sum_array_over_processes, sum_over_processes
@@ -56,6 +58,7 @@ class PathScorer:
         temperature: softens both distributions.
         ridge: penalty of the fits, relative to the variance of a standardised feature.
         moment_bytes: memory that the sums of one group's fits may take.
+        merged: whether the joints of a path are merged (`joint="merged"`); None: of no path.
 
     Attributes:
         forwards: runs of one block on one sequence or image so far, in this process.
@@ -71,13 +74,16 @@ class PathScorer:
         temperature: float = 1.0,
         ridge: float = RIDGE,
         moment_bytes: int = 2 << 30,
+        merged: Callable[[Path], bool] | None = None,
     ):
         self.anchors, self.reference = anchors, reference
         self.calibration, self.scored = calibration, scored
         self.temperature, self.ridge, self.moment_bytes = temperature, ridge, moment_bytes
+        self.merged = merged or (lambda _: False)
         self.forwards = 0
         self.depths = [anchor.num_blocks for anchor in anchors]
         self._joints: dict[tuple[Beginning, int, int], nn.Module] = {}
+        self._merging = False  # what the joints of the group at hand are
         self._warned = False
 
     @torch.no_grad()
@@ -91,13 +97,14 @@ class PathScorer:
         Raises:
             ValueError: a path out of range, or activations that are not finite.
         """
-        found: list[PathScore] = []
+        found: dict[Path, PathScore] = {}
         with ExitStack() as modes:
             for anchor in self.anchors:
                 modes.enter_context(evaluating(anchor.model))
-            for group in self._groups(paths):
-                found += self._of_group(group, batches, fitted)
-        return found
+            for self._merging in (False, True):
+                for group in self._groups([path for path in paths if self.merged(path) == self._merging]):
+                    found |= zip(group, self._of_group(group, batches, fitted), strict=True)
+        return [found[path] for path in paths]
 
     def _of_group(self, group: Sequence[Path], batches: int | None, fitted: int | None) -> list[PathScore]:
         for number in range(max(path.joints for path in group)):
@@ -134,7 +141,12 @@ class PathScorer:
                 wanted[bounds[: number + 1], bounds[number + 1][0], bounds[number + 1][1]] = None
         fronts = list(dict.fromkeys((front, place) for front, place, _ in wanted))  # class tokens depend on the place
         ends = list(dict.fromkeys((place, start) for _, place, start in wanted))
-        pairs = [(fronts.index((front, place)), ends.index((place, start))) for front, place, start in wanted]
+        if self._merging:  # what is wanted of a layer depends on the state beside what it writes
+            ends = [(place, start) for _, place, start in wanted]
+        pairs = [
+            (fronts.index((front, place)), number if self._merging else ends.index((place, start)))
+            for number, (front, place, start) in enumerate(wanted)
+        ]
         moments = PairMoments(
             pairs,
             [self.anchors[front[-1][0]].widths[front[-1][2]] for front, _ in fronts],
@@ -143,8 +155,15 @@ class PathScorer:
         )
         for batch in progress(shared_out(calibration), f"calibrating joint {number + 1} of {len(paths)} paths"):
             run = _Run(self, batch, [*(front for front, _ in fronts), *(((place, 0, start),) for place, start in ends)])
-            x = [self._rows(front, run.state(front), batch, self.anchors[place]) for front, place in fronts]
-            y = [self._rows(((place, 0, start),), run.state(((place, 0, start),)), batch) for place, start in ends]
+            states = [self._rows(front, run.state(front), batch, self.anchors[place]) for front, place in fronts]
+            x, y = states, [
+                self._rows(((place, 0, start),), run.state(((place, 0, start),)), batch) for place, start in ends
+            ]  # fmt: skip
+            if self._merging:
+                x = [self._rows(front, run.written(front), batch) for front, _ in fronts]
+                y = [one.double() - states[front].double() for one, (front, _) in zip(y, pairs, strict=True)]
+                if not self._biased(fronts):  # rows of both signs have no mean, and so the fit no bias
+                    x, y = ([torch.cat([one, -one]) for one in rows] for rows in (x, y))
             moments.update(x, y)
         moments.combine(sum_over_processes)
         fewest: list[tuple[int, int]] = []
@@ -152,11 +171,20 @@ class PathScorer:
             fit = moments.least_squares(*pair, ridge=self.ridge)
             fewest.append((fit.rows, fit.weight.shape[1]))
             source = self.anchors[front[-1][0]]
-            joint = fitted_joint(source, front[-1][2], self.anchors[place], start, fit)
-            self._joints[front, place, start] = joint
+            self._joints[front, place, start] = (
+                _Merged(fit, source.model.dtype)
+                if self._merging
+                else fitted_joint(source, front[-1][2], self.anchors[place], start, fit)
+            )
         if not self._warned:
             self._warned = True
             warn_of_few_rows(*min(fewest, key=lambda one: one[0] / one[1]))
+
+    def _biased(self, fronts: Sequence[tuple[Beginning, int]]) -> bool:
+        """Whether the layers that joints are merged into have a bias; of one family all have, or none."""
+        place, _, stop = fronts[0][0][-1]
+        writer = self.anchors[place].writer(stop - 1)
+        return writer is not None and getattr(writer, "bias", None) is not None
 
     def _rows(self, front: Beginning, state: Any, batch: Any, into: Anchor | None = None) -> Tensor:
         rows = self.anchors[front[-1][0]].rows(state, batch, into)
@@ -187,6 +215,19 @@ class PathScorer:
         return (logits / self.temperature).log_softmax(-1).to(self.anchors[self.reference].device)
 
 
+class _Merged(nn.Module):
+    """What merging least squares into a layer adds to the state behind it: (T − 1) m + b, of what the layer writes."""
+
+    def __init__(self, fit: LinearFit, dtype: torch.dtype):
+        super().__init__()
+        self.weight, self.bias = fit.weight.to(dtype), fit.bias.to(dtype)
+
+    def forward(self, state: Any, written: Any) -> Any:
+        if not isinstance(state, Tensor):
+            return state._replace(hidden=self(state.hidden, written.hidden))
+        return state + written @ self.weight.to(state.device).T + self.bias.to(state.device)
+
+
 class _Run:
     """States of one batch at the ends of some beginnings, each common part run once.
 
@@ -200,7 +241,11 @@ class _Run:
         for front in wanted:
             place, _, stop = front[0]
             stops[place] = max(stop, stops.get(place, 0))
-        self._whole = {place: scorer.anchors[place].states(batch, stop) for place, stop in stops.items()}
+        self._written: dict[Beginning, Tensor] = {}  # by the last block, where joints are merged
+        self._whole = {}
+        for place, stop in stops.items():
+            with self._writing({front[:1] for front in wanted if front[0][0] == place}):
+                self._whole[place] = scorer.anchors[place].states(batch, stop)
         scorer.forwards += len(batch) * sum(stops.values())
         self._known: dict[Beginning, Any] = {}
 
@@ -214,11 +259,37 @@ class _Run:
         known = next((at for at in range(stop, start - 1, -1) if (*before, (place, start, at)) in self._known), None)
         if known is None:
             known = start
-            state = scorer._joints[before, place, start](anchor.take(self.state(before)))
+            given = (self.state(before), self.written(before)) if scorer._merging else (self.state(before),)
+            state = scorer._joints[before, place, start](*map(anchor.take, given))
         else:
             state = self._known[(*before, (place, start, known))]
-        state = anchor.run(state, self.batch.inputs, known, stop)
+        with self._writing({front}):
+            state = anchor.run(state, self.batch.inputs, known, stop)
         scorer.forwards += len(self.batch) * (stop - known)
         if stop < anchor.num_blocks:
             self._known[(*before, (place, start, stop))] = state
         return state
+
+    def written(self, front: Beginning) -> Any:
+        """What the block at the end of a beginning wrote last, in the form of a state."""
+        state = self.state(front)
+        return self._written[front] if isinstance(state, Tensor) else state._replace(hidden=self._written[front])
+
+    @contextmanager
+    def _writing(self, fronts: Iterable[Beginning]) -> Iterator[None]:
+        """Keep what the last blocks of these beginnings write meanwhile, where joints are merged."""
+        handles = []
+        for front in fronts if self.scorer._merging else ():
+            place, start, stop = front[-1]
+            writer = self.scorer.anchors[place].writer(stop - 1) if stop > start else None
+            if writer is not None:
+                keep = partial(self._keep, front)
+                handles.append(writer.register_forward_hook(keep))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, front: Beginning, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._written[front] = output

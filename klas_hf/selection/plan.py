@@ -38,8 +38,8 @@ class SearchConfig:
         screened: share of the scored items that candidates are first measured on.
         forwards: runs of a block on one sequence or image that may be spent; None: three times what scoring all
             stitches between the anchors' costs on all items takes (of one anchor, all its cuts).
-        merged: cost paths of one anchor without layers at their joints, as `joint="merged"` makes them, where its
-            family allows it; their divergence is measured with layers, which start a little nearer.
+        merged: joints of paths of one anchor are merged into the blocks before (`joint="merged"`), and cost nothing,
+            where its family allows it.
         scoring: how functional KL is measured.
 
     Raises:

@@ -95,3 +95,44 @@ def test_weights_that_are_not_finite_are_told() -> None:
     batch = ImageBatch(images("vit", 8))
     with pytest.raises(ValueError, match="NaN or infinite"):
         PathScorer([VisionAnchor(model)], 0, [batch], [batch]).score([Path.parse("0[:1] 0[2:]")])
+
+
+MERGED = ["1[:1] 1[3:]", "1[:1] 1[2:3] 1[4:]", "1[:2] 1[5:]", "1[:1] 1[2:]", "0[:1] 0[2:]", "1[:2] 1[3:]"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])  # a layer without a bias, and one with
+def test_merged_joints_are_those_of_the_models_and_stand_beside_layers(family: str) -> None:
+    models = [
+        tiny_model(family, seed=1, intermediate_size=64),
+        tiny_model(family, large=True, seed=2, intermediate_size=96),
+    ]
+    anchors = [LanguageAnchor(model) for model in models]
+    calibration, scored = text_batches(anchors[1])
+    scorer = PathScorer(
+        anchors, 1, calibration, scored, ridge=RIDGE, merged=lambda path: path.joints > 0 and len(path.anchors) == 1
+    )
+    paths = [Path.parse(text) for text in [*MERGED, *TEXT]]
+    paths = list(dict.fromkeys(paths))
+    found = scorer.score(paths)
+    for path, score in zip(paths, found, strict=True):
+        joint = "merged" if path.joints and len(path.anchors) == 1 else "least_squares"
+        given = [batch.inputs for batch in calibration]
+        model = StitchedModel.from_path(models, path, calibration=given, ridge=RIDGE, joint=joint)
+        terms = divergences(model, models[1], scored, 1.0)
+        assert score.divergence == pytest.approx(float(torch.cat(terms).mean()), rel=5e-3, abs=1e-7), path
+    assert scorer.score(paths[:2]) == found[:2]
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_merged_joints_of_images_are_those_of_the_models(kind: str) -> None:
+    models = tiny_pair(kind)
+    anchors = [VisionAnchor(model) for model in models]
+    calibration, scored = ([ImageBatch(images(kind, 8, seed=seed)) for seed in seeds] for seeds in ((0, 1), (2, 3)))
+    alone = [path for path in sample_paths(models, images(kind)) if len(path.anchors) == 1 and path.joints]
+    found = PathScorer(anchors, 1, calibration, scored, ridge=RIDGE, merged=lambda _: True).score(alone)
+    assert alone
+    for path, score in zip(alone, found, strict=True):
+        options = {"calibration": calibration, "ridge": RIDGE, "joint": "merged"}
+        model = StitchedModel.from_path(models, path, **options, **sized(kind))
+        terms = divergences(model, models[1], scored, 1.0)
+        assert score.divergence == pytest.approx(float(torch.cat(terms).mean()), rel=5e-3, abs=1e-7), path
