@@ -180,9 +180,16 @@ class _Search:
         return front
 
     def _finalists(self) -> list[Path]:
-        """What is measured on all items: the best of every bucket that no cheaper path beats by far."""
-        front = self._front()
-        return [path for path in self._kept(self.config.beam) if self._excess(front, path) <= NEAR]
+        """What is measured on all items: of every bucket the best that no cheaper path beats by far.
+
+        The best of each number of joints first: screening, which fits them to few rows, flatters many joints.
+        """
+        front, found = self._front(), []
+        for of_one in self._screened():
+            near = [path for path in of_one if self._excess(front, path) <= NEAR]
+            first = list({path.joints: path for path in reversed(near)}.values())
+            found += sorted(near, key=lambda path: path not in first)[: max(self.config.beam, len(first))]
+        return found
 
     def _affordable(self, paths: list[Path]) -> list[Path]:
         """As many of the paths, from the first, as what is left to spend can measure.
@@ -204,10 +211,14 @@ class _Search:
 
     def _kept(self, count: int) -> list[Path]:
         """The best paths of every bucket, as they were screened."""
+        return [path for of_one in self._screened() for path in of_one[:count]]
+
+    def _screened(self) -> list[list[Path]]:
+        """By bucket, all paths that were screened, the best first."""
         buckets: dict[int, list[tuple[float, Path]]] = {}
         for path, on in self.priced:
             place = self.plan.place(path)
             if on == self.plan.few and path.joints and place is not None:
                 buckets.setdefault(place, []).append((self.known[path, on][0], path))
         order = [sorted(of_one, key=lambda pair: (pair[0], str(pair[1]))) for _, of_one in sorted(buckets.items())]
-        return [path for of_one in order for _, path in of_one[:count]]
+        return [[path for _, path in of_one] for of_one in order]

@@ -15,6 +15,7 @@ from tiny_vision import images, tiny_classifier, tiny_pair
 
 from klas_hf import Path, PathScores, SearchConfig, measure_path_costs, search_paths
 from klas_hf.budgets import Budget, Cost
+from klas_hf.rows import read_rows
 from klas_hf.scores.path_scores import kind_of
 from klas_hf.selection import search
 from klas_hf.selection.moves import Moves
@@ -101,6 +102,27 @@ def test_paths_of_several_joints_are_found_and_anchors_are_among_the_paths() -> 
         values = [scores.divergence[scores.place(scores.best(share))] for scores in (found, one)]
         assert values[0] <= values[1]
     assert found.divergence[found.place(Path.parse("1[:]"))] == 0
+
+
+def test_the_best_of_each_number_of_joints_is_measured_on_all_items(
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "NEAR", 4.0)  # random anchors have few paths that are near each other
+    config = SearchConfig(forwards=WIDE, beam=1, joints=2, buckets=3)
+    found = search_paths(anchors(), data(), config, tokens=12, output=tmp_path / "search.jsonl")
+    screened = [row for row in read_rows(tmp_path / "search.jsonl") if row.setting["batches"] is not None]
+    low, dearest = 0.2 * found.dearest.macs, found.dearest.macs
+    second = 0
+    for start, stop in pairwise(low + n / 3 * (dearest - low) for n in range(4)):
+        inside = sorted((r for r in screened if start <= r.macs < stop), key=lambda r: r.metrics["divergence"])
+        for joints in (1, 2):
+            best = next((row for row in inside if row.joints == joints), None)
+            if best is not None:
+                least = min(row.metrics["divergence"] for row in screened if row.macs <= best.macs)
+                if best.metrics["divergence"] <= search.NEAR * least:
+                    assert Path.parse(best.path) in found.paths
+                    second += best is not inside[0]
+    assert second
 
 
 @pytest.mark.parametrize("count", [1, 3])
