@@ -353,7 +353,7 @@ def counted_path(anchors: list[PreTrainedModel], path: Path, pixels: Tensor) -> 
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "levit_teacher" else kind for kind in KINDS]
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind.startswith("levit") else kind for kind in KINDS]
 )
 def test_costs_of_paths_are_those_of_their_parts_and_of_the_models(kind: str) -> None:
     anchors = list(tiny_pair(kind))

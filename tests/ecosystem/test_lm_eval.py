@@ -179,6 +179,7 @@ references = st.lists(answers.filter(lambda text: text.strip()), min_size=1, max
 @settings(  # the harness draws 1000 bootstrap samples for each pair of texts, so that shrinking would take minutes
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate]
 )
+@pytest.mark.slow
 def test_rouge_equals_the_harness(rows: list[tuple[str, tuple[str, ...], tuple[str, ...]]]) -> None:
     asked = [
         {"question": "Why?", "best_answer": "", "correct_answers": list(correct), "incorrect_answers": list(incorrect)}

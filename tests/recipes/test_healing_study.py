@@ -26,6 +26,7 @@ def study(folder: Folder) -> HealingStudy:
     return HealingStudy(family(), PATH, [2], [0], ["full", "lora"], folder)
 
 
+@pytest.mark.slow
 def test_every_method_is_healed_once_and_stands_in_the_report(
     tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,6 +208,7 @@ def test_stages_of_snnet(make: Callable[..., ImageComparison], stages: Any, stit
 # ---- what is measured
 
 
+@pytest.mark.slow
 def test_rows_hold_the_anchors_and_every_path_of_every_rule(
     make: Callable[..., ImageComparison], vits: list[PreTrainedModel]
 ) -> None:
@@ -323,6 +324,7 @@ def test_supernets_start_from_the_anchors_and_learn_under_the_seed(
     assert [fit["rows"] for fit in fits] == [20 * 5] * len(measured_with[0].joints)  # images × tokens
 
 
+@pytest.mark.slow
 def test_only_the_stitches_of_snnet_share_layers(
     make: Callable[..., ImageComparison], measured_with: list[StitchedSupernet]
 ) -> None:
@@ -433,6 +435,7 @@ def test_an_interrupted_run_ends_as_one_without_a_break(make: Callable[..., Imag
     assert_alike(resumed, whole)
 
 
+@pytest.mark.slow
 def test_an_interruption_while_measuring_keeps_the_rows(
     make: Callable[..., ImageComparison], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def run(recipe: str, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_imagenet_recipe_runs_and_resumes(images: Path, anchors: list[str], tmp_path: Path) -> None:
     options = [
         "--data", str(images), "--anchors", *anchors, "--test_split", "val", "--output_dir", str(tmp_path / "out"),

@@ -24,6 +24,7 @@ def study(folder: Path) -> ImageScoreStudy:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_stitch_is_measured_at_every_length_and_alone_and_not_twice(tmp_path: Path) -> None:
     one = study(tmp_path)
     every = set(one.scores.stitches)

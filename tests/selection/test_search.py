@@ -92,6 +92,7 @@ def test_the_best_of_every_bucket_is_found_where_all_is_measured(kinds: tuple[st
             assert best in found.paths
 
 
+@pytest.mark.slow
 def test_paths_of_several_joints_are_found_and_anchors_are_among_the_paths() -> None:
     config = SearchConfig(forwards=WIDE, beam=2, merged=False)
     found = search_paths(anchors(), data(), config, tokens=12)
