@@ -27,6 +27,7 @@ LEFT = ("paths.safetensors", "paths.png", "paths.svg", "rows.jsonl", "curve.png"
 
 
 def run(options: MakeOptions) -> int:
+    """Go on from whatever step the folder holds; 0 at the end. Errors are for the command to tell."""
     from klas_hf.budgets import Budget
     from klas_hf.selection.plan import SearchPlan, search_within, unallocated_anchors
 

@@ -162,14 +162,22 @@ class PathScorer:
             if self._merging:
                 x = [self._rows(front, run.written(front), batch) for front, _ in fronts]
                 y = [one.double() - states[front].double() for one, (front, _) in zip(y, pairs, strict=True)]
-                if not self._biased(fronts):  # rows of both signs have no mean, and so the fit no bias
-                    x, y = ([torch.cat([one, -one]) for one in rows] for rows in (x, y))
+                # Rows of both signs have no mean, and so the fit no bias.
+                x = [
+                    one if self._biased(front) else torch.cat([one, -one])
+                    for one, (front, _) in zip(x, fronts, strict=True)
+                ]
+                y = [
+                    one if self._biased(front) else torch.cat([one, -one])
+                    for one, (front, *_) in zip(y, wanted, strict=True)
+                ]
             moments.update(x, y)
         moments.combine(sum_over_processes)
         fewest: list[tuple[int, int]] = []
         for (front, place, start), pair in zip(wanted, pairs, strict=True):
             fit = moments.least_squares(*pair, ridge=self.ridge)
-            fewest.append((fit.rows, fit.weight.shape[1]))
+            doubled = self._merging and not self._biased(front)
+            fewest.append((fit.rows // (1 + doubled), fit.weight.shape[1]))
             source = self.anchors[front[-1][0]]
             self._joints[front, place, start] = (
                 _Merged(fit, source.model.dtype)
@@ -180,9 +188,9 @@ class PathScorer:
             self._warned = True
             warn_of_few_rows(*min(fewest, key=lambda one: one[0] / one[1]))
 
-    def _biased(self, fronts: Sequence[tuple[Beginning, int]]) -> bool:
-        """Whether the layers that joints are merged into have a bias; of one family all have, or none."""
-        place, _, stop = fronts[0][0][-1]
+    def _biased(self, front: Beginning) -> bool:
+        """Whether the layer that a joint behind this beginning is merged into has a bias."""
+        place, _, stop = front[-1]
         writer = self.anchors[place].writer(stop - 1)
         return writer is not None and getattr(writer, "bias", None) is not None
 

@@ -100,12 +100,14 @@ def test_weights_that_are_not_finite_are_told() -> None:
 MERGED = ["1[:1] 1[3:]", "1[:1] 1[2:3] 1[4:]", "1[:2] 1[5:]", "1[:1] 1[2:]", "0[:1] 0[2:]", "1[:2] 1[3:]"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])  # a layer without a bias, and one with
-def test_merged_joints_are_those_of_the_models_and_stand_beside_layers(family: str) -> None:
+@pytest.mark.parametrize("families", [("llama",) * 2, ("gpt_neox",) * 2, ("gpt_neox", "llama")])  # with a bias, without
+def test_merged_joints_are_those_of_the_models_and_stand_beside_layers(families: tuple[str, str]) -> None:
     models = [
-        tiny_model(family, seed=1, intermediate_size=64),
-        tiny_model(family, large=True, seed=2, intermediate_size=96),
+        tiny_model(families[0], seed=1, intermediate_size=64),
+        tiny_model(families[1], large=True, seed=2, intermediate_size=96),
     ]
+    for parameter in models[0].parameters():  # biases start at zero
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     anchors = [LanguageAnchor(model) for model in models]
     calibration, scored = text_batches(anchors[1])
     scorer = PathScorer(
