@@ -97,7 +97,7 @@ def test_weights_that_are_not_finite_are_told() -> None:
         PathScorer([VisionAnchor(model)], 0, [batch], [batch]).score([Path.parse("0[:1] 0[2:]")])
 
 
-MERGED = ["1[:1] 1[3:]", "1[:1] 1[2:3] 1[4:]", "1[:2] 1[5:]", "1[:1] 1[2:]", "0[:1] 0[2:]", "1[:2] 1[3:]"]
+MERGED = ["0[:1] 0[2:]", "1[:1] 1[3:]", "1[:1] 1[2:3] 1[4:]", "1[:2] 1[5:]", "1[:1] 1[2:]", "1[:2] 1[3:]"]
 
 
 @pytest.mark.parametrize("families", [("llama",) * 2, ("gpt_neox",) * 2, ("gpt_neox", "llama")])  # with a bias, without
@@ -121,7 +121,7 @@ def test_merged_joints_are_those_of_the_models_and_stand_beside_layers(families:
         given = [batch.inputs for batch in calibration]
         model = StitchedModel.from_path(models, path, calibration=given, ridge=RIDGE, joint=joint)
         terms = divergences(model, models[1], scored, 1.0)
-        assert score.divergence == pytest.approx(float(torch.cat(terms).mean()), rel=5e-3, abs=1e-7), path
+        assert score.divergence == pytest.approx(float(torch.cat(terms).mean()), rel=2e-3, abs=1e-7), path
     assert scorer.score(paths[:2]) == found[:2]
 
 
@@ -137,4 +137,4 @@ def test_merged_joints_of_images_are_those_of_the_models(kind: str) -> None:
         options = {"calibration": calibration, "ridge": RIDGE, "joint": "merged"}
         model = StitchedModel.from_path(models, path, **options, **sized(kind))
         terms = divergences(model, models[1], scored, 1.0)
-        assert score.divergence == pytest.approx(float(torch.cat(terms).mean()), rel=5e-3, abs=1e-7), path
+        assert score.divergence == pytest.approx(float(torch.cat(terms).mean()), rel=2e-3, abs=1e-7), path
