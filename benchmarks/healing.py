@@ -1,0 +1,81 @@
+"""What LOG.md says of rates and joints before healing, on any family of the studies.
+
+    python benchmarks/healing.py rates "1[:2] 1[5:6] 1[7:]" "0[:5] 1[5:]"    # loss after so many steps, by rate
+    python benchmarks/healing.py joints "1[:1] 1[7:]" "1[:2] 1[5:]"          # start and healed, by joint
+
+Takes the options of recipes/every_size.py that name a family (`--family vit`, `--cache_dir …`).
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path as Folder
+
+sys.path.insert(0, str(Folder(__file__).parents[1] / "recipes"))
+
+from experiments.every_size import Family
+from families import FamilyArguments, family_of
+
+from klas_hf import StitchedModel, evaluate, heal, healing_config, train_stitches
+
+STEPS, RATES = (10, 20, 30, 60, 90, 100, 300), (3e-4, 1e-3, 3e-3)
+JOINTS = ("least_squares", "merged", "identity")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("rates", "joints"))
+    parser.add_argument("paths", nargs="+")
+    parser.add_argument("--family", default="quickstart")
+    parser.add_argument("--cache_dir", default="outputs/study_anchors")
+    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="of rates")
+    options = parser.parse_args()
+    family = family_of(FamilyArguments(family=options.family, cache_dir=options.cache_dir))
+    for path in options.paths:
+        if options.what == "rates":
+            rates(family, path, options.steps)
+        else:
+            joints(family, path)
+
+
+def start(family: Family, path: str, joint: str) -> StitchedModel:
+    """The model of a path before healing."""
+    sized = {} if family.image_size is None else {"image_size": family.image_size}
+    calibration = None if joint == "identity" else family.fitting
+    return StitchedModel.from_path(family.anchors, path, joint=joint, calibration=calibration, **sized)
+
+
+def measured(family: Family, model: StitchedModel) -> str:
+    return f"{evaluate(model, family.test, classes=family.classes).metrics[family.metric]:.4f}"
+
+
+def rates(family: Family, path: str, steps: list[int]) -> None:
+    """One run, with its own cosine, of each length at each rate; half labels, half distilled."""
+    begun = start(family, path, "least_squares")
+    print(f"{path}: start {measured(family, begun)}", flush=True)
+    for count in steps:
+        ends = []
+        for rate in RATES:
+            model = copy.deepcopy(begun)
+            settings = {"learning_rate": rate, "distillation_weight": 0.5} | dict(family.healing)
+            train_stitches(model, family.train, healing_config(count, **settings), teacher=family.anchors[1])
+            ends.append(f"{rate:g} {measured(family, model)}")
+        print(f"{path}: {count} steps: {', '.join(ends)}", flush=True)
+
+
+def joints(family: Family, path: str) -> None:
+    """Every kind of joint, healed for 100 steps under two seeds."""
+    for joint in JOINTS:
+        begun, ends = start(family, path, joint), []
+        for seed in (0, 1):
+            model, config = (
+                copy.deepcopy(begun),
+                healing_config(100, **{"seed": seed, "eval_steps": 25} | dict(family.healing)),
+            )
+            heal(model, family.train, teacher=family.anchors[1], validation=family.validation, config=config)
+            ends.append(measured(family, model))
+        print(f"{path}, {joint}: start {measured(family, begun)}, healed {', '.join(ends)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
