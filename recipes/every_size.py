@@ -34,6 +34,7 @@ class EverySizeArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of the healing"})
     buckets: int = field(default=10, metadata={"help": "sizes, from a fifth of the dear anchor's MACs to all of them"})
     rivals: list[str] = field(default_factory=lambda: list(RIVALS), metadata={"help": f"some of {', '.join(RIVALS)}"})
+    contenders: int = field(default=4, metadata={"help": "paths of each size that the search names"})
     output_dir: str = field(default="outputs/every_size", metadata={"help": "where rows, report and pictures go"})
     smoke: bool = field(default=False, metadata={"help": "barely trained anchors, one size, one step: no result"})
 
@@ -43,7 +44,9 @@ class EverySizeArguments:
     def settings(self) -> StudySettings:
         """What is compared, as the study wants it."""
         search = SearchConfig(joints=2, forwards=5_000) if self.smoke else SearchConfig()
-        return StudySettings(tuple(self.lengths), tuple(self.seeds), self.buckets, tuple(self.rivals), search)
+        return StudySettings(
+            tuple(self.lengths), tuple(self.seeds), self.buckets, tuple(self.rivals), search, self.contenders
+        )
 
 
 def main() -> None:

@@ -108,14 +108,16 @@ def _foretold(plan: "SearchPlan", budget: "Budget", data: MakeData, options: Mak
     items = sum(map(len, [*plan.calibration, *plan.scored]))
     teacher, dearest = options.anchors[plan.reference], plan.dearest
     rate = _macs_per_second(plan.anchors[plan.reference].model.dtype)
-    healing = 1.5 * options.steps * options.batch_size * 4 * dearest.macs  # forward, twice that backward, the teacher's
+    runs = 0.5 + 0.9 * options.contenders  # in full with two short ones before; others are given up at half
+    healing = runs * options.steps * options.batch_size * 4 * dearest.macs  # forward, twice that back, the teacher's
     lines = [
         f"weights to be read: {human_bytes(weights)} of {names(options.anchors)}",
         f"dearest anchor: {teacher}, {human_count(dearest.macs)} MACs, {human_count(dearest.parameters)} parameters",
         f"search: {len(first):,} paths of one joint, {within:,} of them within {budget.text}, then their neighbours; "
         f"at most {plan.forwards:,} runs of a block on one of {items:,} sequences or images, "
         f"{_time(plan.forwards * dearest.macs / plan.anchors[plan.reference].num_blocks, rate)}",
-        f"healing: {options.steps:,} steps, and short runs to find the rate, {_time(healing, rate)}; "
+        f"healing: {options.steps:,} steps of up to {options.contenders} paths, and short runs to find their rates, "
+        f"{_time(healing, rate)}; "
         f"teacher: {teacher}",
         f"measured on {sum(map(_items, data.held_out)):,} sequences or images; nothing was loaded",
     ]

@@ -1,6 +1,5 @@
 """The steps of `klas-hf make`: each reads what the one before it left in the folder, and leaves its own."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,9 @@ class MakeOptions(DataOptions):
     )
     output: str = field(metadata={"metavar": "FOLDER", "help": "where the model goes, with its card and rows.jsonl"})
     steps: int = field(default=300, metadata={"metavar": "N", "help": "of healing; 0: none"})
+    contenders: int = field(
+        default=3, metadata={"metavar": "N", "help": "paths to heal, of which the best on held-out data is kept"}
+    )
     batch_size: int = field(default=8, metadata={"metavar": "N", "help": "sequences or images at once"})
     split: str = field(default="train", metadata={"help": "images to search on and to learn from"})
     test_split: str = field(default="validation", metadata={"metavar": "SPLIT", "help": "images to measure on"})
@@ -41,8 +43,9 @@ class MakeOptions(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 0:
-            raise ValueError(f"got steps={self.steps}; expected 0 or more")
+        for name, least in (("steps", 0), ("contenders", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected {least} or more")
 
 
 @dataclass(frozen=True)
@@ -101,38 +104,32 @@ def searched(options: MakeOptions, budget: "Budget", data: MakeData, output: Pat
 def healed(
     options: MakeOptions, budget: "Budget", reference: int, found: "PathScores", data: MakeData, output: Path
 ) -> str:
-    """Assemble the best path within the budget, heal it, save it; gives what healing did, in words."""
+    """Make the best path within the budget and heal it, or the best of several; save it; tells what healing did."""
     from klas_hf.paths import Path as AnchorPath
     from klas_hf.processes import process_state
     from klas_hf.stitching.assembly import assemble_best
-    from klas_hf.training import heal, healing_config
+    from klas_hf.training import heal_best, healing_config
 
-    sized = {} if options.image_size is None else {"image_size": options.image_size}
-    model = assemble_best(
-        options.anchors, found, budget, calibration=data.calibration, device_map={"": process_state().device}, **sized
-    )
-    told = "not healed"
-    if options.steps and found.best(budget) != AnchorPath.parse(f"{reference}[:]"):  # itself, it has nothing to learn
+    assembly: dict[str, Any] = {} if options.image_size is None else {"image_size": options.image_size}
+    assembly |= {"calibration": data.calibration, "device_map": {"": process_state().device}}
+    if not options.steps or found.best(budget) == AnchorPath.parse(f"{reference}[:]"):  # itself: nothing to learn
+        model, told = assemble_best(options.anchors, found, budget, **assembly), "not healed"
+    else:
         settings: dict[str, Any] = {"per_device_batch_size": options.batch_size}
         if data.material.image_moments is not None:
             settings |= dict(zip(("mean", "std"), map(list, data.material.image_moments), strict=True))
-        checkpoints = output / WORK / "checkpoints"
-        result = heal(
-            model, data.examples, teacher=load_model(options.anchors[reference]),
-            config=healing_config(options.steps, **settings), output_dir=checkpoints, **_rate(checkpoints),
+        contest = heal_best(
+            options.anchors, found, budget, data.examples, contenders=options.contenders,
+            teacher=load_model(options.anchors[reference]), config=healing_config(options.steps, **settings),
+            output_dir=output / WORK / "checkpoints", **assembly,
         )  # fmt: skip
+        model, healing = contest.model, contest.healing
         told = (
-            f"healed in {result.training.steps:,} steps at the rate {result.learning_rate:g}, validation loss "
-            f"{result.start:.4f} → {result.end:.4f}"
+            f"healed in {healing.training.steps:,} steps at the rate {healing.learning_rate:g}, validation loss "
+            f"{healing.start:.4f} → {healing.end:.4f}, the best of {len(contest.contenders)}"
         )
     save_model(model, data.material.processor, output)
     return told
-
-
-def _rate(checkpoints: Path) -> dict[str, Any]:
-    """The rate of a healing that was interrupted, which is not looked for again."""
-    states = sorted(checkpoints.glob("checkpoint-*/state.json"))
-    return {"rates": (json.loads(states[-1].read_text("utf-8"))["run"]["learning_rate"],)} if states else {}
 
 
 def measured(

@@ -131,9 +131,15 @@ _STARTS = {None: "least squares", "linear_patch": "LinearPatch's map", "cosine":
 
 def _choice(search: Mapping[str, Any]) -> str:
     """How a path was found."""
+    near = f"{search['divergence']:.4f} ± {search['error']:.4f} nats before training"
+    within = f"of {search['paths']:,} measured, within a budget of {search['budget']}"
+    healed = search.get("contenders", [])
+    if len(healed) < 2:
+        return f"the one of least divergence from the dearest anchor, {near}, {within}"
+    paths = ", ".join(f"`{one['path']}` {one['end']:.4f}" for one in healed)
     return (
-        f"the one of least divergence from the dearest anchor, {search['divergence']:.4f} ± {search['error']:.4f} nats "
-        f"before training, of {search['paths']:,} measured, within a budget of {search['budget']}"
+        f"the best on held-out data of {len(healed)} that were healed alike ({paths}); its divergence from the dearest "
+        f"anchor was {near}; {within}"
     )
 
 

@@ -32,7 +32,7 @@ class StitchedVisionConfig(BackboneConfigMixin, PathConfig):
         anchor_names, anchor_revisions: Hub ids or folders of the anchors, and their commits, where known.
         training: how the model was fine-tuned, or None.
         search: how the path was found (`budget`, `share` of the dearest anchor's MACs, `divergence` and its `error`,
-            `paths` compared), or None.
+            `paths` compared, `contenders` healed), or None.
         delta: of a checkpoint without the anchors' tensors, what is needed to assemble it (see `klas_hf.hub.delta`).
         out_features, out_indices: which stages `StitchedBackbone` returns.
         initializer_range: standard deviation of weights that are drawn at random.

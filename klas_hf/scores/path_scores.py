@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
@@ -109,10 +110,43 @@ class PathScores:
         Raises:
             ValueError: no path is within it, or it is above the dearest anchor; the range that can be had is named.
         """
+        return self.contenders(budget, 1)[0]
+
+    def contenders(self, budget: Budget | Cost | str | float, count: int = 3) -> tuple[Path, ...]:
+        """The best path within a budget, and others that may be better than it once they are healed.
+
+        How much a path gains by healing depends on its kind, which its start does not show (LOG.md): so the best of
+        other kinds follow and, in turn with them, the best of other numbers of joints of its own kind.
+
+        Args:
+            budget: see `Budget.of`.
+            count: paths at most. The dearest anchor, where the budget allows it, contends alone.
+
+        Returns:
+            Paths, that of least divergence first.
+
+        Raises:
+            ValueError: as `best`, or a count below 1.
+
+        Example:
+            >>> found = search_paths([source, target], batches, tokens=16)
+            >>> found.contenders("70%", 3)[0] == found.best("70%"), len(found.contenders(1.0, 3))
+            (True, 1)
+        """
+        if count < 1:
+            raise ValueError(f"got count={count}; expected at least 1")
         wanted = Budget.of(budget)
         check_budget(wanted, self.costs, self.dearest, self.bytes_per_parameter)
         within = [n for n, cost in enumerate(self.costs) if wanted.allows(cost, self.dearest, self.bytes_per_parameter)]
-        return self.paths[min(within, key=lambda n: (self.divergence[n], self.costs[n].macs))]
+        ranked = [self.paths[n] for n in sorted(within, key=lambda n: (self.divergence[n], self.costs[n].macs))]
+        best = ranked[0]
+        if not best.joints and self.costs[self.place(best)] == self.dearest:
+            return (best,)
+        kinds = {kind_of(path): path for path in reversed(ranked)}
+        joints = {path.joints: path for path in reversed(ranked) if kind_of(path) == kind_of(best)}
+        others = (sorted(set(of.values()) - {best}, key=ranked.index) for of in (kinds, joints))
+        turns = [path for pair in zip_longest(*others) for path in pair if path is not None]
+        return (best, *turns)[:count]
 
     def plot(self, path: str | File | None = None) -> "Figure":
         """Divergence over cost: kinds of paths by colour, the best of every size, the line between the anchors.

@@ -16,7 +16,7 @@ from klas_hf.anchors.loading import load_anchors
 from klas_hf.paths import Path
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile, library_versions
-from klas_hf.scores.path_scores import PathScores, as_scores
+from klas_hf.scores.path_scores import PathScores, as_scores, kind_of
 from klas_hf.scores.paths import PathScore, PathScorer
 from klas_hf.selection.plan import GROUP, SearchConfig, SearchPlan
 
@@ -182,14 +182,16 @@ class _Search:
     def _finalists(self) -> list[Path]:
         """What is measured on all items: of every bucket the best that no cheaper path beats by far.
 
-        The best of each number of joints first: screening, which fits them to few rows, flatters many joints.
+        The best of each number of joints first: screening, which fits them to few rows, flatters many joints. And the
+        best of each kind, however far behind: kinds gain unequally as they are healed.
         """
         front, found = self._front(), []
         for of_one in self._screened():
             near = [path for path in of_one if self._excess(front, path) <= NEAR]
             first = list({path.joints: path for path in reversed(near)}.values())
             found += sorted(near, key=lambda path: path not in first)[: max(self.config.beam, len(first))]
-        return found
+            found += {kind_of(path): path for path in reversed(of_one)}.values()
+        return list(dict.fromkeys(found))
 
     def _affordable(self, paths: list[Path]) -> list[Path]:
         """As many of the paths, from the first, as what is left to spend can measure.

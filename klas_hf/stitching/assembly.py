@@ -113,20 +113,22 @@ def stitch_anchors(
 
 
 def assemble_best(
-    anchors: Sequence[Anchor], found: PathScores, budget: Budget | Cost | str | float, **kwargs: Any
-) -> StitchedModel:
+    anchors: Sequence[Anchor], found: PathScores, budget: Budget | Cost | str | float,
+    path: AnchorPath | None = None, **kwargs: Any,
+) -> StitchedModel:  # fmt: skip
     """The model of the best path within a budget; its config says, as `search`, how the path was found.
 
     Args:
         anchors: those that were searched, in that order.
         found: what the search found.
         budget: see `Budget.of`.
+        path: another of the paths within it; None: the best.
         kwargs: as for `assemble_path`.
 
     Raises:
         ValueError: as `assemble_path` and `PathScores.best`.
     """
-    path, wanted = found.best(budget), Budget.of(budget)
+    path, wanted = path or found.best(budget), Budget.of(budget)
     model = assemble_path(anchors, path, **{"joint": found.joint(path)} | kwargs)
     place = found.place(path)
     model.config.search = {

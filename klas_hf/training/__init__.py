@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from klas_hf.training.batch_norm import recalibrate_batch_norm
     from klas_hf.training.config import Augmentation, TrainingConfig
+    from klas_hf.training.contest import Contest, heal_best
     from klas_hf.training.healing import HealingResult, heal, healing_config
     from klas_hf.training.loop import TrainingResult, train_stitches
 
 _MODULE_OF = {
     "Augmentation": "config",
+    "Contest": "contest",
     "HealingResult": "healing",
     "TrainingConfig": "config",
     "TrainingResult": "loop",
     "heal": "healing",
+    "heal_best": "contest",
     "healing_config": "healing",
     "recalibrate_batch_norm": "batch_norm",
     "train_stitches": "loop",
@@ -25,10 +28,12 @@ _MODULE_OF = {
 
 __all__ = [
     "Augmentation",
+    "Contest",
     "HealingResult",
     "TrainingConfig",
     "TrainingResult",
     "heal",
+    "heal_best",
     "healing_config",
     "recalibrate_batch_norm",
     "train_stitches",

@@ -51,11 +51,11 @@ class Checkpoints:
         self.folder = None if folder is None else Path(folder)
         self.run = json.loads(json.dumps(dict(run)))
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint.
+    def newest(self) -> Path | None:
+        """The newest checkpoint, of whatever run.
 
         Raises:
-            ValueError: it belongs to another run, or a folder of such a name is none of ours.
+            ValueError: a folder of such a name is none of ours.
         """
         numbered = self._numbered()
         for path in numbered.values():
@@ -64,9 +64,17 @@ class Checkpoints:
                     f"got {path} without a state.json; expected a checkpoint of this training. It was written by "
                     "something else: name another output folder, or move it away"
                 )
-        if not numbered:
+        return numbered[max(numbered)] if numbered else None
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint.
+
+        Raises:
+            ValueError: it belongs to another run, or a folder of such a name is none of ours.
+        """
+        path = self.newest()
+        if path is None:
             return None
-        path = numbered[max(numbered)]
         there = json.loads((path / "state.json").read_text(encoding="utf-8"))["run"]
         if there != self.run:
             changed = sorted(k for k in there.keys() | self.run.keys() if there.get(k) != self.run.get(k))

@@ -7,11 +7,11 @@ is, an `Objective` says.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -29,6 +29,8 @@ from klas_hf.training.language import LanguageObjective
 from klas_hf.training.objectives import Objective
 from klas_hf.training.paths import takes
 from klas_hf.training.trainables import made_trainable, optimizer_of
+
+GiveUp: TypeAlias = Callable[[Sequence[tuple[int, float]], int], bool]
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,6 +70,7 @@ def train_stitches(
     *,
     teacher: PreTrainedModel | None = None,
     validation: Sequence[Mapping[str, Any]] | ImageData | None = None,
+    give_up: GiveUp | None = None,
     output_dir: str | Path | None = None,
 ) -> TrainingResult:
     """Train a stitched model or a supernet in place. With trainable="full", any language model or image classifier.
@@ -85,6 +88,8 @@ def train_stitches(
         teacher: for distillation, usually the dearest anchor.
         validation: held-out examples of the form of `data`; their loss (of the labels, not distilled) is measured at
             the start and every `eval_steps`, and at the end the model has the weights that did best.
+        give_up: given the held-out losses so far, as `TrainingResult.validation`, and the number of steps that there
+            are to be: whether to end now. Asked whenever they were measured.
         output_dir: where checkpoints go. A run found there is resumed, to the same parameters as without a break.
 
     Returns:
@@ -104,6 +109,8 @@ def train_stitches(
         (20, True)
     """
     config = config or TrainingConfig()
+    if give_up is not None and validation is None:
+        raise ValueError("got give_up without validation, whose losses it is to judge; pass validation=examples too")
     objective = _objective(model, data, config, teacher)
     held_objective = _held_objective(model, validation, config)
     process_state()  # before the Accelerator, which would not see CPU processes
@@ -133,7 +140,7 @@ def train_stitches(
             group["initial_lr"] = group["lr"]
         warmup = math.ceil(total * config.warmup_ratio)
         schedule = get_cosine_schedule_with_warmup(optimizer.optimizer, warmup, total, last_epoch=progress.step - 1)
-        run = _Run(accelerator, prepared, optimizer, schedule, config, objective, held)
+        run = _Run(accelerator, prepared, optimizer, schedule, config, objective, held, give_up)
         steps = _steps(loader, order, config.gradient_accumulation_steps, steps_per_epoch, progress.step, total)
         try:
             progress = run.train(steps, progress, total, checkpoints)
@@ -195,9 +202,10 @@ class _Run:
         config: TrainingConfig,
         objective: Objective,
         held: HeldOut | None,
+        give_up: GiveUp | None,
     ):
         self.accelerator, self.model, self.optimizer, self.schedule = accelerator, model, optimizer, schedule
-        self.config, self.objective, self.held = config, objective, held
+        self.config, self.objective, self.held, self.give_up = config, objective, held, give_up
 
     def train(
         self, steps: Iterator[list[dict[str, Tensor]]], progress: Progress, total: int, checkpoints: Checkpoints
@@ -212,8 +220,9 @@ class _Run:
                 losses.append(loss)
                 progress = Progress(len(losses), tuple(losses))
                 bar.update(f"loss={loss:.3f}")
-                if self.held is not None:
-                    self.held.look(progress.step, total)
+                measured = self.held is not None and self.held.look(progress.step, total)
+                if measured and self.held and self.give_up and self.give_up(self.held.history, total):
+                    break
                 if progress.step % self.config.save_steps == 0 or progress.step == total:
                     checkpoints.save(self.accelerator, self.model, self.optimizer.optimizer, progress, self.held)
         return progress

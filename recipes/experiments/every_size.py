@@ -1,7 +1,8 @@
 """The best model of every size beside every rival: paths that rules choose at equal cost, healed alike, measured.
 
-For every bucket of cost the search names a path, and each rival the one of its paths whose cost is nearest to that. All
-of them, and both anchors, are healed with the same data, steps and sweep of rates, under several seeds.
+For every bucket of cost the search names some paths, of which the one that heals best on validation data is ours, and
+each rival the one of its paths whose cost is nearest to that. All of them, and both anchors, are healed with the same
+data, steps and sweep of rates, under several seeds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from klas_hf.anchors.weights import fingerprint
+from klas_hf.budgets import Budget
 from klas_hf.costs import measure_path_costs
 from klas_hf.evaluation import Measurement, evaluate, evaluate_divergence, evaluate_stitches
 from klas_hf.models import StitchedModel
@@ -40,12 +42,13 @@ from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stit
 from klas_hf.selection.search import search_paths
 from klas_hf.selection.snnet import snnet_stitches
 from klas_hf.training import heal, healing_config
-from klas_hf.training.healing import RATES
+from klas_hf.training.healing import RATES, HealingResult
 
 OURS, ANCHORS = "search", "anchors"
+UNHEALED = "search, by score alone"
 CHEAPEST = 0.2  # share of the dear anchor's MACs that the first bucket begins at
 EQUAL = 0.02  # costs that differ by no more than this share count as equal
-SEARCHES: dict[str, dict[str, Any]] = {OURS: {}, "search, one joint": {"joints": 1}}
+SEARCHES: dict[str, dict[str, Any]] = {OURS: {}, UNHEALED: {}, "search, one joint": {"joints": 1}}
 PRUNING: dict[str, Callable[..., PathSelection]] = {
     "shortgpt": shortgpt_paths,
     "gromov": gromov_paths,
@@ -54,8 +57,8 @@ PRUNING: dict[str, Callable[..., PathSelection]] = {
     "linear patch": linear_patch_paths,
 }
 RIVALS = (
-    "search, one joint", "klas", "min_kl", "esta_proportional", "esta_index", "snnet", "random", "tail", "uniform",
-    *PRUNING,
+    UNHEALED, "search, one joint", "klas", "min_kl", "esta_proportional", "esta_index", "snnet", "random", "tail",
+    "uniform", *PRUNING,
 )  # fmt: skip
 
 
@@ -104,6 +107,7 @@ class StudySettings:
         buckets: of equal width from a fifth of the dear anchor's MACs to all of them.
         rivals: beside the search, some of `RIVALS`.
         search: settings of the search; how divergence is measured is set here.
+        contenders: paths that the search names for each bucket.
 
     Raises:
         ValueError: an unknown rival, no seed, or a number out of its range.
@@ -114,6 +118,7 @@ class StudySettings:
     buckets: int = 10
     rivals: tuple[str, ...] = RIVALS
     search: SearchConfig = field(default_factory=SearchConfig)
+    contenders: int = 4
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", tuple(sorted({0, *self.lengths})))
@@ -121,9 +126,10 @@ class StudySettings:
             raise ValueError(f"got the rivals {unknown}; expected some of {list(RIVALS)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"got seeds={self.seeds}; expected at least one, each once")
-        if self.buckets < 1 or min(self.lengths) < 0:
+        if self.buckets < 1 or self.contenders < 1 or min(self.lengths) < 0:
             raise ValueError(
-                f"got buckets={self.buckets} and lengths={self.lengths}; expected at least 1 bucket and 0 steps or more"
+                f"got buckets={self.buckets}, contenders={self.contenders} and lengths={self.lengths}; expected at "
+                "least 1 bucket and contender, and 0 steps or more"
             )
 
 
@@ -168,7 +174,7 @@ class EverySize:
     def run(self, length: int) -> None:
         """Make, heal and measure whatever any rule chose, and both anchors, under every seed."""
         for seed in self.settings.seeds:
-            for of_bucket in self.chosen(seed):
+            for of_bucket in self.chosen(length, seed):
                 for rule, choice in of_bucket.items():
                     self.row(rule, choice, length, seed)
             small, large = self.anchor_rows(length, seed)
@@ -189,18 +195,21 @@ class EverySize:
         config = healing_config(length, **{"seed": seed, "eval_steps": max(1, length // 4)} | dict(self.family.healing))
         training = asdict(config) | {"rates": RATES, "teacher": "the dear anchor"} if length else None
 
+        healed: list[HealingResult] = []
+
         def make(path: Path) -> PreTrainedModel:
             model = self._start(path, choice.joint)
             if length:  # the dear anchor, which has no teacher, learns from the labels alone
                 teacher = None if str(path) == "1[:]" else self.large
                 data, held = self.family.train, self.family.validation
-                heal(model, data, teacher=teacher, validation=held, config=config)
+                healed.append(heal(model, data, teacher=teacher, validation=held, config=config))
             return model
 
         def measure(model: PreTrainedModel) -> Measurement:
             measured = evaluate(model, self.family.test, classes=self.family.classes)
             if length:
-                return measured
+                course = {"validation": healed[-1].training.validation, "rate": healed[-1].learning_rate}
+                return Measurement(measured.metrics, {**measured.details, **course})
             divergence = evaluate_divergence(model, self.large, self.family.scored)
             return Measurement({**measured.metrics, "divergence": divergence}, measured.details)
 
@@ -210,12 +219,12 @@ class EverySize:
         )  # fmt: skip
         return row
 
-    def chosen(self, seed: int) -> list[dict[str, Choice]]:
-        """By bucket, what each rule takes; only the random choice depends on the seed. A rule may take nothing."""
+    def chosen(self, length: int, seed: int) -> list[dict[str, Choice]]:
+        """By bucket, what each rule takes, ours after healing what the search names. A rule may take nothing."""
         found = []
         for low, high in zip(self.edges, self.edges[1:], strict=False):
             of_bucket: dict[str, Choice] = {}
-            if (ours := self._searched(OURS, high)) is not None:
+            if (ours := self._best(high, length, seed)) is not None:
                 of_bucket[OURS] = ours
                 for rule in self.settings.rivals:
                     rival = self._rival(rule, seed, max(ours.macs, low), low, high)
@@ -246,7 +255,9 @@ class EverySize:
         config = replace(self.settings.search, scoring=scoring)
         found = {}
         for name, changes in SEARCHES.items():
-            if name in (OURS, *self.settings.rivals):
+            if name == UNHEALED:
+                found[name] = found[OURS]
+            elif name in (OURS, *self.settings.rivals):
                 found[name] = search_paths(
                     self.family.anchors, self.family.scored, replace(config, **changes), tokens=self.family.tokens,
                     output=self.output / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl",
@@ -254,19 +265,30 @@ class EverySize:
                 self.say(f"  {name}: {found[name]}")
         return found
 
-    def _searched(self, name: str, most: float) -> Choice | None:
-        """The path of least divergence within a cost, the dear anchor apart."""
+    def contenders(self, name: str, most: float) -> list[Choice]:
+        """What a search names within a cost, the dear anchor apart; that of least divergence first."""
         found = self._found[name]
-        within = [n for n, cost in enumerate(found.costs) if cost.macs <= most and cost.macs < self.dearest]
+        within = [cost.macs for cost in found.costs if cost.macs <= most and cost.macs < self.dearest]
         if not within:
-            return None
-        place = min(within, key=lambda n: (found.divergence[n], found.costs[n].macs))
-        return Choice(found.paths[place], found.joints[place], found.costs[place].macs)
+            return []
+        paths = found.contenders(Budget(macs=max(within)), self.settings.contenders)
+        return [Choice(path, found.joint(path), found.costs[found.place(path)].macs) for path in paths]
+
+    def _best(self, most: float, length: int, seed: int) -> Choice | None:
+        """Of what the search names within a cost the one that does best on validation data, once healed."""
+        named = self.contenders(OURS, most)
+        if len(named) < 2 or not length:
+            return named[0] if named else None
+        ends = []
+        for place, one in enumerate(named):
+            course = self.row(f"contender {place}", one, length, seed).details["validation"]
+            ends.append(min(loss for _, loss in course))
+        return named[ends.index(min(ends))]
 
     def _rival(self, rule: str, seed: int, wanted: float, low: float, high: float) -> Choice | None:
         """Of a rule's paths of the cost wanted its best one, else the nearest in cost within the bucket."""
         if rule in SEARCHES:
-            return self._searched(rule, high)
+            return next(iter(self.contenders(rule, high)), None)
         selection, macs = self._selections[rule]
         values = np.random.default_rng(seed).random(len(macs)) if rule == "random" else np.array(selection.values)
         apart = np.abs(macs - wanted)

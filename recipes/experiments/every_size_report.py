@@ -56,7 +56,7 @@ class Outcome:
         self.study, self.length = study, length
         self.metric = study.family.metric
         self.sign = 1.0 if higher_is_better(self.metric) else -1.0
-        chosen = {seed: study.chosen(seed) for seed in study.settings.seeds}
+        chosen = {seed: study.chosen(length, seed) for seed in study.settings.seeds}
         self.rows: list[dict[str, Rows]] = []
         for bucket in range(study.settings.buckets):
             of_bucket: dict[str, dict[str, ResultRow]] = {}
