@@ -120,7 +120,7 @@ def hopeless(best: float) -> GiveUp:
 
     def decide(history: Sequence[tuple[int, float]], total: int) -> bool:
         step, loss = history[-1]
-        since, highest = max(history, key=lambda pair: pair[1])
+        highest, since = max((value, place) for place, value in history)
         if 2 * step < total or step == since:
             return 2 * step >= total and loss > best
         pace = (highest - loss) / (step - since)

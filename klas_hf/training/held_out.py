@@ -45,19 +45,18 @@ class HeldOut:
         """The least loss so far."""
         return min((loss for _, loss in self.history), default=math.inf)
 
-    def look(self, step: int, last: int) -> bool:
-        """Measure, if it is time, and keep the weights if they are the best; whether it was measured."""
+    def look(self, step: int, last: int) -> None:
+        """Measure, if it is time, and keep the weights if they are the best."""
         if step % self.every and step != last:
-            return False
+            return
         if any(done == step for done, _ in self.history):
-            return False  # a resumed run
+            return  # a resumed run
         loss = self._loss()
         if loss < self.best or not self.history:
             self.best_step = step
             found = get_model_state_dict(self.model, options=_EVERYWHERE)
             self.weights = {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
         self.history.append((step, loss))
-        return True
 
     def put_back(self) -> None:
         """Give the model the weights that did best."""

@@ -212,20 +212,28 @@ class _Run:
     ) -> Progress:
         """Take optimiser steps until `total`, writing checkpoints."""
         losses = list(progress.losses)
-        if self.held is not None:
-            self.held.look(progress.step, total)
+        if self._hopeless(progress.step, total):
+            return progress
         with ProgressBar("training", "step", total, done=progress.step) as bar:
             for batches in steps:
                 loss = self._step(batches, seed=self.config.seed * 1_000_003 + len(losses))
                 losses.append(loss)
                 progress = Progress(len(losses), tuple(losses))
                 bar.update(f"loss={loss:.3f}")
-                measured = self.held is not None and self.held.look(progress.step, total)
-                if measured and self.held and self.give_up and self.give_up(self.held.history, total):
-                    break
-                if progress.step % self.config.save_steps == 0 or progress.step == total:
+                over = self._hopeless(progress.step, total) or progress.step == total
+                if over or progress.step % self.config.save_steps == 0:
                     checkpoints.save(self.accelerator, self.model, self.optimizer.optimizer, progress, self.held)
+                if over:
+                    break
         return progress
+
+    def _hopeless(self, step: int, total: int) -> bool:
+        """Measure the held-out loss, if it is time; whether the run is to end for what has been measured."""
+        if self.held is None:
+            return False
+        self.held.look(step, total)
+        measured = self.held.history[-1][0] == step
+        return measured and self.give_up is not None and self.give_up(self.held.history, total)
 
     def _step(self, batches: list[dict[str, Tensor]], seed: int) -> float:
         # Reseeding at each step makes dropout independent of what ran before: a resumed run draws the same.

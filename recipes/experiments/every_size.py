@@ -176,7 +176,8 @@ class EverySize:
         for seed in self.settings.seeds:
             for of_bucket in self.chosen(length, seed):
                 for rule, choice in of_bucket.items():
-                    self.row(rule, choice, length, seed)
+                    for steps in sorted({0, length}):  # its start too, which functional KL is of
+                        self.row(rule, choice, steps, seed)
             small, large = self.anchor_rows(length, seed)
             metric = self.family.metric
             self.say(

@@ -23,13 +23,15 @@ from experiments.every_size_report import report  # noqa: E402
 from families import FamilyArguments, family_of  # noqa: E402
 
 from klas_hf import Path, PathSelection, SearchConfig, StitchedModel, evaluate, heal, healing_config, measure_costs  # noqa: E402
+from klas_hf.budgets import Budget  # noqa: E402
 from klas_hf.data.text import TextBatches, text_examples  # noqa: E402
 from klas_hf.evaluation import evaluate_divergence  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
 SETTINGS = StudySettings(
     lengths=(3,), seeds=(0, 1), buckets=3, search=SearchConfig(joints=2, forwards=4000),
-    rivals=("klas", "esta_proportional", "random", "tail", "shortgpt", "replaceme", "linear patch"),
+    rivals=("search, by score alone", "klas", "esta_proportional", "random", "tail", "shortgpt", "replaceme",
+            "linear patch"),
 )  # fmt: skip
 
 
@@ -97,31 +99,51 @@ def losses(study: EverySize, path: str, joint: str, length: int, metric: str = "
     return list(found.values())
 
 
+def validation(study: EverySize, path: str, joint: str, seed: int) -> float:
+    """The least validation loss as a model was healed, that of its start included."""
+    found = {
+        min(loss for _, loss in row["details"]["validation"])
+        for row in rows(study)
+        if (row["path"], row["setting"]["joint"], row["seed"]) == (path, joint, seed) and row["training"]
+    }
+    (loss,) = found
+    return loss
+
+
 def test_choices_lie_in_their_buckets_at_the_cost_of_ours_where_a_rule_has_a_path_of_it(done) -> None:
     study, _ = done
     small, large = study.family.anchors
     edges = [share * measure_costs(large, tokens=10).macs for share in (0.2, 0.2 + 0.8 / 3, 0.2 + 1.6 / 3, 1.0)]
     found, kinds = study._found["search"], set()
-    for seed in (0, 1):
-        for number, of_bucket in enumerate(study.chosen(seed)):
+    for length, seed in ((0, 0), (3, 0), (3, 1)):
+        for number, of_bucket in enumerate(study.chosen(length, seed)):
             ours = of_bucket["search"]
             under = [
                 n
                 for n, cost in enumerate(found.costs)
                 if cost.macs <= edges[number + 1] and n != found.place(Path.parse("1[:]"))
             ]
-            assert found.divergence[found.place(ours.path)] == min(found.divergence[n] for n in under)
+            first = min(under, key=lambda n: found.divergence[n])
+            assert of_bucket["search, by score alone"].path == found.paths[first]
+            if length:
+                named = found.contenders(Budget(macs=max(found.costs[n].macs for n in under)), 4)
+                ends = {path: validation(study, str(path), found.joint(path), seed) for path in named}
+                assert ours.path == min(ends, key=ends.__getitem__) and len(named) == 4
+            else:
+                assert ours.path == found.paths[first]
             for rule, choice in of_bucket.items():
                 kinds.add(rule)
                 options = {} if choice.joint == "identity" else {"calibration": study.family.fitting}
                 model = StitchedModel.from_path([small, large], choice.path, joint=choice.joint, **options)
                 assert choice.macs == measure_costs(model, tokens=10).macs
-                if rule == "search":
+                if rule.startswith("search"):
                     continue
                 wanted = max(ours.macs, edges[number])
                 apart = abs(choice.macs - wanted)
                 assert apart <= 0.02 * wanted or edges[number] < choice.macs <= edges[number + 1]
-                nearest = min(abs(macs - wanted) for macs in study._selections[rule][1])
+                every = study._selections[rule][1]
+                inside = [macs for macs in every if edges[number] < macs <= edges[number + 1]]
+                nearest = min(abs(macs - wanted) for macs in inside or every)
                 assert apart <= max(nearest, 0.02 * wanted)
     assert kinds == {"search", *SETTINGS.rivals}
 
@@ -139,13 +161,13 @@ def test_a_rival_takes_its_best_path_of_equal_cost_else_the_nearest(
     costs: list[float], expected: int | None, done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, _ = done
-    ours = study.chosen(0)[1]["search"].macs
+    ours = study.chosen(0, 0)[1]["search"].macs
     assert study.edges[1] < 0.95 * ours < 1.04 * ours < study.edges[2]
     macs = tuple(round(share * ours) for share in costs)
     paths = tuple(Path.parse(f"0[:{number}] 1[2:]") for number in (1, 2, 3))
     selection = PathSelection(paths, macs, (3.0, 1.0, 0.0), "klas")
     monkeypatch.setitem(study._selections, "klas", (selection, np.array(macs)))
-    taken = study.chosen(0)[1].get("klas")
+    taken = study.chosen(0, 0)[1].get("klas")
     assert (taken and taken.path) == (None if expected is None else paths[expected])
 
 
@@ -179,7 +201,7 @@ def test_the_report_says_what_the_rows_say(done) -> None:
     study, text = done
     assert (study.output / "report.md").read_text() == text and (study.output / "curve-3.png").exists()
     qualities, offers, totals = tables(text.split("## 3 steps")[1])
-    chosen = [study.chosen(seed) for seed in (0, 1)]
+    chosen = [study.chosen(3, seed) for seed in (0, 1)]
     edges = [share * study.dearest for share in (0.2, 0.2 + 0.8 / 3, 0.2 + 1.6 / 3, 1.0)]
     assert qualities[0][1:] == [
         f"{a / study.dearest:.0%}–{b / study.dearest:.0%}" for a, b in zip(edges, edges[1:], strict=False)
@@ -228,7 +250,7 @@ def test_the_report_says_what_the_rows_say(done) -> None:
 def test_functional_kl_is_compared_with_quality_over_every_model(done) -> None:
     study, text = done
     models: list[dict[tuple[str, str], tuple[float, float]]] = []
-    chosen = [study.chosen(seed) for seed in (0, 1)]
+    chosen = [study.chosen(3, seed) for seed in (0, 1)]
     for bucket in range(3):
         there: dict[tuple[str, str], set[int]] = {}
         for seed in (0, 1):
@@ -259,9 +281,8 @@ def test_the_recipe_runs_and_goes_on_without_repeating_work(tmp_path: Folder, mo
     out = tmp_path / "out" / "vit"
     written = {path: path.read_bytes() for path in out.iterdir() if path.suffix in (".jsonl", ".md", ".safetensors")}
     assert {path.name for path in written} >= {"rows.jsonl", "search.jsonl", "report.md", "scores.safetensors"}
-    assert {"search", "klas", "random", "shortgpt", "anchors"} == {
-        json.loads(line)["rule"] for line in written[out / "rows.jsonl"].splitlines()[1:]
-    }
+    rules = {json.loads(line)["rule"] for line in written[out / "rows.jsonl"].splitlines()[1:]}
+    assert {"search", "klas", "random", "shortgpt", "anchors"} == {one for one in rules if "contender" not in one}
     monkeypatch.setattr(every_size, "heal", None)
     recipe.main()
     assert {path: path.read_bytes() for path in written} == written
