@@ -5,7 +5,7 @@ process writes it.
 """
 
 from klas_hf.evaluation.images import predict_probabilities
-from klas_hf.evaluation.language import generate_greedily
+from klas_hf.evaluation.language import generate_greedily, predict_sequences
 from klas_hf.evaluation.measuring import evaluate, evaluate_divergence
 from klas_hf.evaluation.models import Measurement, evaluate_anchor, evaluate_stitches
 from klas_hf.evaluation.supernets import evaluate_supernet
@@ -19,4 +19,5 @@ __all__ = [
     "evaluate_supernet",
     "generate_greedily",
     "predict_probabilities",
+    "predict_sequences",
 ]

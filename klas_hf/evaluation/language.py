@@ -1,14 +1,18 @@
-"""Language models' greedy generations."""
+"""Language models' greedy generations, and how sure they are of whole sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from klas_hf.anchors.weights import evaluating
+from klas_hf.evaluation.measuring import TextTask
 from klas_hf.processes import progress, shared_out
+from klas_hf.training.data import IGNORED
 
 
 @torch.no_grad()
@@ -54,6 +58,42 @@ def generate_greedily(
             )
             answers += list(zip(part, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True))
     return [answer for _, answer in sorted(gather_object(answers))]
+
+
+@torch.no_grad()
+def predict_sequences(
+    model: PreTrainedModel, batches: Iterable[object]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Loss, confidence and number of labels of every sequence, for cascades; every process runs all.
+
+    Args:
+        batches: of text with labels, as for `evaluate`.
+
+    Returns:
+        Each `(sequences,)`: nats per label, the mean over labels of the highest probability there, and their number.
+
+    Raises:
+        ValueError: no sequences, one without a label, or labels that the model does not have.
+
+    Example:
+        >>> losses, confidence, labels = predict_sequences(target, batches)
+        >>> bool(abs(np.average(losses, weights=labels) - evaluate(target, batches).metrics["loss"]) < 1e-5)
+        True
+        >>> bool((confidence > 0).all() and (confidence <= 1).all())
+        True
+    """
+    task, found = TextTask(model.config.get_text_config().vocab_size), []
+    with evaluating(model):
+        for batch, labels in progress(task.labelled(batches), "predicting"):
+            logits = task.logits(model, batch)
+            terms, counts = task.terms(logits, labels.to(logits.device))
+            kept = (labels[:, 1:] != IGNORED).cpu()
+            highest = (logits[:, :-1].float().log_softmax(-1).amax(-1).exp().cpu() * kept).sum(1)
+            found.append(torch.stack([terms["loss"], highest.double(), counts.cpu().double()]))
+    if not found or not (every := torch.cat(found, 1))[2].all():
+        raise ValueError("got no sequences to predict, or one without a label; expected batches with labels")
+    losses, highest, counts = every.numpy()
+    return losses / counts, highest / counts, counts.astype(np.int64)
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:

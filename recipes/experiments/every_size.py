@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from experiments.beside import items_of, quantised
 from klas_hf.anchors.weights import fingerprint
 from klas_hf.budgets import Budget
 from klas_hf.costs import measure_path_costs
@@ -208,17 +209,25 @@ class EverySize:
 
         def measure(model: PreTrainedModel) -> Measurement:
             measured = evaluate(model, self.family.test, classes=self.family.classes)
+            beside: dict[str, Any] = {}
+            if not choice.path.joints:
+                beside["items"] = items_of(model, self.family.test, self.family.classes)
+            if str(choice.path) == "1[:]":
+                beside["quantised"] = quantised(model, self._quality)
             if length:
                 course = {"validation": healed[-1].training.validation, "rate": healed[-1].learning_rate}
-                return Measurement(measured.metrics, {**measured.details, **course})
+                return Measurement(measured.metrics, {**measured.details, **beside, **course})
             divergence = evaluate_divergence(model, self.large, self.family.scored)
-            return Measurement({**measured.metrics, "divergence": divergence}, measured.details)
+            return Measurement({**measured.metrics, "divergence": divergence}, {**measured.details, **beside})
 
         (row,) = evaluate_stitches(
             [choice.path], make, measure, rule=rule, rows=self.rows, anchors=self.made_from, training=training,
             seed=seed if length else self.settings.seeds[0], tokens=self.family.tokens, setting={"joint": choice.joint},
         )  # fmt: skip
         return row
+
+    def _quality(self, model: PreTrainedModel) -> float:
+        return evaluate(model, self.family.test, classes=self.family.classes).metrics[self.family.metric]
 
     def chosen(self, length: int, seed: int) -> list[dict[str, Choice]]:
         """By bucket, what each rule takes, ours after healing what the search names. A rule may take nothing."""

@@ -8,6 +8,7 @@ from statistics import fmean
 
 import numpy as np
 
+from experiments.beside import QUANTISED, cascade
 from experiments.every_size import ANCHORS, EQUAL, OURS, EverySize
 from klas_hf.curves.regret import lowest_per_bucket
 from klas_hf.curves.tradeoff import TradeoffCurve, higher_is_better, plot_curves
@@ -78,6 +79,14 @@ class Outcome:
             return None
         return [(1 - share) * a + share * b for a, b in zip(*map(self.values, self.anchors), strict=True)]
 
+    def cascade(self, bucket: int) -> list[float] | None:
+        """The best cascade of the anchors at no more than the cost of ours, by seed; None below the cheap one."""
+        most = self.rows[bucket][OURS][0].macs
+        if most < self.anchors[0][0].macs:
+            return None
+        points = [cascade(small, large) for small, large in zip(*self.anchors, strict=True)]
+        return [self.sign * max(self.sign * one.quality for one in each if one.macs <= most) for each in points]
+
     def closed(self, bucket: int) -> float | None:
         """Share of the gap between the anchors' means that ours closes; None where there is no gap."""
         small, large = (fmean(self.values(rows)) for rows in self.anchors)
@@ -140,7 +149,7 @@ def report(study: EverySize, lengths: Sequence[int]) -> str:
         parts += [
             f"## {name}", f"{outcome.metric} by share of the dear anchor's MACs (the cost of each in brackets):",
             qualities(outcome), "What the search offers, beside the best rival and the straight line:", offers(outcome),
-            "Over all buckets that both reach:", totals(outcome), foretold(outcome),
+            "Over all buckets that both reach:", totals(outcome), foretold(outcome), in_few_bits(outcome),
         ]  # fmt: skip
         if process_state().is_main_process:
             plot(outcome, name)
@@ -161,6 +170,8 @@ def qualities(outcome: Outcome) -> str:
             lines.append([rule, *(_cell(outcome, rows) if rows else "–" for rows in cells)])
     between = [outcome.line(n) if of_bucket else None for n, of_bucket in enumerate(outcome.rows)]
     lines.append(["straight line", *(format_mean(one) if one else "–" for one in between)])
+    cascades = [outcome.cascade(n) if of_bucket else None for n, of_bucket in enumerate(outcome.rows)]
+    lines.append(["cascade of the anchors", *(format_mean(one) if one else "–" for one in cascades)])
     small, large = (_cell(outcome, rows) for rows in outcome.anchors)
     return f"{markdown_table(lines)}\n\nThe anchors, {_treated(outcome)}: {small} and {large}."
 
@@ -205,6 +216,20 @@ def foretold(outcome: Outcome) -> str:
         f"Functional KL of the start against quality here: Spearman {outcome.spearman:.3f} over {count} models of "
         f"every kind; regret per bucket {fmean(regrets):.4f} in the mean, {max(regrets):.4f} at most."
     )
+
+
+def in_few_bits(outcome: Outcome) -> str:
+    """The dear anchor with its blocks' linear layers quantised: as many MACs, fewer bytes."""
+    rows = outcome.anchors[1]
+    known = [name for name in QUANTISED if name in rows[0].details["quantised"]]
+    if not known:
+        return "The dear anchor was not quantised: that takes torchao, and most of its weights in linear layers."
+    told = []
+    for name in known:
+        found = [row.details["quantised"][name] for row in rows]
+        quality = format_mean([one["quality"] for one in found])
+        told.append(f"{quality} in {name} ({found[0]['bytes']:.0%} of its bytes at 16 bits)")
+    return f"The dear anchor quantised afterwards, of all its MACs: {', '.join(told)}."
 
 
 def plot(outcome: Outcome, name: str) -> None:

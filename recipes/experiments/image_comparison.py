@@ -185,8 +185,11 @@ class ImageComparison:
             for anchor in (self.anchors[0], self.anchors[-1])
         )
         thresholds = [number / 20 for number in range(21)] + [0.97, 0.99, 0.999]
-        members = CascadeMember(small, self.macs[0]), CascadeMember(large, self.macs[-1])
-        return to_rows(cascade_curve(members[0], members[1], labels, thresholds))
+        members = (
+            CascadeMember.of_probabilities(predicted, labels, macs)
+            for predicted, macs in ((small, self.macs[0]), (large, self.macs[-1]))
+        )
+        return to_rows(cascade_curve(*members, thresholds))
 
     @cached_property
     def pairs(self) -> AnchorSelection:

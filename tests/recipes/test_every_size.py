@@ -18,6 +18,7 @@ sys.path.insert(0, str(RECIPES))
 
 import every_size as recipe  # noqa: E402
 from experiments import every_size  # noqa: E402
+from experiments.beside import quantised  # noqa: E402
 from experiments.every_size import EverySize, Family, StudySettings  # noqa: E402
 from experiments.every_size_report import report  # noqa: E402
 from families import FamilyArguments, family_of  # noqa: E402
@@ -42,7 +43,8 @@ def sequences(count: int, seed: int) -> list[list[int]]:
 
 def family() -> Family:
     train, held, scored, test = (sequences(count, seed) for seed, count in enumerate((32, 12, 16, 16)))
-    anchors = tiny_model(seed=1), tiny_model(large=True, num_hidden_layers=6, seed=2)
+    wide = {"hidden_size": 32, "intermediate_size": 64}  # what can be quantised
+    anchors = tiny_model(seed=1), tiny_model(large=True, num_hidden_layers=6, seed=2, **wide)
     return Family(
         "tiny", anchors, text_examples(train), text_examples(held), TextBatches(train, 16), TextBatches(scored, 8),
         TextBatches(test, 16), tokens=10, healing={"per_device_batch_size": 8},
@@ -214,7 +216,7 @@ def test_the_report_says_what_the_rows_say(done) -> None:
             for seed in (0, 1) if (one := chosen[seed][bucket].get(rule)) is not None
         ]  # fmt: skip
 
-    for rule, *cells in qualities[1:-1]:
+    for rule, *cells in qualities[1:-2]:
         for bucket, cell in enumerate(cells):
             if cell == "–":
                 assert rule not in chosen[0][bucket]
@@ -232,7 +234,7 @@ def test_the_report_says_what_the_rows_say(done) -> None:
         assert cells[4] == (f"{along:.0%}" if along >= 0 else "–")
         if along >= 0:
             line = fmean(a + along * (b - a) for a, b in zip(small, large, strict=True))
-            assert float(qualities[-1][1 + bucket].split()[0]) == pytest.approx(line, abs=6e-5)
+            assert float(qualities[-2][1 + bucket].split()[0]) == pytest.approx(line, abs=6e-5)
         better = {rule: fmean(of(rule, bucket)) - fmean(values) for rule in chosen[0][bucket] if rule != "search"}
         assert better[cells[5]] == pytest.approx(min(better.values()))
         same = str(chosen[0][bucket][cells[5]]) == str(chosen[0][bucket]["search"])
@@ -245,6 +247,64 @@ def test_the_report_says_what_the_rows_say(done) -> None:
         assert (int(count), int(ahead)) == (len(advantages[rule]), sum(one > 0 for one in advantages[rule]))
         assert float(mean.split()[0]) == pytest.approx(fmean(advantages[rule]), abs=6e-5)
     assert {line[0] for line in totals[1:]} == advantages.keys()
+
+
+def test_cascades_and_quantised_anchors_stand_beside(done) -> None:
+    """The cascade as by a loop over sequences."""
+    study, text = done
+    qualities, _, _ = tables(text.split("## the least-squares start")[1].split("## 3 steps")[0])
+    small, large = study.family.anchors
+    seen = []
+    for model in (small, large):
+        of_model = []
+        with torch.no_grad():
+            for batch in study.family.test:
+                for ids in batch["input_ids"]:
+                    log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)
+                    loss = -log_p[range(len(ids) - 1), ids[1:]].mean()
+                    of_model.append((float(log_p.exp().max(-1).values.mean()), float(loss)))
+        seen.append(of_model)
+    costs = [measure_costs(model, tokens=10).macs for model in (small, large)]
+    for bucket, cell in enumerate(qualities[-1][1:]):
+        most, best = study.chosen(0, 0)[bucket]["search"].macs, []
+        for limit in [0.0, *(sure for sure, _ in seen[0]), 1.0]:
+            sent = [sure < limit for sure, _ in seen[0]]
+            if costs[0] + costs[1] * fmean(sent) <= most:
+                best.append(fmean(b[1] if on else a[1] for a, b, on in zip(*seen, sent, strict=True)))
+        assert cell == "–" if most < costs[0] else float(cell) == pytest.approx(min(best), abs=6e-5)
+    model = StitchedModel.from_path([small, large], "1[:]")  # whose head is its own
+    plain = evaluate(model, study.family.test).metrics["loss"]
+    shown = re.search(r"(\S+) in int8 \((\d+)% of its bytes at 16 bits\), (\S+) in int4 \((\d+)%", text)
+    found = quantised(model, lambda one: evaluate(one, study.family.test).metrics["loss"])
+    for name, loss, share in (("int8", shown[1], shown[2]), ("int4", shown[3], shown[4])):
+        assert float(loss) == pytest.approx(found[name]["quality"], abs=6e-5)
+        assert int(share) == round(100 * found[name]["bytes"])
+    assert abs(found["int4"]["quality"] - plain) > 5 * abs(found["int8"]["quality"] - plain) > 0
+
+
+def test_quantised_weights_have_few_values_near_what_they_were() -> None:
+    model, seen = family().anchors[1], []
+    layers = {name: one for name, one in model.named_modules() if "proj" in name}
+
+    def look(small: torch.nn.Module) -> float:
+        seen.append({name: small.get_submodule(name).weight.dequantize() for name in layers})
+        for name, parameter in small.named_parameters():
+            assert "proj" in name or torch.equal(parameter, model.get_parameter(name))
+        return 0.0
+
+    found = quantised(model, look)
+    inside, every = sum(one.weight.numel() for one in layers.values()), model.num_parameters()
+    for of_bits, (name, bits) in zip(seen, (("int8", 8), ("int4", 4)), strict=True):
+        size = 2 * (every - inside)
+        for layer, new in of_bits.items():
+            old = layers[layer].weight.detach()
+            groups = (old, new) if bits == 8 else (old.reshape(-1, 32), new.reshape(-1, 32))
+            step = groups[0].abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)
+            assert ((groups[0] - groups[1]).abs() <= 1.01 * step).all()
+            assert (groups[0] - groups[1]).abs().mean() < 0.3 * step.mean()
+            assert all(len(row.unique()) <= 2**bits for row in groups[1])
+            size += old.numel() * bits // 8 + 2 * len(step)
+        assert found[name]["bytes"] == pytest.approx(size / (2 * every))
 
 
 def test_functional_kl_is_compared_with_quality_over_every_model(done) -> None:
