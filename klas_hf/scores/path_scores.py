@@ -35,6 +35,7 @@ class PathScores:
         bytes_per_parameter: of the dearest anchor's dtype.
         provenance: fingerprints, settings, versions, forwards that it took.
         joints: of each path, what `StitchedModel.from_path` is to make of its joints, and what its cost is for.
+        depths: number of blocks of each anchor.
 
     Example:
         >>> found = search_paths([source, target], batches, tokens=16)
@@ -52,10 +53,14 @@ class PathScores:
     bytes_per_parameter: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
     joints: tuple[str, ...] = ()
+    depths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.joints:
             object.__setattr__(self, "joints", ("least_squares",) * len(self.paths))
+        if not self.depths:
+            ends = [max(one.start, one.stop or 0, 1) for path in self.paths for one in path.slices]
+            object.__setattr__(self, "depths", (max(ends, default=1),) * len(self.names))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -115,8 +120,9 @@ class PathScores:
     def contenders(self, budget: Budget | Cost | str | float, count: int = 3) -> tuple[Path, ...]:
         """The best path within a budget, and others that may be better than it once they are healed.
 
-        How much a path gains by healing depends on its kind, which its start does not show (LOG.md): so the best of
-        other kinds follow and, in turn with them, the best of other numbers of joints of its own kind.
+        How much a path gains by healing depends on the anchors that it begins and ends with, which its start does not
+        show (LOG.md): so the best of those with other ends follow and, in turn with them, the best of other numbers of
+        joints between the same ends.
 
         Args:
             budget: see `Budget.of`.
@@ -142,9 +148,10 @@ class PathScores:
         best = ranked[0]
         if not best.joints and self.costs[self.place(best)] == self.dearest:
             return (best,)
-        kinds = {kind_of(path): path for path in reversed(ranked)}
-        joints = {path.joints: path for path in reversed(ranked) if kind_of(path) == kind_of(best)}
-        others = (sorted(set(of.values()) - {best}, key=ranked.index) for of in (kinds, joints))
+        ends = {ends_of(path, self.depths): path for path in reversed(ranked)}
+        own = ends_of(best, self.depths)
+        joints = {path.joints: path for path in reversed(ranked) if ends_of(path, self.depths) == own}
+        others = (sorted(set(of.values()) - {best}, key=ranked.index) for of in (ends, joints))
         turns = [path for pair in zip_longest(*others) for path in pair if path is not None]
         return (best, *turns)[:count]
 
@@ -177,6 +184,7 @@ class PathScores:
             "bytes_per_parameter": self.bytes_per_parameter,
             "provenance": dict(self.provenance),
             "joints": list(self.joints),
+            "depths": list(self.depths),
         }
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ("divergence", "error")}
         return write_atomically(path, lambda part: save_file(arrays, part, {"klas_hf_paths": json.dumps(plain)}))
@@ -201,7 +209,7 @@ class PathScores:
         return cls(
             tuple(map(Path.parse, plain["paths"])), **arrays, costs=tuple(Cost(**cost) for cost in plain["costs"]),
             names=tuple(plain["names"]), bytes_per_parameter=plain["bytes_per_parameter"],
-            provenance=plain["provenance"], joints=tuple(plain["joints"]),
+            provenance=plain["provenance"], joints=tuple(plain["joints"]), depths=tuple(plain["depths"]),
         )  # fmt: skip
 
     @cached_property
@@ -216,6 +224,12 @@ def kind_of(path: Path) -> str:
     if len(path.anchors) == 1:
         return "pruned"
     return "stitch" if path.stitch is not None else "mixed"
+
+
+def ends_of(path: Path, depths: Sequence[int]) -> tuple[int, int]:
+    """The anchors of a path's first and last blocks."""
+    blocks = [anchor for anchor, start, stop in path.bounds(depths) if stop > start]
+    return blocks[0], blocks[-1]
 
 
 def as_scores(found: Mapping[Path, tuple[float, float]], costs: Sequence[Cost], **about: Any) -> PathScores:

@@ -16,7 +16,7 @@ from klas_hf.anchors.loading import load_anchors
 from klas_hf.paths import Path
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile, library_versions
-from klas_hf.scores.path_scores import PathScores, as_scores, kind_of
+from klas_hf.scores.path_scores import PathScores, as_scores, ends_of
 from klas_hf.scores.paths import PathScore, PathScorer
 from klas_hf.selection.plan import GROUP, SearchConfig, SearchPlan
 
@@ -125,7 +125,7 @@ class _Search:
         costs, joints = [self.plan.cost(path) for path in full], tuple(map(self.plan.joint, full))
         return as_scores(
             full, costs, names=tuple(anchor.name for anchor in self.anchors),
-            bytes_per_parameter=self.plan.bytes_per_parameter, joints=joints,
+            bytes_per_parameter=self.plan.bytes_per_parameter, joints=joints, depths=tuple(self.plan.moves.depths),
             provenance=self.settings
             | {"versions": library_versions(), "spent": self.spent, "limit": self.plan.forwards},
         )  # fmt: skip
@@ -183,14 +183,14 @@ class _Search:
         """What is measured on all items: of every bucket the best that no cheaper path beats by far.
 
         The best of each number of joints first: screening, which fits them to few rows, flatters many joints. And the
-        best of each kind, however far behind: kinds gain unequally as they are healed.
+        best of those between other anchors, however far behind: they gain unequally as they are healed.
         """
         front, found = self._front(), []
         for of_one in self._screened():
             near = [path for path in of_one if self._excess(front, path) <= NEAR]
             first = list({path.joints: path for path in reversed(near)}.values())
             found += sorted(near, key=lambda path: path not in first)[: max(self.config.beam, len(first))]
-            found += {kind_of(path): path for path in reversed(of_one)}.values()
+            found += {ends_of(path, self.plan.moves.depths): path for path in reversed(of_one)}.values()
         return list(dict.fromkeys(found))
 
     def _affordable(self, paths: list[Path]) -> list[Path]:

@@ -249,7 +249,7 @@ def test_the_report_says_what_the_rows_say(done) -> None:
     assert {line[0] for line in totals[1:]} == advantages.keys()
 
 
-def test_cascades_and_quantised_anchors_stand_beside(done) -> None:
+def test_cascades_stand_beside(done) -> None:
     """The cascade as by a loop over sequences."""
     study, text = done
     qualities, _, _ = tables(text.split("## the least-squares start")[1].split("## 3 steps")[0])
@@ -272,7 +272,12 @@ def test_cascades_and_quantised_anchors_stand_beside(done) -> None:
             if costs[0] + costs[1] * fmean(sent) <= most:
                 best.append(fmean(b[1] if on else a[1] for a, b, on in zip(*seen, sent, strict=True)))
         assert cell == "–" if most < costs[0] else float(cell) == pytest.approx(min(best), abs=6e-5)
-    model = StitchedModel.from_path([small, large], "1[:]")  # whose head is its own
+
+
+def test_quantised_anchors_stand_beside(done) -> None:
+    pytest.importorskip("torchao")
+    study, text = done
+    model = StitchedModel.from_path(study.family.anchors, "1[:]")  # whose head is its own
     plain = evaluate(model, study.family.test).metrics["loss"]
     shown = re.search(r"(\S+) in int8 \((\d+)% of its bytes at 16 bits\), (\S+) in int4 \((\d+)%", text)
     found = quantised(model, lambda one: evaluate(one, study.family.test).metrics["loss"])
@@ -283,6 +288,7 @@ def test_cascades_and_quantised_anchors_stand_beside(done) -> None:
 
 
 def test_quantised_weights_have_few_values_near_what_they_were() -> None:
+    pytest.importorskip("torchao")
     model, seen = family().anchors[1], []
     layers = {name: one for name, one in model.named_modules() if "proj" in name}
 

@@ -16,7 +16,7 @@ from tiny_vision import images, tiny_classifier, tiny_pair
 from klas_hf import Path, PathScores, SearchConfig, measure_path_costs, search_paths
 from klas_hf.budgets import Budget, Cost
 from klas_hf.rows import read_rows
-from klas_hf.scores.path_scores import kind_of
+from klas_hf.scores.path_scores import ends_of, kind_of
 from klas_hf.selection import search
 from klas_hf.selection.moves import Moves
 
@@ -219,52 +219,56 @@ def test_the_best_within_a_budget_and_the_pareto_front(points: list[tuple[int, f
     assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(front))
 
 
-KINDS = ("0[:]", "0[:2] 0[3:]", "0[:1] 0[2:3] 0[4:]", "0[:2] 1[5:]", "1[:1] 1[2:]", "1[:1] 1[2:3] 1[4:]",
-         "1[:1] 1[2:3] 1[4:5] 1[6:]", "1[:2] 0[1:2] 1[4:]", "1[:3] 0[1:]")  # fmt: skip
+ENDS = {
+    "0[:]": (0, 0), "0[:2] 0[3:]": (0, 0), "0[:1] 0[2:3] 0[4:]": (0, 0), "0[:2] 1[5:]": (0, 1), "0[:3] 1[6:]": (0, 0),
+    "1[:1] 1[2:]": (1, 1), "1[:1] 1[2:3] 1[4:]": (1, 1), "1[:1] 1[2:3] 1[4:5] 1[6:]": (1, 1),
+    "1[:2] 0[1:2] 1[4:]": (1, 1), "1[:3] 0[1:]": (1, 0),
+}  # of anchors of 4 and of 6 blocks: path → the anchors of its first and last block  # fmt: skip
+MEASURED = st.lists(
+    st.tuples(st.sampled_from(sorted(ENDS)), st.floats(0.01, 5), st.integers(1, 99)), min_size=1,
+    unique_by=lambda one: one[0],
+)  # fmt: skip
 
 
-@given(st.lists(st.tuples(st.sampled_from(KINDS), st.floats(0.01, 5), st.integers(1, 99)), min_size=1, unique_by=lambda
-    one: one[0]), st.integers(1, 8))  # fmt: skip
+@given(MEASURED, st.integers(1, 8))
 @settings(max_examples=100, deadline=None)
-def test_contenders_are_the_best_of_other_kinds_and_of_other_numbers_of_joints(
+def test_contenders_are_the_best_between_other_anchors_and_of_other_numbers_of_joints(
     measured: list[tuple[str, float, int]], count: int
 ) -> None:
-    paths = [Path.parse(text) for text, _, _ in measured] + [Path.parse("1[:]")]
+    paths, whole = [Path.parse(text) for text, _, _ in measured], Path.parse("1[:]")
     values, costs = [value for _, value, _ in measured] + [0.0], [Cost(m, m) for _, _, m in measured] + [Cost(100, 100)]
-    scores = PathScores(tuple(paths), np.array(values), np.zeros(len(paths)), tuple(costs), ("a", "b"), 2.0)
-    within = [
-        (value, cost.macs, path) for path, value, cost in zip(paths, values, costs, strict=True) if cost.macs < 100
-    ]
-    *_, best = min(within, key=lambda one: one[:2])
-    found = scores.contenders(Cost(99, 99), count)
-    assert found[0] == best == scores.best(Cost(99, 99)) and scores.contenders(1.0, count) == (Path.parse("1[:]"),)
-    assert len(set(found)) == len(found) <= count and set(found) <= {path for *_, path in within}
-
-    def is_best(of: Path, like: Any) -> bool:
-        return of == min((one for one in within if like(one[2])), key=lambda one: one[:2])[2]
-
-    for path in found[1:]:  # each leads its kind, or those of its number of joints among the best one's kind
-        alike = kind_of(path) == kind_of(best) and is_best(
-            path, lambda one, path=path: kind_of(one) == kind_of(path) and one.joints == path.joints
-        )
-        assert alike or is_best(path, lambda one, path=path: kind_of(one) == kind_of(path))
-    every = scores.contenders(Cost(99, 99), 99)
-    assert {kind_of(path) for path in every} == {kind_of(path) for *_, path in within}
-    others = {path.joints for *_, path in within if kind_of(path) == kind_of(best)} - {best.joints}
-    if len(every) > 2 and others:
-        assert kind_of(every[2]) == kind_of(best) or kind_of(every[1]) == kind_of(best)
+    scores = PathScores(
+        (*paths, whole), np.array(values), np.zeros(len(costs)), tuple(costs), ("a", "b"), 2.0, depths=(4, 6)
+    )
+    ranked = sorted(paths, key=lambda path: (scores.divergence[scores.place(path)], scores.share(path)))
+    best, found, every = ranked[0], scores.contenders(Cost(99, 99), count), scores.contenders(Cost(99, 99), 99)
+    assert found[0] == best == scores.best(Cost(99, 99)) and found == every[:count] and len(set(every)) == len(every)
+    assert scores.contenders(1.0, count) == (whole,)
+    others, joints = (
+        [],
+        [],
+    )  # by hand: whoever is first between its ends; of its number of joints, between those of best
+    for path in ranked[1:]:
+        before = ranked[: ranked.index(path)]
+        if not any(ENDS[str(one)] == ENDS[str(path)] for one in before):
+            others.append(path)
+        alike = [one for one in before if ENDS[str(one)] == ENDS[str(best)] and one.joints == path.joints]
+        if ENDS[str(path)] == ENDS[str(best)] and not alike:
+            joints.append(path)
+    assert set(every) == {best, *others, *joints}
+    assert [path for path in every if path in others] == others and [path for path in every if path in joints] == joints
+    if others and joints:
+        assert every[1:3] == (others[0], joints[0])
     with pytest.raises(ValueError, match="count=0"):
         scores.contenders(1.0, 0)
 
 
-def test_the_best_of_each_kind_is_measured_in_full_however_far_behind() -> None:
+def test_the_best_between_any_two_anchors_is_measured_in_full_however_far_behind() -> None:
     found = search_paths(anchors(), data(), SearchConfig(buckets=2, beam=1), tokens=12)
+    depths = tuple(one.config.num_hidden_layers for one in anchors())
     for low, high in ((0.2, 0.6), (0.6, 1.0)):
-        assert {kind_of(path) for path in found.paths if low <= found.share(path) < high} >= {
-            "pruned",
-            "stitch",
-            "mixed",
-        }
+        ends = {ends_of(path, depths) for path in found.paths if path.joints and low <= found.share(path) < high}
+        assert ends >= {(0, 1), (1, 0), (1, 1)} and found.depths == depths
 
 
 def test_scores_are_saved_and_drawn(tmp_path: FilePath) -> None:
