@@ -91,7 +91,7 @@ def main() -> None:
     scores = score_stitches(
         models[0], models[1], batches[args.calibration // 4 :], score="functional", tokens=args.tokens,
         functional=FunctionalScoring(
-            calibration=batches[: args.calibration // 4], moment_bytes=int(args.moment_gib * GIB), rear_items=16
+            calibration=batches[: args.calibration // 4], moment_bytes=int(args.moment_gib * GIB), rear_bytes=16 << 20
         ),
     )  # fmt: skip
     seconds = time.perf_counter() - start

@@ -99,8 +99,8 @@ class Anchor(ABC, Generic[Batch, State]):
         """The model's own head on a last state: `(…, classes)`; differentiable, in the mode that the model is in."""
 
     @abstractmethod
-    def answers(self, state: State, batch: Batch) -> Tensor:
-        """The same of the units that count: `(units, classes)`, without gradients and as evaluated."""
+    def answers(self, state: State, batch: Batch, units: slice = slice(None)) -> Tensor:
+        """The same of the units that count, or of some: `(units, classes)`, without gradients and as evaluated."""
 
     @abstractmethod
     def rows(self, state: State, batch: Batch, into: Any = None) -> Tensor:
@@ -136,6 +136,11 @@ class Anchor(ABC, Generic[Batch, State]):
     @abstractmethod
     def split(state: State, count: int) -> list[State]:
         """The states that were stacked."""
+
+
+def hidden_of(state: Any) -> Tensor:
+    """The one tensor of a state."""
+    return state if isinstance(state, Tensor) else state.hidden
 
 
 def check_anchors(anchors: Sequence[Anchor], least: int = 2) -> None:

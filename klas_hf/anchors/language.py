@@ -107,8 +107,8 @@ class LanguageAnchor(Anchor[TokenBatch, Tensor]):
         return scale_logits(head(normed), self.config)
 
     @torch.no_grad()
-    def answers(self, state: Tensor, batch: TokenBatch) -> Tensor:
-        return self.logits(self.rows(state, batch))
+    def answers(self, state: Tensor, batch: TokenBatch, units: slice = slice(None)) -> Tensor:
+        return self.logits(self.probed(state, batch, units))
 
     def rows(self, state: Tensor, batch: TokenBatch, into: Any = None) -> Tensor:
         return state[batch.counted.to(state.device)]

@@ -95,9 +95,9 @@ class VisionAnchor(Anchor[ImageBatch, Features]):
         return self.kind.run_head(self.model, state)
 
     @torch.no_grad()
-    def answers(self, state: Features, batch: ImageBatch) -> Tensor:
+    def answers(self, state: Features, batch: ImageBatch, units: slice = slice(None)) -> Tensor:
         with evaluating(self.model):
-            return self.logits(state)
+            return self.logits(state)[units]
 
     def rows(self, state: Features, batch: ImageBatch, into: "VisionAnchor | None" = None) -> Tensor:
         return feature_rows(state, self.kind, 0 if into is None else dropped_prefix(self.kind, into.kind))

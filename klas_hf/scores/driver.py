@@ -15,13 +15,12 @@ from klas_hf.costs import measure_stitch_costs
 from klas_hf.paths import StitchCosts
 from klas_hf.probes import ProbeNet, fit_probes
 from klas_hf.rows import library_versions
+from klas_hf.scores.answers import WORKSPACE_BYTES
 from klas_hf.scores.compared import ComparedSums, ImageScoring
 from klas_hf.scores.functional import FunctionalResult, score_functionally
 from klas_hf.scores.functional_settings import FunctionalScoring
 from klas_hf.scores.probed import Distributions, ProbedSums
 from klas_hf.scores.values import NEEDED, PROBED, SCORES, STITCHED, StitchScores, check_score
-
-WORKSPACE_BYTES = 1 << 29
 
 
 def score_stitches(

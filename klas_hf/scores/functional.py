@@ -8,7 +8,7 @@ held-out data, both anchors run once, and the rears of all stitches that enter t
 Where the matrices of all pairs do not fit into the memory allowed, pairs are taken in groups, one pass for each.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.anchor import Anchor, hidden_of
 from klas_hf.anchors.fitting import fit_stitches, fitted_joint
 from klas_hf.anchors.streaming import Gathered, stream
 from klas_hf.anchors.weights import evaluating
-from klas_hf.maths.divergences import kl_divergence
 from klas_hf.maths.estimates import RatioSums
 from klas_hf.maths.least_squares import LinearFit, warn_of_few_rows
 from klas_hf.maths.similarities import PairMoments
 from klas_hf.paths import Stitch, StitchCosts
 from klas_hf.processes import sum_array_over_processes
+from klas_hf.scores.answers import Reference
 from klas_hf.scores.functional_settings import FunctionalScoring, calibration_and_scored
 
 Array = NDArray[np.float64]
@@ -171,39 +171,37 @@ class _StitchedAnswers(Gathered):
 
     def update(self, states: Sequence[list[Any]], batch: Any) -> None:
         """Add one batch: stitches into one target block run together."""
-        answer = self.anchors[1].answers(states[1][-1], batch)
-        log_p = _log_probs(answer, self.settings.temperature)
-        labels = batch.unit_labels
-        at_once = max(1, self.settings.rear_items // len(batch))
+        last, settings, labels = self.anchors[1], self.settings, batch.unit_labels
+        reference = Reference(last, states[1][-1], batch, settings.temperature, settings.workspace_bytes)
         for start in sorted({j for _, j in self.fits}):
             stops = sorted(i for i, j in self.fits if j == start)
+            at_once = max(1, settings.rear_bytes // hidden_of(states[1][start]).nbytes)
             for first in range(0, len(stops), at_once):
                 part = stops[first : first + at_once]
-                for stop, logits in zip(part, self._stitched(states[0], part, start, batch), strict=True):
-                    self._add((stop - 1, start - 1), log_p, logits, labels, batch)
+                terms, picked = reference.compare(
+                    [(last, state) for state in self._stitched(states[0], part, start, batch)], labels
+                )
+                for place, stop in enumerate(part):
+                    self._add((stop - 1, start - 1), terms[place], None if picked is None else picked[place], batch)
         self.divergence.sequences += len(batch)
         self.loss.sequences += len(batch)
-        self.units += len(log_p)
+        self.units += len(batch.unit_items)
 
-    def _stitched(self, states: Sequence[Any], stops: Sequence[int], start: int, batch: Any) -> Iterator[Tensor]:
-        """Logits `(units, classes)` of the states that are stitched into one target block, which run together."""
+    def _stitched(self, states: Sequence[Any], stops: Sequence[int], start: int, batch: Any) -> list[Any]:
+        """Last states of what is stitched into one target block, which run together."""
         first, last = self.anchors
         moved = []
         for stop in stops:
             joint = fitted_joint(first, stop, last, start, self.fits[stop, start])
             moved.append(joint(last.take(states[stop])))
         with evaluating(last.model):
-            state = last.run(last.stacked(moved), batch.inputs, start, last.num_blocks)
-            for one in last.split(state, len(stops)):
-                yield last.answers(one, batch)
+            return last.split(last.run(last.stacked(moved), batch.inputs, start, last.num_blocks), len(stops))
 
-    def _add(self, place: Pair, log_p: Tensor, logits: Tensor, labels: Tensor | None, batch: Any) -> None:
+    def _add(self, place: Pair, terms: Tensor, picked: Tensor | None, batch: Any) -> None:
         items, count = batch.unit_items, len(batch)
-        terms = kl_divergence(log_p, _log_probs(logits, self.settings.temperature))
         _add(self.divergence, place, terms, torch.ones_like(terms), items, count)
-        if labels is not None:
-            known, classes = (labels >= 0).to(logits.device), labels.clamp_min(0).to(logits.device)
-            picked = _log_probs(logits, 1.0).gather(-1, classes[:, None])[:, 0]
+        if picked is not None:
+            known = batch.unit_labels >= 0
             _add(self.loss, place, -picked * known, known.to(picked), items, count)
 
     def combine(self) -> None:
@@ -212,16 +210,12 @@ class _StitchedAnswers(Gathered):
         self.units = int(sum_array_over_processes(np.array([float(self.units)]))[0])
 
 
-def _log_probs(logits: Tensor, temperature: float) -> Tensor:
-    return (logits.float() / temperature).log_softmax(-1)
-
-
 def _add(sums: RatioSums, place: Pair, terms: Tensor, weights: Tensor, items: Tensor, count: int) -> None:
     """Add the terms of one stitch, summed over the units of each item."""
     if not terms.isfinite().all():
         raise ValueError("got NaN or infinite divergences; expected finite activations. Check the anchors' weights")
     totals = torch.zeros(2, count, dtype=torch.float64)
-    totals.index_add_(1, items.cpu(), torch.stack([terms, weights]).cpu().double())
+    totals.index_add_(1, items, torch.stack([terms, weights]).double())
     sums.add_at(place, totals[0].numpy(), totals[1].numpy())
 
 

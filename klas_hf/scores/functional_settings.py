@@ -7,6 +7,7 @@ from typing import Any
 from klas_hf.anchors.anchor import Anchor
 from klas_hf.maths.least_squares import RIDGE
 from klas_hf.paths import Stitch
+from klas_hf.scores.answers import WORKSPACE_BYTES
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class FunctionalScoring:
         temperature: softens both distributions; 4 foretold best of 0.5, 1, 2 and 4 (LOG.md).
         ridge: penalty of the fits, relative to the variance of a standardised feature.
         moment_bytes: memory that the sums of one group of pairs may take.
-        rear_items: images or sequences that one forward of a rear takes at most.
+        rear_bytes: memory that the states of one forward of a rear, of several stitches together, may take.
+        workspace_bytes: memory for distributions.
         scored_items: images or sequences to score on, in whole batches at least so many; None takes all.
 
     Raises:
@@ -39,7 +41,8 @@ class FunctionalScoring:
     temperature: float = 4.0
     ridge: float = RIDGE
     moment_bytes: int = 4 << 30
-    rear_items: int = 256
+    rear_bytes: int = 1 << 28
+    workspace_bytes: int = WORKSPACE_BYTES
     scored_items: int | None = 128
 
     def __post_init__(self) -> None:

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from klas_hf.anchors.anchor import Anchor
 from klas_hf.anchors.fitting import fitted_joint
 from klas_hf.anchors.weights import evaluating
-from klas_hf.maths.divergences import kl_divergence
 from klas_hf.maths.estimates import RatioSums
 from klas_hf.maths.least_squares import RIDGE, LinearFit, warn_of_few_rows
 from klas_hf.maths.similarities import PairMoments
 from klas_hf.paths import Path
 from klas_hf.processes import progress, shared_out, sum_array_over_processes, sum_over_processes
+from klas_hf.scores.answers import WORKSPACE_BYTES, Reference
 
 Bound = tuple[int, int, int]  # anchor, start, stop
 Beginning = tuple[Bound, ...]  # a path up to a joint
+TOGETHER = 8  # paths whose last states are kept, to be compared with the reference's answers at once
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class PathScorer:
         temperature: softens both distributions.
         ridge: penalty of the fits, relative to the variance of a standardised feature.
         moment_bytes: memory that the sums of one group's fits may take.
+        workspace_bytes: memory for distributions.
         merged: whether the joints of a path are merged (`joint="merged"`); None: of no path.
 
     Attributes:
@@ -74,11 +76,13 @@ class PathScorer:
         temperature: float = 1.0,
         ridge: float = RIDGE,
         moment_bytes: int = 2 << 30,
+        workspace_bytes: int = WORKSPACE_BYTES,
         merged: Callable[[Path], bool] | None = None,
     ):
         self.anchors, self.reference = anchors, reference
         self.calibration, self.scored = calibration, scored
         self.temperature, self.ridge, self.moment_bytes = temperature, ridge, moment_bytes
+        self.workspace_bytes = workspace_bytes
         self.merged = merged or (lambda _: False)
         self.forwards = 0
         self.depths = [anchor.num_blocks for anchor in anchors]
@@ -204,8 +208,14 @@ class PathScorer:
         whole = ((self.reference, 0, self.depths[self.reference]),)
         for batch in progress(shared_out(batches), f"scoring {len(paths)} paths"):
             run = _Run(self, batch, [whole, *bounds])
-            log_p = self._log_probs(run.state(whole), batch, whole)
-            terms = torch.stack([kl_divergence(log_p, self._log_probs(run.state(b), batch, b)).cpu() for b in bounds])
+            reference = Reference(
+                self.anchors[self.reference], run.state(whole), batch, self.temperature, self.workspace_bytes
+            )
+            found = []
+            for first in range(0, len(bounds), TOGETHER):
+                states = [(self.anchors[b[-1][0]], run.state(b)) for b in bounds[first : first + TOGETHER]]
+                found.append(reference.compare(states)[0])
+            terms = torch.cat(found)
             if not terms.isfinite().all():
                 raise ValueError("got NaN or infinite divergences; expected finite activations. Check the anchors")
             totals = torch.zeros(len(batch), len(paths), dtype=torch.float64)
@@ -217,10 +227,6 @@ class PathScorer:
             raise ValueError("got no data to score on; expected batches. Check that an iterator was not used up before")
         values, errors = np.maximum(sums.value, 0.0), sums.standard_error
         return [PathScore(float(v), float(e), sums.sequences) for v, e in zip(values, errors, strict=True)]
-
-    def _log_probs(self, state: Any, batch: Any, bounds: Beginning) -> Tensor:
-        logits = self.anchors[bounds[-1][0]].answers(state, batch).float()
-        return (logits / self.temperature).log_softmax(-1).to(self.anchors[self.reference].device)
 
 
 class _Merged(nn.Module):

@@ -73,7 +73,8 @@ class _Search:
         self.scorer = PathScorer(
             self.anchors, self.plan.reference, self.plan.calibration, self.plan.scored,
             temperature=config.scoring.temperature, ridge=config.scoring.ridge,
-            moment_bytes=config.scoring.moment_bytes, merged=lambda path: self.plan.joint(path) == "merged",
+            moment_bytes=config.scoring.moment_bytes, workspace_bytes=config.scoring.workspace_bytes,
+            merged=lambda path: self.plan.joint(path) == "merged",
         )  # fmt: skip
         fingerprints = [anchor.fingerprint for anchor in self.anchors]
         plain = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "scoring"}

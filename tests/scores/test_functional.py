@@ -26,7 +26,6 @@ from klas_hf import (
     train_probes,
 )
 from klas_hf.maths.least_squares import RIDGE
-from klas_hf.scores import functional as functional_module
 
 IMAGES = ["vit", "swin", "resnet", "levit_teacher", "convnext"]
 DECODERS = ["llama", "gemma2", "granite", "qwen2", "gpt_neox"]
@@ -144,7 +143,7 @@ def test_rounding_makes_no_score_negative_and_none_of_its_root_nan(monkeypatch: 
     source, target = (tiny_vision.tiny_classifier("vit", large=large, seed=6) for large in (False, True))
     data = image_batches("vit", 6, seed=7)
     probes = train_probes(source, data), train_probes(target, data)
-    monkeypatch.setattr(functional_module, "kl_divergence", lambda log_p, log_q: torch.full(log_p.shape[:1], -1e-9))
+    monkeypatch.setattr("klas_hf.scores.answers.kl_divergence", lambda log_p, log_q: torch.full(log_p.shape[:1], -1e-9))
     found = score_stitches(source, target, data, probes=probes, score="functional_theta")
     assert found.stitches and all(found.value_of(stitch) == 0 for stitch in found.stitches)
 
@@ -227,14 +226,15 @@ def test_groups_and_smaller_rears_change_nothing_but_passes() -> None:
     for name, options in (
         ("whole", {}),
         ("groups", {"moment_bytes": 8 * (16 * 16 + 2 * 16 + 24 * 24 + 2 * 24 + 16 * 24)}),
-        ("rears", {"rear_items": 1}),
+        ("rears", {"rear_bytes": 1}),
+        ("distributions", {"workspace_bytes": 1}),
     ):
         settings = FunctionalScoring(calibration=calibration, **options)
         found[name] = score_stitches(source, target, data, score="functional", functional=settings)
     passes = {name: one.provenance["functional"]["passes"] for name, one in found.items()}
     pairs = int(np.isfinite(found["whole"].statistics["functional"]).sum())
-    assert passes == {"whole": 1, "groups": pairs, "rears": 1}
-    for name in ("groups", "rears"):
+    assert passes == {"whole": 1, "groups": pairs, "rears": 1, "distributions": 1}
+    for name in ("groups", "rears", "distributions"):
         for key, value in found["whole"].statistics.items():
             np.testing.assert_allclose(found[name].statistics[key], value, rtol=1e-5, atol=1e-9)
         assert found[name].sequences == found["whole"].sequences == found[name].tokens == 18

@@ -78,12 +78,13 @@ def test_divergences_of_images_are_those_of_the_models_alone(kind: str) -> None:
         assert score.error == pytest.approx(float(expected.std() / len(expected) ** 0.5), rel=1e-4, abs=1e-6)
 
 
-def test_the_memory_allowed_changes_nothing() -> None:
+@pytest.mark.parametrize("allowed", [{"moment_bytes": 1}, {"workspace_bytes": 1}, {"workspace_bytes": 60_000}])
+def test_the_memory_allowed_changes_nothing(allowed: dict[str, int]) -> None:
     anchors = [LanguageAnchor(tiny_model(seed=1)), LanguageAnchor(tiny_model(large=True, seed=2))]
     calibration, scored = text_batches(anchors[1])
     paths = [Path.parse(text) for text in TEXT]
     whole = PathScorer(anchors, 1, calibration, scored).score(paths)
-    lean = PathScorer(anchors, 1, calibration, scored, moment_bytes=1)
+    lean = PathScorer(anchors, 1, calibration, scored, **allowed)
     for one, other in zip(lean.score(paths), whole, strict=True):
         assert one.divergence == pytest.approx(other.divergence, rel=1e-4, abs=1e-7)
 
