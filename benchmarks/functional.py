@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--calibration", type=int, default=32, help="sequences")
     parser.add_argument("--scored", type=int, default=8, help="sequences")
+    parser.add_argument("--batch", type=int, default=4, help="sequences that run together")
     parser.add_argument("--moment_gib", type=float, default=4.0)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
@@ -85,13 +86,14 @@ def main() -> None:
         for blocks, width, one in zip(args.blocks, args.widths, heads, strict=True)
     )
     ids = torch.randint(2, args.vocabulary, (args.calibration + args.scored, args.tokens))
-    batches = [{"input_ids": part} for part in ids.split(4)]
+    batches = [{"input_ids": part} for part in ids.split(args.batch)]
     models = [model(config, args) for config in configs]
     before, start = peak(args), time.perf_counter()
     scores = score_stitches(
-        models[0], models[1], batches[args.calibration // 4 :], score="functional", tokens=args.tokens,
+        models[0], models[1], batches[args.calibration // args.batch :], score="functional", tokens=args.tokens,
         functional=FunctionalScoring(
-            calibration=batches[: args.calibration // 4], moment_bytes=int(args.moment_gib * GIB), rear_bytes=16 << 20
+            calibration=batches[: args.calibration // args.batch], moment_bytes=int(args.moment_gib * GIB),
+            rear_bytes=16 << 20,
         ),
     )  # fmt: skip
     seconds = time.perf_counter() - start
