@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -132,11 +133,12 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         if calibration is not None:
             chosen_data = sampled(calibration, loaded[-1].read, features_per_row(loaded), calibration_items)
             batches = kind._usable(chosen_data, loaded)
-        supernet = kind(config).eval()
+        with torch.device("meta"):
+            supernet = kind(config).eval()
         last = loaded[-1].model
-        supernet.to(device=last.device, dtype=last.dtype)  # before weights that float32 would round
-        for model, one in zip(supernet.anchors, loaded, strict=True):
-            model.load_state_dict(one.model.state_dict())
+        for model, one, given in zip(supernet.anchors, loaded, anchors, strict=True):
+            _fill(model, one.model, last.device, last.dtype, copied=not isinstance(given, str | os.PathLike))
+        supernet.joints = supernet._made_joints().to(device=last.device, dtype=last.dtype).eval()
         commits = revisions or [None] * len(anchors)
         supernet.processors_from = [
             None if isinstance(one, PreTrainedModel) else (str(one), hub_options(loading, commit))
@@ -313,6 +315,27 @@ class StitchedSupernet(Publishable, PreTrainedModel):
     def _made_joints(self) -> nn.ModuleList:
         ends = self._joint_ends()
         return nn.ModuleList(self.anchor(a).joint(stop, self.anchor(b), start) for a, stop, b, start in ends)
+
+
+def _fill(
+    model: PreTrainedModel, like: PreTrainedModel, device: torch.device, dtype: torch.dtype, copied: bool
+) -> None:
+    """Give an unallocated model the tensors of another, or copies of them."""
+    known: dict[int, Tensor] = {}  # tied ones have two names
+
+    def moved(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        if tensor.data_ptr() not in known or not tensor.numel():
+            dtype = dtype if tensor.is_floating_point() else None
+            known[tensor.data_ptr()] = tensor.detach().to(device=device, dtype=dtype, copy=copied)
+        return known[tensor.data_ptr()]
+
+    state = like.state_dict()
+    model.load_state_dict({name: moved(tensor, dtype) for name, tensor in state.items()}, assign=True)
+    for name, buffer in like.named_buffers():
+        if name not in state:  # what no checkpoint keeps, such as rotary frequencies
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, moved(buffer, None))
+    model.tie_weights()
 
 
 def note_origin(config: PreTrainedConfig, supernet: StitchedSupernet, path: Path) -> None:
