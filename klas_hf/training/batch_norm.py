@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from klas_hf.anchors.language import evaluating
+from klas_hf.anchors.weights import evaluating
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from klas_hf.anchors.language import evaluating
+from klas_hf.anchors.weights import evaluating
 from klas_hf.processes import process_state
 from klas_hf.training.batch_norm import batch_norms
 from klas_hf.training.config import TrainingConfig
@@ -99,7 +99,7 @@ class Objective(ABC):
         loss = cross_entropy_sum(logits, targets)
         if self.teacher is None:
             return loss
-        with torch.no_grad(), evaluating(self.teacher):
+        with torch.no_grad():
             teacher_logits = self.labelled(self.teacher(**self._teachers(inputs)).logits, batch).float()
         if config.distillation == "hard":
             distance = hard_distillation_sum(logits, teacher_logits)
@@ -163,16 +163,19 @@ class Objective(ABC):
 
 @contextmanager
 def _on(teacher: PreTrainedModel | None, device: torch.device) -> Iterator[None]:
-    """The teacher on a device, and afterwards where it was."""
-    if teacher is None or teacher.device == device:
+    """The teacher on a device and in eval mode, and afterwards as it was."""
+    if teacher is None:
         yield
         return
     home = teacher.device
-    teacher.to(device)
+    if home != device:
+        teacher.to(device)
     try:
-        yield
+        with evaluating(teacher):
+            yield
     finally:
-        teacher.to(home)
+        if home != device:
+            teacher.to(home)
 
 
 @contextmanager
