@@ -18,6 +18,7 @@ from tiny_vision import (
 )
 from transformers import BeitConfig, BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from klas_hf.anchors import weights
 from klas_hf.anchors.anchor import check_anchors
 from klas_hf.anchors.images import ImageBatch
 from klas_hf.anchors.vision import VisionAnchor, check_labels, is_vision, load_vision_anchor
@@ -187,6 +188,41 @@ def test_what_is_an_image_classifier(tmp_path: Path) -> None:
 
 
 # ---- identity
+
+
+def test_a_fingerprint_is_taken_once_until_the_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = tiny_classifier("resnet"), []
+    update = weights._update
+    monkeypatch.setattr(
+        weights, "_update", lambda digest, tensor: (read.append(tensor.numel()), update(digest, tensor))
+    )
+    size = sum(tensor.numel() for tensor in model.state_dict().values())
+    known = fingerprint(model)
+    assert sum(read) > size
+    read.clear()
+    assert fingerprint(model) == known and max(read) < 2 * weights.SAMPLED
+    parameter = max(model.parameters(), key=torch.Tensor.numel)
+    assert parameter.numel() > 4 * weights.SAMPLED
+    changes = {
+        "one value": lambda: parameter.view(-1)[3:4].add_(1.0),
+        "a step": lambda: torch.optim.SGD([parameter], lr=0.1).step(),
+        "unseen by torch": lambda: parameter.data.mul_(1.5),
+        "other tensors": lambda: model.load_state_dict({n: t + 1 for n, t in model.state_dict().items()}, assign=True),
+        "statistics": lambda: next(b for b in model.buffers() if b.is_floating_point()).add_(1.0),
+    }
+    for name, change in changes.items():
+        parameter.grad = torch.ones_like(parameter)
+        before = fingerprint(model)
+        with torch.no_grad():
+            change()
+        found = fingerprint(model)
+        assert found != before and found == fingerprint(copy.deepcopy(model)), name
+    with torch.inference_mode():
+        untracked = tiny_classifier("resnet", seed=5)
+    before = fingerprint(untracked)
+    with torch.inference_mode():
+        next(untracked.parameters()).view(-1)[1:2].add_(1.0)
+    assert fingerprint(untracked) != before
 
 
 def test_fingerprints_tell_weights_apart_and_nothing_else(tmp_path: Path) -> None:
