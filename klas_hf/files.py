@@ -1,10 +1,16 @@
-"""Writing files and folders complete or absent: an interrupted write, or a power cut, leaves what was there."""
+"""Writing files and folders complete or absent: an interrupted write, or a power cut, leaves what was there.
+
+And by one process at a time: another one that would write to the same place is refused.
+"""
 
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary, finalize
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -55,6 +61,54 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
     path.rename(going)
     shutil.rmtree(going)
+
+
+class Claim:
+    """A file or folder that no other process claims, as long as this lives; a process that dies lets go of it.
+
+    Within a process, `claim` gives every user of a place the same one; `with claim(path):` keeps it meanwhile.
+
+    Raises:
+        BlockingIOError: another process has claimed it.
+    """
+
+    def __init__(self, path: Path):
+        from filelock import FileLock, Timeout
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise BlockingIOError(
+                f"got {path}, to which another run is writing; wait for its end, stop it, or name another output"
+            ) from error
+        finalize(self, _let_go, lock, os.getpid())
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_CLAIMS: "WeakValueDictionary[Path, Claim]" = WeakValueDictionary()
+
+
+def claim(path: str | Path) -> Claim:
+    """The claim to a file or folder, which lasts until nothing holds it; see `Claim`."""
+    path = Path(path).absolute()
+    found = _CLAIMS.get(path)
+    if found is None:
+        found = _CLAIMS[path] = Claim(path)
+    return found
+
+
+def _let_go(lock: Any, process: int) -> None:
+    if os.getpid() == process:  # not a worker that was forked off
+        with suppress(OSError):  # a lock file that is open cannot be removed everywhere
+            os.unlink(lock.lock_file)  # still locked: who waits for it sees that it is gone, and makes another
+        lock.release()
 
 
 def _sync(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path as File
 from statistics import fmean, stdev
 from typing import Any
 
-from klas_hf.files import write_atomically
+from klas_hf.files import Claim, claim, write_atomically
 from klas_hf.paths import Path, Stitch
 
 AnyPath = Path | Stitch | str | tuple[int, ...]
@@ -156,6 +156,7 @@ class RowFile:
         self.path = File(path)
         self.run = json.loads(json.dumps(dict(run)))
         self.rows: list[ResultRow] = []
+        self._claim: Claim | None = None  # from the first row that is written
         self._whole = False  # whether this process has seen to it that the file ends with a whole line
         if self.path.exists():
             header, self.rows = _read(self.path)
@@ -179,8 +180,14 @@ class RowFile:
         return next(iter(of_rule or (found if any_rule else [])), None)
 
     def append(self, row: ResultRow, *, to_disk: bool = True) -> None:
-        """Write a `row`; it is on disk when this returns, unless another process writes it (`to_disk=False`)."""
+        """Write a `row`; it is on disk when this returns, unless another process writes it (`to_disk=False`).
+
+        Raises:
+            BlockingIOError: another run writes to the file.
+        """
         line = _line(asdict(row))
+        if to_disk:
+            self._claim = self._claim or claim(self.path)
         self.rows.append(row)
         if not to_disk:
             return

@@ -6,14 +6,15 @@ Every step leaves a file behind that the next one reads, so the same command goe
 import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klas_hf.cli.make_steps import WORK, MakeData, MakeOptions, described, healed, measured, read_data, searched
-from klas_hf.cli.output import check_output, human_bytes, human_count, is_main_process, names, say
+from klas_hf.cli.output import check_output, check_writable, human_bytes, human_count, is_main_process, names, say
 from klas_hf.cli.parsing import Command
-from klas_hf.files import remove_folder, write_atomically
+from klas_hf.files import claim, remove_folder, write_atomically
 from klas_hf.rows import format_table
 
 if TYPE_CHECKING:
@@ -28,10 +29,17 @@ LEFT = ("paths.safetensors", "paths.png", "paths.svg", "rows.jsonl", "curve.png"
 
 def run(options: MakeOptions) -> int:
     """Go on from whatever step the folder holds; 0 at the end. Errors are for the command to tell."""
+    output = Path(options.output).expanduser()
+    check_writable(output)
+    with nullcontext() if options.dry_run or not is_main_process() else claim(output):
+        return _run(options, output)
+
+
+def _run(options: MakeOptions, output: Path) -> int:
     from klas_hf.budgets import Budget
     from klas_hf.selection.plan import SearchPlan, search_within, unallocated_anchors
 
-    budget, output = Budget.of(options.budget), Path(options.output).expanduser()
+    budget = Budget.of(options.budget)
     state = {} if options.dry_run else _begun(output, options)
     if state.get("stage") == "finished":
         say(f"{output} holds the model of this run, which is finished; nothing to do")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from klas_hf.errors import TrainingDiverged
+from klas_hf.files import claim
 from klas_hf.processes import ProgressBar, process_state
 from klas_hf.training.checkpoints import Checkpoints, Progress
 from klas_hf.training.config import TrainingConfig
@@ -99,6 +100,7 @@ def train_stitches(
         ValueError: examples without labels, distillation without a teacher, settings that the model cannot take, a
             checkpoint of another run.
         TrainingDiverged: a loss or gradient is not finite; the last checkpoint stays.
+        BlockingIOError: another run writes to `output_dir`.
 
     Example:
         >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
@@ -125,6 +127,7 @@ def train_stitches(
     resumed = checkpoints.latest()
     begun = time.perf_counter()
     with (
+        nullcontext() if output_dir is None or not accelerator.is_main_process else claim(output_dir),
         made_trainable(model, config) as trainable,
         torch.random.fork_rng(),
         objective.while_training(accelerator.device),
