@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 TRAINABLE = ("stitch", "lora", "full")
-PRECISIONS = ("no", "bf16")
+PRECISIONS = ("auto", "no", "bf16")
 OPTIMIZERS = ("adamw", "sgd")
 DISTILLATIONS = ("soft", "hard")
 SAMPLINGS = ("uniform", "bucket")
@@ -110,7 +110,10 @@ class TrainingConfig:
     momentum: float = field(default=0.9, metadata={"help": "of sgd"})
     weight_decay: float = field(default=0.0, metadata={"help": "of matrices only; AdamW's is decoupled"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    mixed_precision: str = field(default="no", metadata={"help": "'no' (fp32) or 'bf16' (autocast, fp32 weights)"})
+    mixed_precision: str = field(
+        default="auto",
+        metadata={"help": "'no' (fp32), 'bf16' (autocast, fp32 weights) or 'auto': bf16 where a GPU has it"},
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations to save memory"})
     distillation_weight: float = field(
         default=0.0, metadata={"help": "share of the loss that comes from the teacher's logits; 0: none"}

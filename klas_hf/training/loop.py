@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import is_bf16_available
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
@@ -113,9 +114,9 @@ def train_stitches(
     config = config or TrainingConfig()
     if give_up is not None and validation is None:
         raise ValueError("got give_up without validation, whose losses it is to judge; pass validation=examples too")
+    config = with_precision(config, process_state().device)
     objective = _objective(model, data, config, teacher)
     held_objective = _held_objective(model, validation, config)
-    process_state()  # before the Accelerator, which would not see CPU processes
     parallel = DistributedDataParallelKwargs(find_unused_parameters=objective.may_skip_parameters)
     accelerator = Accelerator(kwargs_handlers=[parallel])
     multiple = accelerator.num_processes * config.gradient_accumulation_steps
@@ -175,6 +176,13 @@ def _record(
         step, loss = min(result.validation, key=lambda pair: pair[1])
         made |= {"kept_step": step, "validation_loss": loss}
     return made if before is None else made | {"before": before}
+
+
+def with_precision(config: TrainingConfig, device: torch.device) -> TrainingConfig:
+    """Settings that say what "auto" precision is on a device."""
+    if config.mixed_precision != "auto":
+        return config
+    return replace(config, mixed_precision="bf16" if device.type != "cpu" and is_bf16_available() else "no")
 
 
 def _objective(model: PreTrainedModel, data: Any, config: TrainingConfig, teacher: PreTrainedModel | None) -> Objective:

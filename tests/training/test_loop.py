@@ -138,6 +138,24 @@ def test_bf16_keeps_the_dtype_and_follows_fp32(stitched: PreTrainedModel) -> Non
     assert other(**collate(examples(2))).logits.dtype == torch.bfloat16  # no autocast is left on the forward
 
 
+@pytest.mark.parametrize(
+    ("asked", "device", "has_it", "expected"),
+    [("auto", "cuda", True, "bf16"), ("auto", "cuda", False, "no"), ("auto", "mps", True, "bf16"),
+     ("auto", "cpu", True, "no"), ("no", "cuda", True, "no"), ("bf16", "cpu", False, "bf16")],
+)  # fmt: skip
+def test_precision_is_bf16_by_itself_where_a_gpu_has_it(
+    asked: str, device: str, has_it: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "is_bf16_available", lambda: has_it)
+    assert loop.with_precision(TrainingConfig(mixed_precision=asked), torch.device(device)).mixed_precision == expected
+
+
+def test_the_precision_that_was_taken_is_recorded(model: PreTrainedModel) -> None:
+    assert TrainingConfig().mixed_precision == "auto"
+    train_stitches(model, examples(), replace(QUICK, max_steps=1))
+    assert model.config.training["settings"]["mixed_precision"] == "no"  # of a CPU
+
+
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_every_tensor_gets_its_dtype_back(trainable: str, precision: str) -> None:
@@ -441,7 +459,7 @@ def test_the_training_stays_with_the_model(model: PreTrainedModel, tmp_path: Pat
     second = train_stitches(model, examples(7), replace(QUICK, trainable="stitch", max_steps=1))
     model.save_pretrained(tmp_path)
     record = AutoModelForCausalLM.from_pretrained(tmp_path).config.training
-    assert TrainingConfig(**record["settings"]) == replace(QUICK, trainable="stitch", max_steps=1)
+    assert TrainingConfig(**record["settings"]) == replace(QUICK, trainable="stitch", max_steps=1, mixed_precision="no")
     assert record["data"] == {"kind": "text", "examples": 7} and record["teacher"] is None
     assert (record["steps"], record["first_loss"], record["last_loss"]) == (1, second.losses[0], second.losses[0])
     before = record["before"]
