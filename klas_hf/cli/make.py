@@ -116,7 +116,7 @@ def _foretold(plan: "SearchPlan", budget: "Budget", data: MakeData, options: Mak
     items = sum(map(len, [*plan.calibration, *plan.scored]))
     teacher, dearest = options.anchors[plan.reference], plan.dearest
     rate = _macs_per_second(plan.anchors[plan.reference].model.dtype)
-    runs = 0.5 + 0.9 * options.contenders  # in full with two short ones before; others are given up at half
+    runs = 1.4 * options.contenders  # two short ones before each
     healing = runs * options.steps * options.batch_size * 4 * dearest.macs  # forward, twice that back, the teacher's
     lines = [
         f"weights to be read: {human_bytes(weights)} of {names(options.anchors)}",

@@ -56,6 +56,7 @@ class CascadeMember:
         Args:
             probabilities: `(images, classes)` softmax outputs.
             labels: `(images,)` classes.
+            macs, parameters: of the model, as the attributes.
 
         Raises:
             ValueError: rows that are no distributions, or labels of other images or classes.

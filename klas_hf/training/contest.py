@@ -14,9 +14,6 @@ from klas_hf.scores.path_scores import PathScores
 from klas_hf.stitching.assembly import assemble_best
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.healing import HealingResult, heal
-from klas_hf.training.loop import GiveUp
-
-HOPE = 2.0  # times as fast as until now that a contender may still get better, before it is given up
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,8 @@ class Contest:
 
     Example:
         >>> found = search_paths([source, target], batches, tokens=16)
-        >>> config = healing_config(4, per_device_batch_size=2)
-        >>> contest = heal_best([source, target], found, "70%", examples, calibration=batches, config=config)
+        >>> options = {"config": healing_config(4, per_device_batch_size=2), "calibration": batches}
+        >>> contest = heal_best([source, target], found, "70%", examples, validation=examples, **options)
         >>> contest.healing.end == min(healing.end for healing in contest.contenders.values())
         True
     """
@@ -56,8 +53,8 @@ def heal_best(
 ) -> Contest:
     """Make and heal the best paths within a budget, and keep the one that does best on held-out examples.
 
-    Each is healed as by `heal`, with the same settings. One that is behind after half of its steps, and would stay so
-    at twice the pace at which it has been getting better, is given up.
+    Each is healed as by `heal`, with the same settings and for all of its steps: to give up half-way what is behind
+    loses winners and saves little (LOG.md).
 
     Args:
         anchors: those that were searched, in that order: Hub ids, folders or models.
@@ -77,8 +74,8 @@ def heal_best(
 
     Example:
         >>> found = search_paths([source, target], batches, tokens=16)
-        >>> config = healing_config(4, per_device_batch_size=2)
-        >>> contest = heal_best([source, target], found, "70%", examples, calibration=batches, config=config)
+        >>> options = {"config": healing_config(4, per_device_batch_size=2), "calibration": batches}
+        >>> contest = heal_best([source, target], found, "70%", examples, validation=examples, **options)
         >>> len(contest.contenders), contest.model.config.search["budget"]
         (3, '70%')
     """
@@ -88,7 +85,7 @@ def heal_best(
     for number, path in enumerate(found.contenders(budget, contenders)):
         model = assemble_best(anchors, found, budget, path, **assembly)
         healed[path] = heal(
-            model, data, teacher=teacher, validation=validation, config=config, give_up=hopeless(best),
+            model, data, teacher=teacher, validation=validation, config=config,
             output_dir=None if output_dir is None else Folder(output_dir) / f"contender-{number}",
         )  # fmt: skip
         if kept is None or healed[path].end < best:
@@ -99,31 +96,3 @@ def heal_best(
         {"path": str(of), "start": one.start, "end": one.end, "steps": one.training.steps} for of, one in healed.items()
     ]
     return Contest(model, healed[path], healed)
-
-
-def hopeless(best: float) -> GiveUp:
-    """Whether a run is to be given up, because what it may still gain will not bring it to another's loss.
-
-    Args:
-        best: held-out loss that the other has reached, in nats per label.
-
-    Returns:
-        What `train_stitches` takes as `give_up`. Learning curves flatten, so that a run that has fallen by d in s steps
-        from its highest loss falls by no more than d in the next s; twice that is allowed for, as the cosine's end
-        brings more than its middle.
-
-    Example:
-        >>> give_up = hopeless(2.0)
-        >>> give_up([(0, 4.0), (5, 3.0)], 10), give_up([(0, 2.6), (5, 2.5)], 10), give_up([(0, 2.6), (4, 2.5)], 10)
-        (False, True, False)
-    """
-
-    def decide(history: Sequence[tuple[int, float]], total: int) -> bool:
-        step, loss = history[-1]
-        highest, since = max((value, place) for place, value in history)
-        if 2 * step < total or step == since:
-            return 2 * step >= total and loss > best
-        pace = (highest - loss) / (step - since)
-        return loss - HOPE * pace * (total - step) > best
-
-    return decide

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from klas_hf.errors import TrainingDiverged
 from klas_hf.training.checkpoints import Checkpoints
 from klas_hf.training.config import TrainingConfig
-from klas_hf.training.loop import GiveUp, TrainingResult, train_stitches
+from klas_hf.training.loop import TrainingResult, train_stitches
 
 DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that may be tried
@@ -59,7 +59,6 @@ def heal(
     validation: Any = None,
     config: TrainingConfig | None = None,
     rates: Sequence[float] = RATES,
-    give_up: GiveUp | None = None,
     output_dir: str | Path | None = None,
 ) -> HealingResult:
     """Train a model of a path in place, distilled from a teacher, at a rate found by short runs.
@@ -74,8 +73,7 @@ def heal(
         rates: learning rates that may be tried, ascending: first the one nearest to 0.128 / width of the head (1e-3 at
             128, 4e-5 at 3072; ten times that for LoRA), then higher ones while they do better; lower ones only where
             it diverges, for in short runs too low a rate looks better than it is (LOG.md).
-        give_up: as for `train_stitches`, of the run at the chosen rate.
-        output_dir: where checkpoints of that run go; it is resumed from there, at its rate.
+        output_dir: where checkpoints of the run at the chosen rate go; it is resumed from there, at that rate.
 
     Returns:
         The held-out losses before and after, the rate, and the run.
@@ -102,9 +100,7 @@ def heal(
         tried = _sweep(model, train, held, teacher, config, rates)
     chosen = min(tried, key=tried.__getitem__) if tried else (rates[0] if rates else config.learning_rate)
     config = replace(config, learning_rate=chosen)
-    result = train_stitches(
-        model, train, config, teacher=teacher, validation=held, give_up=give_up, output_dir=output_dir
-    )
+    result = train_stitches(model, train, config, teacher=teacher, validation=held, output_dir=output_dir)
     losses = [loss for _, loss in result.validation]
     return HealingResult(result, chosen, tried, losses[0], min(losses))
 

@@ -7,11 +7,11 @@ is, an `Objective` says.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -31,8 +31,6 @@ from klas_hf.training.language import LanguageObjective
 from klas_hf.training.objectives import Objective
 from klas_hf.training.paths import takes
 from klas_hf.training.trainables import made_trainable, optimizer_of
-
-GiveUp: TypeAlias = Callable[[Sequence[tuple[int, float]], int], bool]
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,7 +70,6 @@ def train_stitches(
     *,
     teacher: PreTrainedModel | None = None,
     validation: Sequence[Mapping[str, Any]] | ImageData | None = None,
-    give_up: GiveUp | None = None,
     output_dir: str | Path | None = None,
 ) -> TrainingResult:
     """Train a stitched model or a supernet in place. With trainable="full", any language model or image classifier.
@@ -90,8 +87,6 @@ def train_stitches(
         teacher: for distillation, usually the dearest anchor.
         validation: held-out examples of the form of `data`; their loss (of the labels, not distilled) is measured at
             the start and every `eval_steps`, and at the end the model has the weights that did best.
-        give_up: given the held-out losses so far, as `TrainingResult.validation`, and the number of steps that there
-            are to be: whether to end now. Asked whenever they were measured.
         output_dir: where checkpoints go. A run found there is resumed, to the same parameters as without a break.
 
     Returns:
@@ -112,8 +107,6 @@ def train_stitches(
         (20, True)
     """
     config = config or TrainingConfig()
-    if give_up is not None and validation is None:
-        raise ValueError("got give_up without validation, whose losses it is to judge; pass validation=examples too")
     config = with_precision(config, process_state().device)
     objective = _objective(model, data, config, teacher)
     held_objective = _held_objective(model, validation, config)
@@ -144,7 +137,7 @@ def train_stitches(
             group["initial_lr"] = group["lr"]
         warmup = math.ceil(total * config.warmup_ratio)
         schedule = get_cosine_schedule_with_warmup(optimizer.optimizer, warmup, total, last_epoch=progress.step - 1)
-        run = _Run(accelerator, prepared, optimizer, schedule, config, objective, held, give_up)
+        run = _Run(accelerator, prepared, optimizer, schedule, config, objective, held)
         steps = _steps(loader, order, config.gradient_accumulation_steps, steps_per_epoch, progress.step, total)
         try:
             progress = run.train(steps, progress, total, checkpoints)
@@ -213,38 +206,28 @@ class _Run:
         config: TrainingConfig,
         objective: Objective,
         held: HeldOut | None,
-        give_up: GiveUp | None,
     ):
         self.accelerator, self.model, self.optimizer, self.schedule = accelerator, model, optimizer, schedule
-        self.config, self.objective, self.held, self.give_up = config, objective, held, give_up
+        self.config, self.objective, self.held = config, objective, held
 
     def train(
         self, steps: Iterator[list[dict[str, Tensor]]], progress: Progress, total: int, checkpoints: Checkpoints
     ) -> Progress:
         """Take optimiser steps until `total`, writing checkpoints."""
         losses = list(progress.losses)
-        if self._hopeless(progress.step, total):
-            return progress
+        if self.held is not None:
+            self.held.look(progress.step, total)
         with ProgressBar("training", "step", total, done=progress.step) as bar:
             for batches in steps:
                 loss = self._step(batches, seed=self.config.seed * 1_000_003 + len(losses))
                 losses.append(loss)
                 progress = Progress(len(losses), tuple(losses))
                 bar.update(f"loss={loss:.3f}")
-                over = self._hopeless(progress.step, total) or progress.step == total
-                if over or progress.step % self.config.save_steps == 0:
+                if self.held is not None:
+                    self.held.look(progress.step, total)
+                if progress.step % self.config.save_steps == 0 or progress.step == total:
                     checkpoints.save(self.accelerator, self.model, self.optimizer.optimizer, progress, self.held)
-                if over:
-                    break
         return progress
-
-    def _hopeless(self, step: int, total: int) -> bool:
-        """Measure the held-out loss, if it is time; whether the run is to end for what has been measured."""
-        if self.held is None:
-            return False
-        self.held.look(step, total)
-        measured = self.held.history[-1][0] == step
-        return measured and self.give_up is not None and self.give_up(self.held.history, total)
 
     def _step(self, batches: list[dict[str, Tensor]], seed: int) -> float:
         # Reseeding at each step makes dropout independent of what ran before: a resumed run draws the same.
