@@ -97,7 +97,7 @@ class PathScores:
     @property
     def dearest(self) -> Cost:
         """The cost of the dearest anchor."""
-        return max((self.costs[n] for n, path in enumerate(self.paths) if not path.joints), key=lambda cost: cost.macs)
+        return self.costs[self._dearest]
 
     def pareto(self) -> tuple[Path, ...]:
         """The paths that no cheaper or equally dear one, anchors included, is predicted to beat, cheapest first."""
@@ -121,8 +121,8 @@ class PathScores:
         """The best path within a budget, and others that may be better than it once they are healed.
 
         How much a path gains by healing depends on the anchors that it begins and ends with, which its start does not
-        show (LOG.md): so the best of those with other ends follow and, in turn with them, the best of other numbers of
-        joints between the same ends.
+        show (LOG.md): so the best of those with other ends follow, first those that end with the dearest anchor, from
+        which they are to learn, and in turn with them the best of other numbers of joints between the same ends.
 
         Args:
             budget: see `Budget.of`.
@@ -148,12 +148,13 @@ class PathScores:
         best = ranked[0]
         if not best.joints and self.costs[self.place(best)] == self.dearest:
             return (best,)
-        ends = {ends_of(path, self.depths): path for path in reversed(ranked)}
-        own = ends_of(best, self.depths)
+        own, dearest = ends_of(best, self.depths), self.paths[self._dearest].slices[0].anchor
+        ends = {found: path for path in reversed(ranked) if (found := ends_of(path, self.depths)) not in (None, own)}
         joints = {path.joints: path for path in reversed(ranked) if ends_of(path, self.depths) == own}
-        others = (sorted(set(of.values()) - {best}, key=ranked.index) for of in (ends, joints))
-        turns = [path for pair in zip_longest(*others) for path in pair if path is not None]
-        return (best, *turns)[:count]
+        others = sorted(ends, key=lambda found: (found[1] != dearest, ranked.index(ends[found])))
+        alike = sorted(set(joints.values()) - {best}, key=ranked.index)
+        turns = zip_longest((ends[found] for found in others), alike)
+        return (best, *(path for pair in turns for path in pair if path is not None))[:count]
 
     def plot(self, path: str | File | None = None) -> "Figure":
         """Divergence over cost: kinds of paths by colour, the best of every size, the line between the anchors.
@@ -213,6 +214,11 @@ class PathScores:
         )  # fmt: skip
 
     @cached_property
+    def _dearest(self) -> int:
+        """The place of the dearest anchor."""
+        return max((n for n, path in enumerate(self.paths) if not path.joints), key=lambda n: self.costs[n].macs)
+
+    @cached_property
     def _places(self) -> dict[Path, int]:
         return {path: place for place, path in enumerate(self.paths)}
 
@@ -226,10 +232,11 @@ def kind_of(path: Path) -> str:
     return "stitch" if path.stitch is not None else "mixed"
 
 
-def ends_of(path: Path, depths: Sequence[int]) -> tuple[int, int]:
-    """The anchors of a path's first and last blocks."""
-    blocks = [anchor for anchor, start, stop in path.bounds(depths) if stop > start]
-    return blocks[0], blocks[-1]
+def ends_of(path: Path, depths: Sequence[int]) -> tuple[int, int] | None:
+    """The anchors that a path begins and ends with; None where it has only the head of the one that it ends with."""
+    bounds = path.bounds(depths)
+    blocks = [anchor for anchor, start, stop in bounds if stop > start]
+    return (blocks[0], blocks[-1]) if blocks[-1] == bounds[-1][0] else None
 
 
 def as_scores(found: Mapping[Path, tuple[float, float]], costs: Sequence[Cost], **about: Any) -> PathScores:

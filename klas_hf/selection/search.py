@@ -191,7 +191,8 @@ class _Search:
             near = [path for path in of_one if self._excess(front, path) <= NEAR]
             first = list({path.joints: path for path in reversed(near)}.values())
             found += sorted(near, key=lambda path: path not in first)[: max(self.config.beam, len(first))]
-            found += {ends_of(path, self.plan.moves.depths): path for path in reversed(of_one)}.values()
+            ends = {ends_of(path, self.plan.moves.depths): path for path in reversed(of_one)}
+            found += [path for between, path in ends.items() if between is not None]
         return list(dict.fromkeys(found))
 
     def _affordable(self, paths: list[Path]) -> list[Path]:
