@@ -7,6 +7,7 @@ idea is the beam search of greedy depth pruning, with the least-squares joints o
 SN-Net's stitches as further moves.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path as File
 from typing import Any
@@ -21,6 +22,7 @@ from klas_hf.scores.paths import PathScore, PathScorer
 from klas_hf.selection.plan import GROUP, SearchConfig, SearchPlan
 
 ROUND = 64  # neighbours that are measured before it is decided anew which come next
+BETTER = 0.95  # times the divergence of a cheaper path between the same anchors, from which one is measured so too
 NEAR = 1.25  # times the divergence of the best path of its size or below, up to which one is measured on all items
 
 
@@ -184,15 +186,21 @@ class _Search:
         """What is measured on all items: of every bucket the best that no cheaper path beats by far.
 
         The best of each number of joints first: screening, which fits them to few rows, flatters many joints. And the
-        best of those between other anchors, however far behind: they gain unequally as they are healed.
+        best between any two anchors, however far behind, for they gain unequally as they are healed; but for those that
+        are hardly better than a cheaper one.
         """
         front, found = self._front(), []
+        best: dict[tuple[int, int], float] = {}  # of paths between the same anchors, up to this bucket
         for of_one in self._screened():
             near = [path for path in of_one if self._excess(front, path) <= NEAR]
             first = list({path.joints: path for path in reversed(near)}.values())
             found += sorted(near, key=lambda path: path not in first)[: max(self.config.beam, len(first))]
             ends = {ends_of(path, self.plan.moves.depths): path for path in reversed(of_one)}
-            found += [path for between, path in ends.items() if between is not None]
+            for between, path in ends.items():
+                own = self.known[path, self.plan.few][0]
+                if between is not None and own <= BETTER * best.get(between, math.inf):
+                    best[between] = own
+                    found.append(path)
         return list(dict.fromkeys(found))
 
     def _affordable(self, paths: list[Path]) -> list[Path]:
