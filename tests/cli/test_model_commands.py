@@ -231,6 +231,7 @@ def test_training_of_a_classifier_from_a_teacher(vision: Path, classifier: Path,
     _same_weights(AutoModelForImageClassification.from_pretrained(output), expected)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(language: Path, stitched: Path, tmp_path: Path) -> None:
     words = [*FULL, "--max_steps", "150", "--save_steps", "5", "--length", "12"]
     output = tmp_path / "trained"

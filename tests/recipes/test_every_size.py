@@ -339,6 +339,7 @@ def test_functional_kl_is_compared_with_quality_over_every_model(done) -> None:
     assert [float(shown[3]), float(shown[4])] == pytest.approx([fmean(regrets), max(regrets)], abs=6e-5)
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_and_goes_on_without_repeating_work(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     places = ["--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
     rivals = ["--rivals", "klas", "random", "shortgpt"]
