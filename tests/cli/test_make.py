@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from quick_cases import quick
 from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -106,12 +107,7 @@ KILLED = {
 }
 
 
-OFTEN = ("searching", "healing", "saving")
-
-
-@pytest.mark.parametrize(
-    "place", [one if one in OFTEN else pytest.param(one, marks=pytest.mark.slow) for one in KILLED]
-)
+@pytest.mark.parametrize("place", quick(KILLED, ["searching", "healing", "saving"]))
 def test_a_run_killed_anywhere_goes_on_to_the_same_model(
     place: str, language: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,

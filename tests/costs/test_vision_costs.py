@@ -4,7 +4,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import quick_cases
 import torch
+from quick_cases import quick
 from tiny_vision import (
     KINDS,
     PREFIX,
@@ -177,7 +179,7 @@ def test_costs_of_every_block_and_stitch_are_those_of_the_layers(kind: str) -> N
 # ---- stitched models
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, quick_cases.KINDS))
 def test_costs_of_stitches_are_those_of_the_models_they_make(kind: str) -> None:
     source, target = tiny_pair(kind)
     side = (SIDE[kind], SIDE[kind])
@@ -352,9 +354,7 @@ def counted_path(anchors: list[PreTrainedModel], path: Path, pixels: Tensor) -> 
     return macs, parameters
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind.startswith("levit") else kind for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", quick(KINDS, ["vit", "swin", "resnet"]))
 def test_costs_of_paths_are_those_of_their_parts_and_of_the_models(kind: str) -> None:
     anchors = list(tiny_pair(kind))
     for path in sample_paths(anchors, images(kind)):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick_cases import quick
 from stitched_examples import KV_SHAPES, inputs_of, logits_of, loss_of, stitched_classifier, stitched_lm
 from tiny_models import left_padded, token_ids
 from tiny_vision import KINDS, images, tiny_pair, tiny_stitched
@@ -20,11 +21,6 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def some(cases: list[str], *quick: int) -> list[Any]:
-    """All cases, of which only those at the given places run by default: compiling takes seconds."""
-    return [case if n in quick else pytest.param(case, marks=pytest.mark.slow) for n, case in enumerate(cases)]
-
-
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before() -> Iterator[None]:
     torch.compiler.reset()
@@ -38,7 +34,7 @@ def gradients(model: PreTrainedModel, run: Callable[[], Tensor]) -> dict[str, Te
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("kind", some(["equal KV shapes", "unequal KV shapes", "gemma2 to llama", "vit"], 1, 3))
+@pytest.mark.parametrize("kind", quick([one for one in MODELS if one != "resnet to swin"], ["unequal KV shapes"]))
 def test_forward_and_backward_compile_in_one_graph(kind: str) -> None:
     """AOTAutograd traces both passes; `fullgraph` raises at a break."""
     model = MODELS[kind]().train()
@@ -57,14 +53,14 @@ def test_forward_and_backward_compile_in_one_graph(kind: str) -> None:
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", some(list(MODELS), 1, 3, 4))
+@pytest.mark.parametrize("kind", quick(MODELS, ["unequal KV shapes", "resnet to swin"]))
 def test_dynamo_finds_no_break(kind: str) -> None:
     model = MODELS[kind]()
     found = torch._dynamo.explain(model)(**inputs_of(model))
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
-@pytest.mark.parametrize("kind", some(list(KINDS), 8, 10))
+@pytest.mark.parametrize("kind", quick(KINDS, [list(KINDS)[8], list(KINDS)[10]]))
 def test_a_classifier_compiles_where_its_anchors_do(kind: str) -> None:
     """As one graph for every kind, as natively."""
     source, target = tiny_pair(kind)
@@ -100,7 +96,7 @@ def test_decoding_with_a_static_cache_compiles_once(kv_shapes: str) -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("kv_shapes", some(list(KV_SHAPES), 1))
+@pytest.mark.parametrize("kv_shapes", quick(KV_SHAPES, ["unequal"]))
 def test_generate_compiles_the_decoding(kv_shapes: str) -> None:
     model = stitched_lm(kv_shapes)
     inputs = left_padded(token_ids(2, 6), [6, 4])

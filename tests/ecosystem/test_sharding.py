@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from klas_hf import StitchedModel, train_stitches
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 KINDS = ["equal", "unequal", "classifier"]
 TRAINED = ["stitch", "lora", "full"]

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 METRIC = str(truthfulqa_rouge.__file__)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "evaluation_run.py")]
     environment = os.environ | {

@@ -15,6 +15,7 @@ import torch
 from hub_client import HubClient
 from hub_server import HubServer
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from quick_cases import quick
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -169,7 +170,7 @@ def test_what_differs_is_a_matter_of_bits(tmp_path: Path) -> None:
     ("dtype", "in_float32"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)]
 )
 @pytest.mark.parametrize("with_stitch", [True, False])
-@pytest.mark.parametrize("kind", LORA_TARGETS)
+@pytest.mark.parametrize("kind", quick(LORA_TARGETS, ["llama"]))
 def test_a_delta_of_lora_is_the_merged_model(
     kind: str, dtype: torch.dtype, with_stitch: bool, in_float32: bool, tmp_path: Path
 ) -> None:

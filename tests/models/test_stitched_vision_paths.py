@@ -5,7 +5,9 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
+import quick_cases
 import torch
+from quick_cases import quick
 from tiny_vision import (
     CLASSES,
     KINDS,
@@ -145,7 +147,7 @@ def test_hidden_states_are_those_of_every_block_and_joint(kind: str) -> None:
         torch.testing.assert_close(states[place], expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, quick_cases.KINDS))
 def test_a_saved_path_is_the_same_model(kind: str, tmp_path: FilePath) -> None:
     anchors = list(tiny_pair(kind))
     paths = sample_paths(anchors, images(kind))

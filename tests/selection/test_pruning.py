@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quick_cases
 import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick_cases import quick
 from tiny_models import FAMILIES, block_list, left_padded, reference_logits, tiny_model, token_ids
 from tiny_vision import KINDS, as_rows, blocks, images, logits, outputs, tiny_classifier, tiny_pair
 from torch import Tensor, nn
@@ -195,7 +197,9 @@ def test_paths_cost_what_their_models_do_and_go_up(rule: Callable[..., PathSelec
         rule(model, *data, tokens=9, shares=[0.5, shares[0] / 2])
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin", "resnet", "convnext", "levit", "mobilenet_v1"])
+@pytest.mark.parametrize(
+    "kind", quick(["vit", "swin", "resnet", "convnext", "levit", "mobilenet_v1"], ["swin", "mobilenet_v1"])
+)
 @pytest.mark.parametrize("rule", [tail_paths, uniform_paths, *MEASURED])
 def test_images(kind: str, rule: Callable[..., PathSelection]) -> None:
     model = tiny_classifier(kind, large=True, seed=2)
@@ -272,7 +276,7 @@ def test_identities_are_trained_without_joints() -> None:
         train_stitches(made, examples, TrainingConfig(max_steps=1, trainable="stitch", per_device_batch_size=2))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, quick_cases.KINDS))
 def test_identities_leave_a_classifier_without_the_blocks(kind: str) -> None:
     model, pixels = tiny_classifier(kind, large=True, seed=2), images(kind)
     for path in (*uniform_or_none(model), *tail_or_none(model)):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from image_examples import changed
+from quick_cases import quick
 from tiny_supernets import alone, by_hooks, stitches_of, supernet_of, three_vits, tiny_supernet
 from tiny_vision import CLASSES, LABELS, SIDE, images, possible, sample_paths, sized, tiny_pair, used_tensors
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from klas_hf import Stitch, StitchedForImageClassification, StitchedSupernet, me
 
 KINDS = ["vit", "deit_teacher", "dinov2", "swin", "swinv2", "levit", "resnet", "convnext"]
 ACROSS = [("resnet", "swin"), ("dinov2", "swin"), ("swin", "resnet"), ("mobilenet_v1", "convnext")]
+OFTEN = [("vit", "vit"), ("levit", "levit"), ("resnet", "swin"), ("mobilenet_v1", "convnext")]
 
 
 @torch.no_grad()
@@ -23,7 +25,7 @@ def logits(model: nn.Module, pixels: Tensor, **options: Any) -> Tensor:
     return model(pixels, **options).logits
 
 
-@pytest.mark.parametrize(("source", "target"), [*((kind, kind) for kind in KINDS), *ACROSS])
+@pytest.mark.parametrize(("source", "target"), quick([*((kind, kind) for kind in KINDS), *ACROSS], OFTEN))
 def test_every_path_equals_hooks_on_the_whole_anchors(source: str, target: str) -> None:
     supernet, anchors = supernet_of(source, target)
     pixels = images(target, 3)
@@ -36,7 +38,7 @@ def test_every_path_equals_hooks_on_the_whole_anchors(source: str, target: str) 
         assert torch.equal(logits(supernet.extract(path), pixels), got)
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin", "resnet"])
+@pytest.mark.parametrize("kind", quick(["vit", "swin", "resnet"], ["vit"]))
 def test_paths_of_any_number_of_slices(kind: str) -> None:
     anchors, pixels = tiny_pair(kind), images(kind, 3)
     paths = [path for path in sample_paths(anchors, pixels) if path.joints]
@@ -51,7 +53,7 @@ def test_paths_of_any_number_of_slices(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["vit", "swinv2", "levit", "resnet"])
+@pytest.mark.parametrize("kind", quick(["vit", "swinv2", "levit", "resnet"], ["vit", "resnet"]))
 def test_every_path_equals_the_extracted_model_in_any_precision(kind: str, dtype: torch.dtype) -> None:
     anchors = [model.to(dtype) for model in tiny_pair(kind)]
     pixels = images(kind, 2).to(dtype)
@@ -81,7 +83,7 @@ def test_paths_list_only_the_anchors_that_a_stitch_joins() -> None:
     assert torch.equal(logits(supernet, images("vit"), path="1[:]"), whole)  # it is there
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin", "resnet"])
+@pytest.mark.parametrize("kind", quick(["vit", "swin", "resnet"], ["swin"]))
 def test_paths_cost_what_the_models_cost_by_themselves(kind: str) -> None:
     supernet, anchors = supernet_of(kind)
     for path, cost in zip(supernet.paths, supernet.path_costs, strict=True):
@@ -192,7 +194,7 @@ def test_images_that_an_end_of_the_path_does_not_take_are_refused() -> None:
         supernet(large[:, :2], path=alone(0))
 
 
-@pytest.mark.parametrize("kind", ["vit", "swinv2", "levit", "resnet"])
+@pytest.mark.parametrize("kind", quick(["vit", "swinv2", "levit", "resnet"], ["vit", "resnet"]))
 def test_save_and_load_gives_the_same_supernet(kind: str, tmp_path: Path) -> None:
     supernet, _ = supernet_of(kind)
     supernet.config.drop_path_rate = 0.25
