@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from klas_hf.anchors.classes import ImageClasses, WithClasses
 from klas_hf.errors import TrainingDiverged
 from klas_hf.training.checkpoints import Checkpoints
 from klas_hf.training.config import TrainingConfig
@@ -23,6 +24,7 @@ DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that may be tried
 BEGINNING = 0.128  # over the head's width: the rate tried first (Adam's go with 1 / width, arXiv 2203.03466)
 SWEEP_SHARE = 0.2  # of the steps, that each rate is tried for
+CAREFUL_SHARE = 0.5  # where a short run leaves the model worse than it was: it may only have been too short
 HELD_OUT = 10  # every tenth example, where no validation examples are given
 
 
@@ -71,8 +73,8 @@ def heal(
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
         rates: learning rates that may be tried, ascending: first the one nearest to 0.128 / width of the head (1e-3 at
-            128, 4e-5 at 3072; ten times that for LoRA), then higher ones while they do better; lower ones only where
-            it diverges, for in short runs too low a rate looks better than it is (LOG.md).
+            128, 4e-5 at 3072; ten times that for LoRA), then higher ones while they do better; lower ones only until
+            one is better than the start, for in short runs too low a rate looks better than it is (LOG.md).
         output_dir: where checkpoints of the run at the chosen rate go; it is resumed from there, at that rate.
 
     Returns:
@@ -132,35 +134,39 @@ def _sweep(
     model: PreTrainedModel, train: Any, held: Any, teacher: PreTrainedModel | None, config: TrainingConfig,
     rates: Sequence[float],
 ) -> dict[float, float]:  # fmt: skip
-    """Held-out losses of short runs, from one rate upwards while they get better; the model is put back."""
+    """Held-out losses of short runs, the model put back after each.
+
+    From one rate upwards while they get better; or, by longer runs, downwards until one is better than the start.
+    """
     total = config.max_steps if config.max_steps is not None else max(1, len(train) // config.per_device_batch_size)
-    short = replace(config, max_steps=max(1, round(total * SWEEP_SHARE)), save_steps=10**9)
     start = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     record = model.config.training if hasattr(model.config, "training") else None
     found: dict[float, float] = {}
     diverged: dict[float, TrainingDiverged] = {}
+    before = math.inf
 
-    def run(rate: float) -> float:
-        if rate not in found:
-            trial = replace(short, learning_rate=rate, eval_steps=short.max_steps)
-            try:
-                result = train_stitches(model, train, trial, teacher=teacher, validation=held)
-                found[rate] = result.validation[-1][1]
-                if not math.isfinite(found[rate]):  # in the last step, whose loss nobody saw
-                    raise TrainingDiverged(
-                        f"got a held-out loss of {found[rate]} at a rate of {rate:g}; lower the rates"
-                    )
-            except TrainingDiverged as error:
-                found[rate], diverged[rate] = math.inf, error
-            model.load_state_dict(start)
+    def run(rate: float, share: float = SWEEP_SHARE) -> float:
+        nonlocal before
+        steps = max(1, round(total * share))
+        trial = replace(config, learning_rate=rate, max_steps=steps, eval_steps=steps, save_steps=10**9)
+        try:
+            result = train_stitches(model, train, trial, teacher=teacher, validation=held)
+            before, found[rate] = result.validation[0][1], result.validation[-1][1]
+            if not math.isfinite(found[rate]):  # in the last step, whose loss nobody saw
+                raise TrainingDiverged(f"got a held-out loss of {found[rate]} at a rate of {rate:g}; lower the rates")
+        except TrainingDiverged as error:
+            found[rate], diverged[rate] = math.inf, error
+        model.load_state_dict(start)
         return found[rate]
 
     first = BEGINNING / _head_width(model) * (10 if config.trainable == "lora" else 1)
     place = min(range(len(rates)), key=lambda place: abs(math.log(rates[place] / first)))
-    while run(rates[place]) == math.inf and place:
-        place -= 1
-    while place + 1 < len(rates) and rates[place + 1] not in found and run(rates[place + 1]) < found[rates[place]]:
-        place += 1
+    if run(rates[place]) < before:
+        while place + 1 < len(rates) and run(rates[place + 1]) < found[rates[place]]:
+            place += 1
+    else:
+        while (rates[place] in diverged or run(rates[place], CAREFUL_SHARE) >= before) and place:
+            place -= 1
     if hasattr(model.config, "training"):
         model.config.training = record
     if len(diverged) == len(found):
@@ -192,7 +198,8 @@ def _split(data: Any) -> tuple[Any, Any]:
     kept = [number for number in range(len(data)) if number % HELD_OUT != HELD_OUT - 1]
     if isinstance(data, list | tuple):
         return [data[number] for number in kept], [data[number] for number in held]
-    return _Subset(data, kept), _Subset(data, held)
+    part = _SubsetWithClasses if isinstance(data, WithClasses) else _Subset
+    return part(data, kept), part(data, held)
 
 
 class _Subset(torch.utils.data.Subset):
@@ -201,3 +208,9 @@ class _Subset(torch.utils.data.Subset):
     @property
     def labels(self) -> list[int]:
         return [self.dataset.labels[number] for number in self.indices]
+
+
+class _SubsetWithClasses(_Subset, WithClasses):
+    @property
+    def classes(self) -> ImageClasses:
+        return self.dataset.classes

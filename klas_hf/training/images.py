@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from klas_hf.anchors.classes import check_classes
+from klas_hf.anchors.classes import WithClasses, check_classes
 from klas_hf.training.augmentation import Augmentation, augment, normalise
 from klas_hf.training.batch_norm import batch_norms
 from klas_hf.training.config import TrainingConfig
@@ -37,6 +37,9 @@ class ImageData(Protocol):
 class ImageObjective(Objective):
     """The loss of labelled images.
 
+    Of images that are mapped to some of the model's classes the labels' loss is among these: among all, it would be
+    least for a model that knows which classes occur and nothing else. Distillation is from all classes.
+
     Raises:
         TypeError: pixels that are no numbers of an image.
         ValueError: the data do not fit the model; as `Objective`.
@@ -54,6 +57,8 @@ class ImageObjective(Objective):
         super().__init__(model, config, teacher)
         self.data = data
         self.augmentation = config.augmentation or Augmentation()
+        mapped = isinstance(data, WithClasses) and data.classes.mapped
+        self.among = torch.tensor(sorted(data.classes.ids) if mapped else range(model.config.num_labels))
 
     def batches(self, multiple: int) -> tuple[DataLoader, EpochOrder]:
         batch_size = self.config.per_device_batch_size
@@ -74,13 +79,15 @@ class ImageObjective(Objective):
             pixels = normalise(pixels, config.mean, config.std)
         if not len(labels):
             return {"pixel_values": pixels.float()}, labels
-        pixels, targets = augment(
-            pixels.float(), labels, self.augmentation, config.mean, config.std, self.classes(self.model)
-        )
+        places = torch.searchsorted(self.among.to(labels.device), labels)
+        pixels, targets = augment(pixels.float(), places, self.augmentation, config.mean, config.std, len(self.among))
         return {"pixel_values": pixels}, targets
 
     def labelled(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         return logits[: len(batch["labels"])]  # none of a blank image
+
+    def told_apart(self, logits: Tensor) -> Tensor:
+        return logits if len(self.among) == logits.shape[-1] else logits[:, self.among.to(logits.device)]
 
     def classes(self, model: PreTrainedModel) -> int:
         return model.config.num_labels

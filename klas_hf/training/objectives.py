@@ -71,11 +71,15 @@ class Objective(ABC):
 
     @abstractmethod
     def inputs(self, batch: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-        """What the forward takes, and the targets: class numbers `(labels,)` or probabilities `(labels, classes)`."""
+        """What the forward takes, and the targets: numbers `(labels,)` or probabilities of what is `told_apart`."""
 
     @abstractmethod
     def labelled(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The logits that have a label, `(labels, classes)`, of those that the forward gives."""
+
+    def told_apart(self, logits: Tensor) -> Tensor:
+        """Of `(labels, classes)` the classes that the targets number: all, but for images of fewer classes."""
+        return logits
 
     @abstractmethod
     def classes(self, model: PreTrainedModel) -> int:
@@ -96,7 +100,7 @@ class Objective(ABC):
         # Of fillers alone statistics must not be taken; other processes wait for this one's forward all the same.
         with autocast, nullcontext() if batch["labels"].numel() else evaluating(model):
             logits = self.labelled(model(**inputs, **self._options(seed)).logits, batch).float()
-        loss = cross_entropy_sum(logits, targets)
+        loss = cross_entropy_sum(self.told_apart(logits), targets)
         if self.teacher is None:
             return loss
         with torch.no_grad():

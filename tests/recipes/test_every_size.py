@@ -91,14 +91,14 @@ def tables(text: str) -> list[list[list[str]]]:
     return [[one[0], *one[2:]] for one in cells]
 
 
-def losses(study: EverySize, path: str, joint: str, length: int, metric: str = "loss") -> list[float]:
+def losses(study: EverySize, path: str, joint: str, length: int, metric: str = "loss") -> dict[int, float]:
     """By seed, each measurement once."""
     found = {}
     for row in rows(study):
         if (row["path"], row["setting"]["joint"]) == (path, joint) and bool(row["training"]) == bool(length):
             found.setdefault(row["seed"], row["metrics"][metric])
             assert found[row["seed"]] == row["metrics"][metric]
-    return list(found.values())
+    return found
 
 
 def validation(study: EverySize, path: str, joint: str, seed: int) -> float:
@@ -192,7 +192,7 @@ def test_every_model_is_made_once_and_measured_as_by_hand(done) -> None:
     assert start["metrics"]["divergence"] == pytest.approx(
         evaluate_divergence(model, large, study.family.scored), rel=1e-4
     )
-    (loss,) = losses(study, shown["path"], joint, 0)
+    (loss,) = losses(study, shown["path"], joint, 0).values()
     assert loss == pytest.approx(evaluate(model, study.family.test).metrics["loss"], rel=1e-5)
     config = healing_config(3, per_device_batch_size=8, eval_steps=1, seed=1)
     heal(model, study.family.train, teacher=large, validation=study.family.validation, config=config)
@@ -223,7 +223,7 @@ def test_the_report_says_what_the_rows_say(done) -> None:
                 continue
             mean, error = map(float, re.match(r"(\S+) ± (\S+)", cell).groups())
             assert (mean, error) == pytest.approx((fmean(of(rule, bucket)), stdev(of(rule, bucket)) / 2**0.5), abs=6e-5)
-    small, large = (losses(study, path, "least_squares", 3) for path in ("0[:]", "1[:]"))
+    small, large = ([*losses(study, path, "least_squares", 3).values()] for path in ("0[:]", "1[:]"))
     cheap = measure_costs(study.small, tokens=10).macs
     advantages: dict[str, list[float]] = {}
     for bucket, cells in enumerate(offers[1:]):
@@ -324,8 +324,8 @@ def test_functional_kl_is_compared_with_quality_over_every_model(done) -> None:
                 there.setdefault((str(choice.path), choice.joint), set()).add(seed)
         found = {}
         for (path, joint), seeds in there.items():
-            healed = losses(study, path, joint, 3)  # under the one seed, or both
-            loss = fmean(healed[seed] for seed in seeds) if len(healed) == 2 else healed[0]
+            healed = losses(study, path, joint, 3)
+            loss = fmean(healed[seed] for seed in seeds)
             if Path.parse(path).joints:
                 found[path, joint] = losses(study, path, joint, 0, "divergence")[0], loss
         models.append(found)

@@ -12,6 +12,7 @@ from tiny_models import tiny_model, token_ids
 from torch import nn
 
 from klas_hf import StitchedModel, TrainingConfig, TrainingDiverged, evaluate, heal, healing_config, train_stitches
+from klas_hf.data.images import ImageSet, map_labels
 from klas_hf.training.healing import RATES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
@@ -122,6 +123,34 @@ def test_the_rate_tried_first_goes_with_one_over_the_width(width: int | None, tr
     else:
         result = heal(tiny_model(hidden_size=width, num_hidden_layers=1), TRAIN, config=config)
     assert next(iter(result.tried)) == first and set(result.tried) <= set(RATES)
+
+
+def test_lower_rates_are_tried_until_one_is_better_than_the_start() -> None:
+    """Of a model that needs no healing: there the first rates do harm."""
+    model = tiny_model(seed=2)
+    train_stitches(model, TRAIN, replace(QUICK, max_steps=60), validation=HELD)
+    config = replace(QUICK, max_steps=20)
+    result = heal(copy.deepcopy(model), TRAIN, validation=HELD, config=config, rates=(1e-6, 1e-4, 0.3, 1.0))
+    tried = list(result.tried)
+    assert tried == sorted(tried, reverse=True) and len(tried) > 1
+    assert result.tried[tried[-1]] < result.start and all(result.tried[one] >= result.start for one in tried[:-1])
+    assert result.learning_rate == tried[-1] and result.end < result.start
+    kept = copy.deepcopy(model.state_dict())  # where none is better, the start stays
+    result = heal(model, TRAIN, validation=HELD, config=config, rates=(1.0, 3.0))
+    assert len(result.tried) == 1 and result.end == result.start
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, kept[name]), name
+
+
+def test_images_held_out_keep_their_classes() -> None:
+    toys = ToyImages()
+    data = map_labels(ImageSet(toys.images, toys.labels, "abc"), {"a": 1, "b": 4, "c": 6})
+    model = tiny_vit(classes=7)
+    with torch.no_grad():
+        among = model(pixel_values=toys.normalised()).logits[9::10, [1, 4, 6]]
+    expected = torch.nn.functional.cross_entropy(among, torch.tensor(toys.labels[9::10]))
+    settings = replace(QUICK, max_steps=1, mean=[0.5] * 3, std=[0.25] * 3)
+    assert heal(model, data, config=settings, rates=(1e-3,)).start == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_rate_that_diverges_is_left_out() -> None:

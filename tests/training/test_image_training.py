@@ -13,6 +13,7 @@ from image_examples import CLASSES, ToyImages, changed, interrupted_after, tiny_
 from training_examples import anchors, examples
 
 from klas_hf import Augmentation, TrainingConfig, train_stitches
+from klas_hf.data.images import ImageSet, map_labels
 from klas_hf.training.images import ImageObjective, collate_images
 
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
@@ -90,6 +91,22 @@ def test_soft_distillation(weight: float) -> None:
     hard = F.cross_entropy(logits_of(model, data), torch.tensor(data.labels))
     found = first_loss(model, data, teacher, distillation_weight=weight, distillation_temperature=2.0)
     assert found == pytest.approx(float((1 - weight) * hard + weight * distance), rel=1e-4)
+
+
+def test_images_of_some_of_the_classes_are_told_apart_among_these() -> None:
+    """Among all, a model that knows no more than which classes occur would do better than most."""
+    toys, ids = ToyImages(12), [1, 4, 6]
+    data = map_labels(ImageSet(toys.images, toys.labels, "abc"), dict(zip("cab", (6, 1, 4), strict=True)))
+    assert data.labels == [ids[label] for label in toys.labels]
+    model, teacher = tiny_vit(classes=7), tiny_vit(seed=5, classes=7)
+    among = logits_of(model, toys)[:, ids]
+    hard = F.cross_entropy(among, torch.tensor(toys.labels), label_smoothing=0.3)
+    p, q = (torch.distributions.Categorical(logits=logits_of(m, toys)) for m in (teacher, model))
+    expected = 0.75 * hard + 0.25 * torch.distributions.kl_divergence(p, q).mean()
+    smoothed = {"augmentation": Augmentation(label_smoothing=0.3), "distillation_weight": 0.25}
+    assert first_loss(model, data, teacher, **smoothed) == pytest.approx(float(expected), rel=1e-5)
+    held = train_stitches(copy.deepcopy(model), data, replace(QUICK, max_steps=1), validation=data).validation[0][1]
+    assert held == pytest.approx(float(F.cross_entropy(among, torch.tensor(toys.labels))), rel=1e-5)
 
 
 def test_hard_distillation_is_half_cross_entropy_with_the_teachers_class() -> None:
