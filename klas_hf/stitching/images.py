@@ -30,7 +30,7 @@ from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.models.vision_shapes import FeatureShape, trace
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.stitching.calibration import sampled
-from klas_hf.stitching.joints import Joint, check_joint, fit_joints, merge_joints
+from klas_hf.stitching.joints import Joint, check_joint, check_writers, fit_joints, merge_joints
 from klas_hf.stitching.loading import load_parts, warn_of_random_stitches
 
 
@@ -66,7 +66,7 @@ def stitch_classifiers(
         config = stitched_vision_config(configs, path, size)
         check_joint(joint, path, [(x, y) for x, y in config.joint_channels], calibration is not None)
         if joint == "merged":
-            _check_writers(path, configs)
+            check_writers(path, {place: (one.model_type, vision_kind(one).writer) for place, one in enumerate(configs)})
         config.identity_joints = joint in ("identity", "merged")
         config.anchor_names = [opened[place].name if place in opened else None for place in range(len(anchors))]
         config.anchor_revisions = [opened[place].revision if place in opened else None for place in range(len(anchors))]
@@ -218,16 +218,6 @@ def _merge(
 
     wanted = partial(_wanted, model, anchors, writers, loading)
     merge_joints(model, writers, entering, wanted, calibration, ridge)
-
-
-def _check_writers(path: AnchorPath, configs: Sequence[PreTrainedConfig]) -> None:
-    """Raise ValueError unless every joint of a path can be merged into the block before it."""
-    for one in path.slices[:-1]:
-        if vision_kind(configs[one.anchor]).writer is None:
-            raise ValueError(
-                f"got joint='merged' for a {configs[one.anchor].model_type!r}, whose blocks add nothing to the states "
-                "as a linear layer gives it; expected a ViT, DeiT or Swin. Use joint='least_squares'"
-            )
 
 
 def _kinds(config: StitchedVisionConfig) -> list[VisionKind]:

@@ -3,7 +3,7 @@
 Each maps what the path before it really gives, to what the next slice's anchor has there.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -41,6 +41,23 @@ def check_joint(joint: str, path: Path, widths: Sequence[tuple[int, int]], calib
             )
     if joint in ("merged", *_MAPS) and path.joints and not calibrated:
         raise ValueError(f"got joint={joint!r} and no calibration; expected calibration=batches, which it is found on")
+
+
+def check_writers(path: Path, writers: Mapping[int, tuple[str, str | None]]) -> None:
+    """Raise ValueError unless every joint of a path can be merged into the block before it.
+
+    Args:
+        path: the path.
+        writers: by anchor, its model type, and which layer of a block is the last to add to the states as it is.
+    """
+    for one in path.slices[:-1]:
+        kind, writer = writers[one.anchor]
+        if writer is None:
+            raise ValueError(
+                f"got joint='merged' for an anchor of type {kind!r}, whose blocks add nothing to the states as a "
+                "linear layer gives it; expected a family whose blocks do, such as Llama, ViT, DeiT or Swin. Use "
+                "joint='least_squares'"
+            )
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from transformers import MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreT
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.checkpoints import DecoderCheckpoint, decoder_keys
 from klas_hf.anchors.decoder_parts import cut_config
-from klas_hf.anchors.families import DECODER_FAMILIES, DecoderFamily, decoder_family
+from klas_hf.anchors.families import DecoderFamily, decoder_family
 from klas_hf.anchors.language import HUB_OPTIONS, hub_options
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
@@ -24,7 +24,7 @@ from klas_hf.models import StitchedConfig, StitchedForCausalLM
 from klas_hf.models.modeling_stitched import StitchedTextModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.stitching.calibration import sampled
-from klas_hf.stitching.joints import Joint, check_joint, fit_joints, merge_joints
+from klas_hf.stitching.joints import Joint, check_joint, check_writers, fit_joints, merge_joints
 from klas_hf.stitching.loading import load_parts, prefix_map, warn_of_random_stitches
 
 
@@ -59,7 +59,7 @@ def stitch_decoders(
             joint, path, list(pairwise(one.hidden_size for one in config.slice_configs)), calibration is not None
         )
         if joint == "merged":
-            _check_writers(path, opened)
+            check_writers(path, {place: (one.config.model_type, one.family.writer) for place, one in opened.items()})
         config.identity_joints = joint in ("identity", "merged")
         check_vocabularies(first.name, first.config, last.name, last.config, **hub_options(kwargs))
         batches = None
@@ -188,17 +188,6 @@ def _merge(
         return _counted(state, batch), _counted(written[-1].to(state.device), batch)
 
     merge_joints(model, writers, entering, partial(_wanted, model, anchors, loading), calibration, ridge)
-
-
-def _check_writers(path: AnchorPath, anchors: Mapping[int, DecoderCheckpoint]) -> None:
-    """Raise ValueError unless every joint of a path can be merged into the block before it."""
-    for one in path.slices[:-1]:
-        if anchors[one.anchor].family.writer is None:
-            known = sorted(name for name, family in DECODER_FAMILIES.items() if family.writer)
-            raise ValueError(
-                f"got joint='merged' for an anchor of type {anchors[one.anchor].config.model_type!r}, whose blocks add "
-                f"nothing to the states as a linear layer gives it; expected one of {known}. Use joint='least_squares'"
-            )
 
 
 def _wanted(
