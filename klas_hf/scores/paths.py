@@ -148,8 +148,8 @@ class PathScorer:
         if self._merging:  # what is wanted of a layer depends on the state beside what it writes
             ends = [(place, start) for _, place, start in wanted]
         pairs = [
-            (fronts.index((front, place)), number if self._merging else ends.index((place, start)))
-            for number, (front, place, start) in enumerate(wanted)
+            (fronts.index((front, place)), row if self._merging else ends.index((place, start)))
+            for row, (front, place, start) in enumerate(wanted)
         ]
         moments = PairMoments(
             pairs,
@@ -159,22 +159,12 @@ class PathScorer:
         )
         for batch in progress(shared_out(calibration), f"calibrating joint {number + 1} of {len(paths)} paths"):
             run = _Run(self, batch, [*(front for front, _ in fronts), *(((place, 0, start),) for place, start in ends)])
-            states = [self._rows(front, run.state(front), batch, self.anchors[place]) for front, place in fronts]
-            x, y = states, [
-                self._rows(((place, 0, start),), run.state(((place, 0, start),)), batch) for place, start in ends
-            ]  # fmt: skip
+            x = [self._rows(front, run.state(front), batch, self.anchors[place]) for front, place in fronts]
+            y = [self._rows(((place, 0, start),), run.state(((place, 0, start),)), batch) for place, start in ends]
             if self._merging:
-                x = [self._rows(front, run.written(front), batch) for front, _ in fronts]
-                y = [one.double() - states[front].double() for one, (front, _) in zip(y, pairs, strict=True)]
-                # Rows of both signs have no mean, and so the fit no bias.
-                x = [
-                    one if self._biased(front) else torch.cat([one, -one])
-                    for one, (front, _) in zip(x, fronts, strict=True)
-                ]
-                y = [
-                    one if self._biased(front) else torch.cat([one, -one])
-                    for one, (front, *_) in zip(y, wanted, strict=True)
-                ]
+                y = [one.double() - x[front].double() for one, (front, _) in zip(y, pairs, strict=True)]
+                y = [self._signed(front, one) for one, (front, *_) in zip(y, wanted, strict=True)]
+                x = [self._signed(front, self._rows(front, run.written(front), batch)) for front, _ in fronts]
             moments.update(x, y)
         moments.combine(sum_over_processes)
         fewest: list[tuple[int, int]] = []
@@ -191,6 +181,10 @@ class PathScorer:
         if not self._warned:
             self._warned = True
             warn_of_few_rows(*min(fewest, key=lambda one: one[0] / one[1]))
+
+    def _signed(self, front: Beginning, rows: Tensor) -> Tensor:
+        """Rows; for a layer without a bias with both signs, so that they have no mean and the fit has none either."""
+        return rows if self._biased(front) else torch.cat([rows, -rows])
 
     def _biased(self, front: Beginning) -> bool:
         """Whether the layer that a joint behind this beginning is merged into has a bias."""

@@ -66,7 +66,8 @@ def stitch_classifiers(
         config = stitched_vision_config(configs, path, size)
         check_joint(joint, path, [(x, y) for x, y in config.joint_channels], calibration is not None)
         if joint == "merged":
-            check_writers(path, {place: (one.model_type, vision_kind(one).writer) for place, one in enumerate(configs)})
+            writers = {place: (one.model_type, vision_kind(one).writer) for place, one in enumerate(configs)}
+            check_writers(path, writers, "a ViT, DeiT or Swin")
         config.identity_joints = joint in ("identity", "merged")
         config.anchor_names = [opened[place].name if place in opened else None for place in range(len(anchors))]
         config.anchor_revisions = [opened[place].revision if place in opened else None for place in range(len(anchors))]

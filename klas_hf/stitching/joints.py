@@ -43,20 +43,20 @@ def check_joint(joint: str, path: Path, widths: Sequence[tuple[int, int]], calib
         raise ValueError(f"got joint={joint!r} and no calibration; expected calibration=batches, which it is found on")
 
 
-def check_writers(path: Path, writers: Mapping[int, tuple[str, str | None]]) -> None:
+def check_writers(path: Path, writers: Mapping[int, tuple[str, str | None]], expected: str) -> None:
     """Raise ValueError unless every joint of a path can be merged into the block before it.
 
     Args:
         path: the path.
         writers: by anchor, its model type, and which layer of a block is the last to add to the states as it is.
+        expected: whose blocks have one, for the message.
     """
     for one in path.slices[:-1]:
         kind, writer = writers[one.anchor]
         if writer is None:
             raise ValueError(
                 f"got joint='merged' for an anchor of type {kind!r}, whose blocks add nothing to the states as a "
-                "linear layer gives it; expected a family whose blocks do, such as Llama, ViT, DeiT or Swin. Use "
-                "joint='least_squares'"
+                f"linear layer gives it; expected {expected}. Use joint='least_squares'"
             )
 
 

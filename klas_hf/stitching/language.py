@@ -16,7 +16,7 @@ from transformers import MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreT
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.checkpoints import DecoderCheckpoint, decoder_keys
 from klas_hf.anchors.decoder_parts import cut_config
-from klas_hf.anchors.families import DecoderFamily, decoder_family
+from klas_hf.anchors.families import DECODER_FAMILIES, DecoderFamily, decoder_family
 from klas_hf.anchors.language import HUB_OPTIONS, hub_options
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
@@ -59,7 +59,9 @@ def stitch_decoders(
             joint, path, list(pairwise(one.hidden_size for one in config.slice_configs)), calibration is not None
         )
         if joint == "merged":
-            check_writers(path, {place: (one.config.model_type, one.family.writer) for place, one in opened.items()})
+            known = sorted(name for name, family in DECODER_FAMILIES.items() if family.writer)
+            writers = {place: (one.config.model_type, one.family.writer) for place, one in opened.items()}
+            check_writers(path, writers, f"one of {known}")
         config.identity_joints = joint in ("identity", "merged")
         check_vocabularies(first.name, first.config, last.name, last.config, **hub_options(kwargs))
         batches = None
