@@ -1,0 +1,1 @@
+"""What klas_hf costs beside its bounds and its peers: `python -m benchmarks`."""

@@ -1,0 +1,107 @@
+"""Functional KL of all pairs against the rears' forwards alone, and the fit of a pruned block against ReplaceMe's."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from benchmarks.measuring import Figure, growth_of, in_child, in_children, seconds
+from benchmarks.models import llamas, sequences
+from benchmarks.options import Options
+from klas_hf import FunctionalScoring, StitchedModel, score_stitches
+
+GIB = 1024  # MiB
+
+
+def figures(options: Options) -> Iterator[Figure]:
+    found = in_child(options, "scoring:functional")
+    pairs = f"functional KL of {int(found['pairs'])} pairs of two Llamas, maps included"
+    yield Figure(f"{pairs}, time", found["seconds"], "the rears' forwards alone", found["rears"], "s", 1.3)
+    yield Figure(f"{pairs}, memory beside the models", found["peak"], "4 GiB", 4 * GIB, "MiB", 1)
+    ours, theirs = in_children(options, ["scoring:merged", "scoring:replace_me"], repeats=1 if options.quick else 2)
+    what = "blocks replaced by a merged least-squares map"
+    yield Figure(f"{what}, time", ours["seconds"], "ReplaceMe: activations kept, lstsq", theirs["seconds"], "s", 1)
+    yield Figure(f"{what}, memory", ours["peak"], "ReplaceMe: activations kept, lstsq", theirs["peak"], "MiB", 1)
+
+
+def functional(options: Options) -> Mapping[str, float]:
+    """Seconds and MiB of a default scoring pass, and seconds of the rears of the same pairs on the scored sequences."""
+    small, large = llamas(options, scale=4)
+    data, fitting = sequences(options, options.sequences), sequences(options, options.sequences, seed=1)
+    settings = FunctionalScoring(calibration=fitting, scored_items=None)
+    with torch.no_grad():
+        small(data[0]["input_ids"].to(options.device)), large(data[0]["input_ids"].to(options.device))
+    scores = []
+    found = growth_of(
+        lambda: scores.append(score_stitches(small, large, data, tokens=options.tokens, functional=settings))
+    )
+    pairs = [(stitch.source_stop, stitch.target_start) for stitch in scores[0].stitches]
+    return {**found, "pairs": len(pairs), "rears": _rears(large, pairs, data, options)}
+
+
+@torch.no_grad()
+def _rears(large: LlamaForCausalLM, pairs: list[tuple[int, int]], data: list[dict[str, Tensor]], options: Options):
+    """Seconds of transformers' own forwards of the target's blocks behind each joint."""
+    layers, taken = large.model.layers, 0.0
+    states = torch.randn(*data[0]["input_ids"].shape, large.config.hidden_size, device=options.device)
+    states = states.to(large.dtype)
+    for _, start in pairs:
+        large.model.layers = nn.ModuleList(layers[start:])
+        for batch in data:
+            rows = states[: len(batch["input_ids"])]
+            taken += seconds(lambda rows=rows: large(inputs_embeds=rows, use_cache=False).logits)
+    large.model.layers = layers
+    return taken
+
+
+# ---- ReplaceMe (arXiv 2505.02819), our own short transcription of its method: "least squares" of its Sec. 3
+
+
+def _calibration(options: Options) -> list[dict[str, Tensor]]:
+    return sequences(options, 4 * options.sequences)
+
+
+def _left_out(large: LlamaForCausalLM) -> tuple[int, int]:
+    blocks = large.config.num_hidden_layers
+    return blocks // 2, blocks * 3 // 4
+
+
+def merged(options: Options) -> Mapping[str, float]:
+    _, large = llamas(options, scale=2)
+    start, stop = _left_out(large)
+    path, data = f"0[:{start}] 0[{stop}:]", _calibration(options)
+    items = 4 * options.sequences
+    return growth_of(
+        lambda: StitchedModel.from_path([large], path, joint="merged", calibration=data, calibration_items=items)
+    )
+
+
+def replace_me(options: Options) -> Mapping[str, float]:
+    _, large = llamas(options, scale=2)
+    data = _calibration(options)
+    return growth_of(lambda: _replaced(large, data, *_left_out(large)))
+
+
+@torch.no_grad()
+def _replaced(large: LlamaForCausalLM, data: list[dict[str, Tensor]], start: int, stop: int) -> None:
+    """Keep what the last block's MLP wrote and the states around the cut for all tokens; map one to the other."""
+    kept: dict[str, list[Tensor]] = {"written": [], "before": [], "behind": []}
+
+    def keep(name: str, place: Callable[[tuple, Tensor], Tensor]):
+        return lambda _, given, out: kept[name].append(place(given, out).flatten(0, 1))
+
+    last = large.model.layers[start - 1]
+    handles = [
+        last.mlp.register_forward_hook(keep("written", lambda given, out: out)),
+        last.register_forward_hook(keep("before", lambda given, out: out)),
+        large.model.layers[stop - 1].register_forward_hook(keep("behind", lambda given, out: out)),
+    ]
+    for batch in data:
+        large.model(batch["input_ids"].to(large.device), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    written, before, behind = (torch.cat(kept.pop(name)).float() for name in ("written", "before", "behind"))
+    found = torch.linalg.lstsq(written, behind - before + written).solution
+    last.mlp.down_proj.weight.copy_(found.T @ last.mlp.down_proj.weight.float())
+    large.model.layers = nn.ModuleList([*large.model.layers[:start], *large.model.layers[stop:]])
