@@ -24,7 +24,7 @@ from benchmarks.measuring import HEADING, Figure
 from benchmarks.options import Options
 from klas_hf.rows import library_versions, markdown_table
 
-GROUPS = ("divergences", "assembly", "running", "scoring", "probing", "training", "counting")
+GROUPS = ("divergences", "assembly", "merging", "running", "scoring", "probing", "training", "counting")
 
 
 def main() -> None:
