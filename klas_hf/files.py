@@ -6,8 +6,8 @@ And by one process at a time: another one that would write to the same place is 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary, finalize
@@ -61,6 +61,23 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
     path.rename(going)
     shutil.rmtree(going)
+
+
+@contextmanager
+def understood(path: str | Path, expected: str) -> Iterator[None]:
+    """Say which file it is, and what it should be, where its content makes no sense.
+
+    Raises:
+        ValueError: in place of whatever went wrong, for a damaged file gives nearly any error; OSErrors pass.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"got {path}, which is damaged or something else ({type(error).__name__}: {error}); expected {expected}"
+        ) from error
 
 
 class Claim:

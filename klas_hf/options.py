@@ -182,7 +182,7 @@ def read_settings(path: str | Path, kinds: Sequence[type]) -> dict[str, Any]:
     """
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader) or {}  # every value as it stands
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"got {path}, which is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"got {path} with a {type(settings).__name__}; expected a mapping of options to values")

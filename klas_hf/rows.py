@@ -61,6 +61,20 @@ class ResultRow:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", None if self.path is None else str(Path.of(self.path)))
         object.__setattr__(self, "made_from", tuple(self.made_from))
+        for name, kind, expected in (
+            ("rule", str, "a name"),
+            ("seed", int, "a whole number"),
+            ("macs", int, "a whole number"),
+            ("parameters", int, "a whole number"),
+            ("metrics", Mapping, "a number by each name"),
+            ("details", Mapping, "values by name"),
+            ("training", Mapping | None, "settings by name, or None"),
+            ("setting", Mapping, "values by name"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"got {name}={getattr(self, name)!r}; expected {expected}")
+        if not all(isinstance(one, int | float) for one in self.metrics.values()):
+            raise TypeError(f"got metrics={self.metrics!r}; expected a number by each name")
         for name in ("training", "setting"):  # as a file gives them back
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 

@@ -16,6 +16,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from klas_hf.anchors.families import DecoderFamily, decoder_family
 from klas_hf.anchors.language import anchor_config, explained_access
+from klas_hf.models.checkpoint_files import check_inside
 from klas_hf.models.vision_kinds import vision_kind
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -77,7 +78,13 @@ class AnchorCheckpoint:
         with self._opening:
             if shard not in self._files:
                 self._files[shard] = self._open_files.enter_context(_open(self._path(shard)))
-        return self._files[shard].get_slice(key)
+        try:
+            return self._files[shard].get_slice(key)
+        except SafetensorError as error:
+            raise OSError(
+                f"the anchor {str(self._anchor)!r} has {shard} without {key}, which {_INDEX} says it holds ({error}); "
+                "expected the files as they were saved. Download or save it again"
+            ) from error
 
     def _find_shards(self) -> dict[str, str]:
         """Tensor name → file name."""
@@ -100,6 +107,7 @@ class AnchorCheckpoint:
             ) from error
 
     def _path(self, shard: str) -> str:
+        check_inside(str(self._anchor), shard)
         if Path(str(self._anchor)).is_dir() and not Path(str(self._anchor), shard).is_file():
             raise OSError(
                 f"the anchor {str(self._anchor)!r} is missing {shard}; expected all files that {_INDEX} names. "

@@ -15,6 +15,7 @@ from klas_hf.anchors.decoder_parts import decoder_part
 from klas_hf.anchors.families import DECODER_FAMILIES, decoder_family
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
+from klas_hf.models.checkpoint_files import check_whole
 from klas_hf.models.modeling_stitched import scale_logits
 from klas_hf.models.vision_kinds import VISION_KINDS
 from klas_hf.processes import others_bars, process_state
@@ -171,7 +172,10 @@ def pretrained(auto_class: Any, anchor: str | Path, check: Callable[[PreTrainedC
         kwargs["device_map"] = on_accelerator()
     check(anchor_config(anchor, **hub_options(kwargs)))
     with explained_access(anchor), others_bars():
-        return auto_class.from_pretrained(anchor, use_safetensors=True, **kwargs).eval()
+        told = kwargs | {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = auto_class.from_pretrained(anchor, **told)
+    check_whole(anchor, info["missing_keys"], info["mismatched_keys"])
+    return model.eval()
 
 
 def on_accelerator() -> dict[str, torch.device] | None:
@@ -197,14 +201,23 @@ def anchor_config(anchor: str | Path, **hub: Any) -> PreTrainedConfig:
 
 @contextmanager
 def explained_access(anchor: str | Path) -> Iterator[None]:
-    """Say, when an anchor cannot be reached, how to pass a local one."""
+    """Say, when an anchor cannot be reached, how to pass a local one; and whose files it is that make no sense."""
     try:
         yield
+    except (ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
     except OSError as error:
         raise OSError(
             f"could not load the anchor {str(anchor)!r}: {error}\nIt is neither a local folder with config.json and "
             "safetensors weights nor to be had from the Hub. Pass the path of a local folder, or check the id, the "
             "network (HF_HUB_OFFLINE), and for gated models your login (hf auth login)"
+        ) from error
+    except Exception as error:  # a damaged configuration gives nearly any
+        if "unexpected keyword argument" in str(error):
+            raise
+        raise ValueError(
+            f"got the anchor {str(anchor)!r}, of which no model can be made ({type(error).__name__}: {error}); "
+            "expected a config.json and safetensors weights that belong together. Download or save it again"
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from klas_hf.cli.make_steps import WORK, MakeData, MakeOptions, described, healed, measured, read_data, searched
 from klas_hf.cli.output import check_output, check_writable, human_bytes, human_count, is_main_process, names, say
 from klas_hf.cli.parsing import Command
-from klas_hf.files import claim, remove_folder, write_atomically
+from klas_hf.files import claim, remove_folder, understood, write_atomically
 from klas_hf.rows import format_table
 
 if TYPE_CHECKING:
@@ -80,7 +80,11 @@ def _begun(output: Path, options: MakeOptions) -> dict[str, Any]:
     """
     wanted = {name: value for name, value in asdict(options).items() if name not in ("output", "dry_run", "overwrite")}
     file = output / RECORD
-    state = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"options": wanted}
+    state: dict[str, Any] = {"options": wanted}
+    if file.is_file():
+        with understood(file, "what klas-hf make writes; remove it to begin anew"):
+            state = json.loads(file.read_text(encoding="utf-8"))
+            dict(state["options"])
     changed = [name for name in wanted if state["options"].get(name) != wanted[name]]
     goes_on = file.is_file() and not changed and state.get("stage") != "finished"
     if changed and not options.overwrite:

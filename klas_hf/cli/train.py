@@ -9,7 +9,7 @@ from typing import Any
 from klas_hf.cli.data import DataOptions, Material, load_material, load_model
 from klas_hf.cli.output import OVERWRITE, check_output, is_main_process, save_model, say
 from klas_hf.cli.parsing import Command, flag, positional
-from klas_hf.files import remove_folder, write_atomically
+from klas_hf.files import remove_folder, understood, write_atomically
 from klas_hf.options import filled, names
 
 CHECKPOINTS = "checkpoints"
@@ -59,7 +59,10 @@ def run(options: TrainOptions, settings: Mapping[str, Any]) -> int:
 def _finished(output: Path) -> Any:
     """Options and settings of the run that left its model in this folder; None: there was none."""
     record = output / RECORD
-    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if not record.is_file():
+        return None
+    with understood(record, "what klas-hf train writes; add --overwrite to begin anew"):
+        return json.loads(record.read_text(encoding="utf-8"))
 
 
 def _finish(model: Any, material: Material, output: Path, record: Mapping[str, Any]) -> None:

@@ -44,8 +44,7 @@ def measure_costs(model: PreTrainedModel | PreTrainedConfig, *, tokens: int = 12
     config = _config(model)
     if isinstance(config, StitchedVisionConfig) or is_vision(config):
         return classifier_costs(config, _pair(image_size, config))
-    dtype = model.dtype if isinstance(model, PreTrainedModel) else config.dtype or torch.float32
-    return decoder_costs(config, dtype, tokens)
+    return decoder_costs(config, _dtype(model), tokens)
 
 
 def measure_stitch_costs(
@@ -119,12 +118,17 @@ def measure_path_costs(
         parts = [anchor_costs(config, size) for config in configs]
         return PathCosts(parts, image_height=size[0], image_width=size[1])
     last = anchors[-1]
-    dtype = last.dtype if isinstance(last, PreTrainedModel) else configs[-1].dtype or torch.float32
-    return PathCosts([decoder_part_costs(config, dtype, tokens) for config in configs], tokens)
+    return PathCosts([decoder_part_costs(config, _dtype(last), tokens) for config in configs], tokens)
 
 
 def _config(model: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
     return model.config if isinstance(model, PreTrainedModel) else model
+
+
+def _dtype(model: PreTrainedModel | PreTrainedConfig) -> torch.dtype:
+    """The one that a model has, or a configuration names: by its name, once the model has been saved."""
+    dtype = model.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _pair(size: Size, config: PreTrainedConfig) -> tuple[int, int]:

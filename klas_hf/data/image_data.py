@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -17,6 +16,7 @@ from klas_hf.data.images import (
     map_labels,
     subset,
 )
+from klas_hf.files import understood
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,13 @@ def class_labels(names: tuple[str, ...], id2label: Mapping[int, str], labels: st
         ValueError: a class without a label, or as many classes as the anchors do not have and no file.
     """
     if labels is not None:
-        given: dict[str, Any] = yaml.safe_load(Path(labels).read_text(encoding="utf-8"))
+        with understood(labels, "a YAML file of class name: label number or name"):
+            given = dict(yaml.safe_load(Path(labels).read_text(encoding="utf-8")))
         if missing := [name for name in names if name not in given]:
             raise ValueError(f"got {labels} without the classes {missing}; expected a label for each of {list(names)}")
-        by_name = label_ids([str(given[n]) for n in names if not isinstance(given[n], int)], id2label)
-        return {name: given[name] if isinstance(given[name], int) else by_name[given[name]] for name in names}
+        with understood(labels, "a label of the anchors, its number or its name, for each class"):
+            by_name = label_ids([given[n] for n in names if not isinstance(given[n], int)], id2label)
+            return {name: given[name] if isinstance(given[name], int) else by_name[given[name]] for name in names}
     background = int(str(id2label[0]).lower() == "background")
     if len(names) + background != len(id2label):
         raise ValueError(

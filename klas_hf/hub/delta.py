@@ -8,6 +8,7 @@ checkpoint; `merge_delta` writes the whole form.
 """
 
 import copy
+import hashlib
 import re
 import shutil
 import warnings
@@ -31,7 +32,7 @@ from klas_hf.models import (
     StitchedModel,
     StitchedVisionConfig,
 )
-from klas_hf.models.checkpoint_files import HUB_OPTIONS, check_whole, explained_damage, replacing
+from klas_hf.models.checkpoint_files import HUB_OPTIONS, check_inside, check_whole, explained_damage, replacing
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.processes import others_bars
 from klas_hf.stitching.assembly import assemble_path
@@ -54,12 +55,14 @@ class Delta:
         fingerprints: of each slice's tensors, in that dtype; the last slice's has the head.
         adapter: subfolder of the PEFT adapter, or None.
         transformers: its version, on which the tensors' names depend.
+        files: SHA-256 of each safetensors file; None of a delta that was saved without.
     """
 
     dtype: str
     fingerprints: list[str]
     adapter: str | None
     transformers: str
+    files: dict[str, str] | None = None
 
 
 def save_delta(model: "StitchedModel | PeftModel", folder: str | Path) -> None:
@@ -104,11 +107,13 @@ def save_delta(model: "StitchedModel | PeftModel", folder: str | Path) -> None:
         for name, tensor in ours.items()
         if name not in learnt and (is_stitch(name) or not same_bits(tensor, theirs[name]))
     }
-    config.delta = asdict(Delta(config.dtype, fingerprints(theirs, len(config.slices)), adapter, __version__))
     with replacing(folder) as part:
         save_file(changed, part / _TENSORS, metadata={"format": "pt"})
         if adapter:
             model.save_pretrained(part / _ADAPTER, save_embedding_layers=False)
+        files = {str(file.relative_to(part)): _sha256(file) for file in sorted(part.rglob("*.safetensors"))}
+        marks = fingerprints(theirs, len(config.slices))
+        config.delta = asdict(Delta(config.dtype, marks, adapter, __version__, files))
         custom_object_save(stitched, part, config=config)
         config.save_pretrained(part)
         if stitched.can_generate():
@@ -137,9 +142,12 @@ def load_delta(cls: type[PreTrainedModel], name: str | Path, *args: Any, **kwarg
     config, kwargs = _asked_config(cls, name, hub, kwargs)
     files = [_TENSORS]
     if delta.adapter:
+        check_inside(name, delta.adapter)
         files += [f"{delta.adapter}/{ADAPTER_SAFE_WEIGHTS_NAME}", f"{delta.adapter}/{ADAPTER_CONFIG_NAME}"]
     with explained_damage(name, hub, files[:2]):
         paths = [Path(cached_file(name, file, **hub)) for file in files]
+        for file, path in zip(files[:2], paths[:2], strict=False):
+            _check_file(file, path, delta)
         tensors, *adapter = (load_file(path) for path in paths[:2])
     reference = _from_anchors(stored, getattr(torch, delta.dtype), hub).state_dict()
     _check_fingerprints(stored, delta, fingerprints(reference, len(stored.slices)))
@@ -235,6 +243,18 @@ def _checked_adapter(model: "PeftModel") -> str:
             "one that can, such as LoRA"
         )
     return _ADAPTER if name == "default" else f"{_ADAPTER}/{name}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_file(name: str, path: Path, delta: Delta) -> None:
+    """Raise OSError where a file is not the one that was saved; one that is no safetensors file is found when read."""
+    expected = (delta.files or {}).get(name)
+    if expected is not None and (got := _sha256(path)) != expected:
+        raise OSError(f"{name} is damaged (its SHA-256 is {got[:12]}…, expected {expected[:12]}…)")
 
 
 def _check_fingerprints(config: PreTrainedConfig, delta: Delta, found: Sequence[str]) -> None:

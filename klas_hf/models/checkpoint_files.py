@@ -8,12 +8,13 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
@@ -21,6 +22,7 @@ from transformers.utils import cached_file
 # Of the files' layout and the configuration's meaning; raised when an older klas_hf would misread them. Format 1 had
 # two anchors and one joint.
 FORMAT_VERSION = 2
+_PLACES = ("revision", "cache_dir", "subfolder")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # AutoTokenizer makes up an empty one where there are none of these.
@@ -30,6 +32,8 @@ _PROCESSORS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "input_ids": (AutoTokenizer, VOCABULARY_FILES),
     "pixel_values": (AutoImageProcessor, ("preprocessor_config.json", "processor_config.json")),
 }
+# Errors that say all by themselves, or are no fault of a checkpoint's.
+_CLEAR = (ValueError, ImportError, MemoryError, torch.OutOfMemoryError)
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -129,6 +133,8 @@ def load_whole(
         )
     hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
     with explained_damage(name, hub, [] if kwargs.get("variant") else None):
+        for file in _shards(name, hub) or ():
+            check_inside(name, file)
         model, info = load(name, *args, use_safetensors=True, output_loading_info=True, **kwargs)
     check_whole(name, info["missing_keys"])
     return (model, info) if output_loading_info else model
@@ -146,37 +152,80 @@ def explained_damage(name: str | os.PathLike, hub: dict[str, Any], files: list[s
     """
     try:
         yield
-    except Exception as error:  # a damaged index gives nearly any
-        damage = _damage(name, {o: hub[o] for o in ("revision", "cache_dir", "subfolder") if o in hub}, files)
-        if damage is None and not isinstance(error, OSError | SafetensorError):
+    except _Explained:
+        raise
+    except Exception as error:  # a damaged index or configuration gives nearly any
+        damage = _damage(name, {option: hub[option] for option in _PLACES if option in hub}, files)
+        if damage is None and (isinstance(error, _CLEAR) or "unexpected keyword argument" in str(error)):
             raise
-        raise OSError(
-            f"could not load the checkpoint {str(name)!r}: {damage or error}. Expected "
+        said = str(error) if isinstance(error, OSError | SafetensorError) else f"{type(error).__name__}: {error}"
+        raise _Explained(
+            f"could not load the checkpoint {str(name)!r}: {damage or said}. Expected "
             "config.json and whole safetensors files (pickled weights are never read). Download or save it again"
         ) from error
 
 
-def check_whole(name: str | os.PathLike, missing: set[str]) -> None:
-    """Raise OSError if tensors are missing from a checkpoint, which transformers would make up."""
-    if missing:
-        listed = ", ".join(sorted(missing)[:5]) + (", …" if len(missing) > 5 else "")
-        raise OSError(
-            f"could not load the checkpoint {str(name)!r}: {len(missing)} tensors are missing from it ({listed}). "
-            "Expected all of the model's. Download or save it again"
+class _Explained(OSError):
+    """What `explained_damage` has said already, within another."""
+
+
+@contextmanager
+def sensible(kind: str) -> Iterator[None]:
+    """Say of which configuration it is that makes no sense, while it is read.
+
+    Raises:
+        ValueError: in place of nearly any error.
+    """
+    try:
+        yield
+    except (OSError, *_CLEAR):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"got a configuration of {kind!r} that makes no sense ({type(error).__name__}: {error}); expected a "
+            "config.json as klas_hf writes it. Download or save it again"
+        ) from error
+
+
+def check_whole(name: str | os.PathLike, missing: set[str], misshapen: Collection[Any] = ()) -> None:
+    """Raise OSError if tensors are missing from a checkpoint, or have other shapes: transformers would make them up."""
+    for found, problem in ((missing, "are missing from it"), (misshapen, "have other shapes than config.json says")):
+        if found:
+            listed = ", ".join(sorted(map(str, found))[:5]) + (", …" if len(found) > 5 else "")
+            raise OSError(
+                f"could not load the checkpoint {str(name)!r}: {len(found)} tensors {problem} ({listed}). "
+                "Expected all of the model's. Download or save it again"
+            )
+
+
+def check_inside(name: str | os.PathLike, file: Any) -> None:
+    """Raise OSError unless the name of a file that a checkpoint's other files give lies inside its folder."""
+    if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file:
+        raise _Explained(
+            f"got the checkpoint {str(name)!r}, which names the file {file!r}; expected names of files inside its "
+            "folder. Do not load what tries to read others"
         )
+
+
+def _shards(name: str | os.PathLike, hub: dict[str, Any]) -> list[str] | None:
+    """The files that an index on this machine names; None where there is one file, or no index.
+
+    Raises:
+        ValueError, KeyError, AttributeError, TypeError: the index is damaged.
+    """
+    index = _find(name, _INDEX, {option: hub[option] for option in _PLACES if option in hub})
+    if index is None:
+        return None
+    return sorted(set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values()))
 
 
 def _damage(name: str | os.PathLike, hub: dict[str, Any], files: list[str] | None) -> str | None:
     """What is wrong with the files that are on this machine."""
     if files is None:
-        index = _find(name, _INDEX, hub)
-        if index is None or _find(name, _SINGLE, hub) is not None:
-            files = [_SINGLE]
-        else:
-            try:
-                files = sorted(set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                return f"{_INDEX} is damaged ({error!r})"
+        try:
+            files = [_SINGLE] if _find(name, _SINGLE, hub) is not None else _shards(name, hub) or [_SINGLE]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            return f"{_INDEX} is damaged ({error!r})"
     for file in files:
         path = _find(name, file, hub)
         if path is None:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .checkpoint_files import FORMAT_VERSION, check_format, path_text
+from .checkpoint_files import FORMAT_VERSION, check_format, path_text, sensible
 
 
 def derived(value: Callable[[Any], Any]) -> Any:
@@ -55,8 +55,11 @@ class PathConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        check_format(config_dict)
-        return super().from_dict(config_dict, **kwargs)
+        with sensible(cls.model_type):
+            check_format(config_dict)
+            made = super().from_dict(config_dict, **kwargs)
+            (made[0] if isinstance(made, tuple) else made).to_dict()  # all that follows from the slices
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, with the derived ones: adapters and servers read the JSON."""

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
 
+from .checkpoint_files import sensible
 from .configuration_stitched_vision import as_config
 from .vision_features import image_size
 
@@ -59,6 +60,13 @@ class StitchedSupernetConfig(PreTrainedConfig):
         if type(self.anchor_configs[-1]) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
             self.image_size = list(self.image_size or image_size(self.anchor_configs[-1]))
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        with sensible(cls.model_type):
+            made = super().from_dict(config_dict, **kwargs)
+            (made[0] if isinstance(made, tuple) else made).to_dict()
+        return made
 
     @property
     def num_channels(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint_files import HUB_OPTIONS, is_delta, load_whole, replacing, save_processor
+from .checkpoint_files import HUB_OPTIONS, explained_damage, is_delta, load_whole, replacing, save_processor
 from .configuration_stitched import StitchedConfig
 
 
@@ -117,14 +117,16 @@ class StitchedModel(PreTrainedModel):
         name = pretrained_model_name_or_path
         if name is None:  # from tensors in memory
             return super().from_pretrained(name, *args, **kwargs)
-        if cls is StitchedModel:
-            return _named_class(name, **kwargs).from_pretrained(name, *args, **kwargs)
-        if is_delta(name, **kwargs):
-            loaded = cls._action("load_delta")(cls, name, *args, **kwargs)
-        else:
-            loaded = load_whole(super().from_pretrained, name, *args, **kwargs)
+        hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+        with explained_damage(name, hub, []):
+            if cls is StitchedModel:
+                return _named_class(name, **kwargs).from_pretrained(name, *args, **kwargs)
+            if is_delta(name, **kwargs):
+                loaded = cls._action("load_delta")(cls, name, *args, **kwargs)
+            else:
+                loaded = load_whole(super().from_pretrained, name, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.processor_from = str(name), {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+        model.processor_from = str(name), hub
         return loaded
 
     def save_pretrained(
@@ -219,8 +221,8 @@ def _named_class(name: Any, config: PreTrainedConfig | None = None, **kwargs: An
     (named,) = architectures or ["nothing"]
     if named not in by_name:
         raise ValueError(
-            f"got a checkpoint of {named!r}; expected a stitched model, one of {sorted(by_name)}. Load other models "
-            "with their own class"
+            f"got {str(name)!r}, a checkpoint of {named!r}; expected a stitched model, one of {sorted(by_name)}. Load "
+            "other models with their own class"
         )
     return by_name[named]
 

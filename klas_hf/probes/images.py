@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from klas_hf.actions import Publishable
 from klas_hf.anchors.images import ImageBatch
 from klas_hf.anchors.vision import VisionAnchor
+from klas_hf.models.checkpoint_files import load_whole
 
 
 class ImageProbeConfig(PreTrainedConfig):
@@ -83,6 +84,15 @@ class ImageProbeNet(Publishable, PreTrainedModel):
         super().__init__(config)
         self.probes = nn.ModuleList(nn.Linear(width, config.num_labels) for width in config.widths or [])
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "ImageProbeNet":
+        """Load saved probes.
+
+        Raises:
+            OSError: they are damaged, incomplete or pickled.
+        """
+        return load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from klas_hf.actions import Publishable
 from klas_hf.anchors.language import LanguageAnchor, load_anchor
 from klas_hf.maths.least_squares import LeastSquares, summing_device
+from klas_hf.models.checkpoint_files import load_whole
 from klas_hf.processes import progress, shared_out, sum_over_processes
 
 KINDS = ("logit", "ridge", "tuned")
@@ -101,6 +102,15 @@ class ProbeNet(Publishable, PreTrainedModel):
             for _ in range(0 if config.kind == "logit" else translated)
         )
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "ProbeNet":
+        """Load saved probes.
+
+        Raises:
+            OSError: they are damaged, incomplete or pickled.
+        """
+        return load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

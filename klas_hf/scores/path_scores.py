@@ -9,12 +9,12 @@ from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from klas_hf import plotting
 from klas_hf.budgets import Budget, Cost, check_budget
-from klas_hf.files import write_atomically
+from klas_hf.files import understood, write_atomically
 from klas_hf.paths import Path
 
 if TYPE_CHECKING:
@@ -198,20 +198,18 @@ class PathScores:
             ValueError: a file of something else.
             OSError: no file.
         """
-        try:
+        with understood(path, "a whole file of PathScores.save"):
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in {"divergence", "error"} & set(file.keys())}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); expected a whole file of PathScores.save") from error
-        if "klas_hf_paths" not in metadata:
-            raise ValueError(f"got {path}, a file without path scores; expected one of PathScores.save")
-        plain = json.loads(metadata["klas_hf_paths"])
-        return cls(
-            tuple(map(Path.parse, plain["paths"])), **arrays, costs=tuple(Cost(**cost) for cost in plain["costs"]),
-            names=tuple(plain["names"]), bytes_per_parameter=plain["bytes_per_parameter"],
-            provenance=plain["provenance"], joints=tuple(plain["joints"]), depths=tuple(plain["depths"]),
-        )  # fmt: skip
+            if "klas_hf_paths" not in metadata:
+                raise ValueError("a file without path scores")
+            plain = json.loads(metadata["klas_hf_paths"])
+            return cls(
+                tuple(map(Path.parse, plain["paths"])), **arrays, costs=tuple(Cost(**cost) for cost in plain["costs"]),
+                names=tuple(plain["names"]), bytes_per_parameter=plain["bytes_per_parameter"],
+                provenance=plain["provenance"], joints=tuple(plain["joints"]), depths=tuple(plain["depths"]),
+            )  # fmt: skip
 
     @cached_property
     def _dearest(self) -> int:

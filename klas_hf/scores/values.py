@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from klas_hf import plotting
 from klas_hf.actions import Publishable
-from klas_hf.files import write_atomically
+from klas_hf.files import understood, write_atomically
 from klas_hf.maths.estimates import normal_interval
 from klas_hf.paths import Stitch, StitchCosts
 
@@ -239,16 +239,17 @@ class StitchScores(Publishable):
         """
         from safetensors import safe_open
 
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-        if "klas_hf" not in metadata:
-            raise ValueError(f"got {path}, a safetensors file without stitch scores; expected one of StitchScores.save")
-        arrays = load_file(path)
-        costs: dict[str, Any] = _part(arrays, "costs.")
-        costs |= {name: int(value) for name, value in costs.items() if not value.ndim}
-        plain = json.loads(metadata["klas_hf"])
-        plain |= {name: arrays[name] for name in _ARRAYS}
-        return cls(**plain, costs=StitchCosts(**costs), statistics=_part(arrays, "statistics."))
+        with understood(path, "a whole file of StitchScores.save"):
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+            if "klas_hf" not in metadata:
+                raise ValueError("a safetensors file without stitch scores")
+            arrays = load_file(path)
+            costs: dict[str, Any] = _part(arrays, "costs.")
+            costs |= {name: int(value) for name, value in costs.items() if not value.ndim}
+            plain = json.loads(metadata["klas_hf"])
+            plain |= {name: arrays[name] for name in _ARRAYS}
+            return cls(**plain, costs=StitchCosts(**costs), statistics=_part(arrays, "statistics."))
 
     @classmethod
     def from_pretrained(cls, place: str | Path, **hub: Any) -> "StitchScores":

@@ -17,7 +17,7 @@ from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.checkpoints import DecoderCheckpoint, decoder_keys
 from klas_hf.anchors.decoder_parts import cut_config
 from klas_hf.anchors.families import DECODER_FAMILIES, DecoderFamily, decoder_family
-from klas_hf.anchors.language import HUB_OPTIONS, hub_options
+from klas_hf.anchors.language import HUB_OPTIONS, explained_access, hub_options
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
 from klas_hf.models import StitchedConfig, StitchedForCausalLM
@@ -89,7 +89,11 @@ def check_direction(names: Sequence[str | None], configs: Sequence[PreTrainedCon
     """
     for config in configs:
         decoder_family(config)
-    if _size(configs[0]) > _size(configs[1]):
+    sizes = []
+    for name, config in zip(names, configs, strict=True):
+        with explained_access(name):
+            sizes.append(_size(config))
+    if sizes[0] > sizes[1]:
         raise ValueError(
             f"got the source {names[0]} larger than the target {names[1]}: reversed; expected the cheaper anchor "
             "as the source. Swap source and target"

@@ -28,8 +28,8 @@ def load_parts(
     """
     with others_bars():
         model, info = model_class.from_pretrained(
-            None, config=config, state_dict=state, output_loading_info=True, **options
-        )
+            None, config=config, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )  # it says which they are; otherwise transformers raises, and does not
     problems = {
         kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") if info[kind]
     }

@@ -23,7 +23,7 @@ from klas_hf.anchors.language import hub_options
 from klas_hf.anchors.loading import load_anchors
 from klas_hf.costs import Cost
 from klas_hf.models import StitchedModel
-from klas_hf.models.checkpoint_files import HUB_OPTIONS, load_whole, replacing, save_processor
+from klas_hf.models.checkpoint_files import HUB_OPTIONS, explained_damage, load_whole, replacing, save_processor
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
 from klas_hf.paths import Path, Stitch
 from klas_hf.stitching.calibration import sampled
@@ -164,9 +164,10 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             model.processors_from = [place] * len(model.anchors)
             return loaded
         hub = {k: kwargs[k] for k in (*HUB_OPTIONS, "subfolder") if k in kwargs}
-        config = kwargs.get("config") or StitchedSupernetConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        with explained_damage(pretrained_model_name_or_path, hub, []):
+            named = kwargs.get("config") or StitchedSupernetConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            (name,) = named.architectures or ["nothing"]
         by_name = {kind.__name__: kind for kind in cls.__subclasses__()}
-        (name,) = config.architectures or ["nothing"]
         if name not in by_name:
             raise ValueError(f"got a checkpoint of {name!r}; expected a supernet, one of {sorted(by_name)}")
         return by_name[name].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

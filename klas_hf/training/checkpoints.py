@@ -23,12 +23,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from klas_hf.files import remove_folder, write_folder_atomically
+from klas_hf.files import remove_folder, understood, write_folder_atomically
 from klas_hf.training.held_out import HeldOut
 
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 # Without the offload every process gets the state, not the first one alone.
 _EVERYWHERE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+
+_WHOLE = "a whole checkpoint of this training; remove its folder to begin anew"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Checkpoints:
         path = self.newest()
         if path is None:
             return None
-        there = json.loads((path / "state.json").read_text(encoding="utf-8"))["run"]
+        with understood(path / "state.json", _WHOLE):
+            there = dict(json.loads((path / "state.json").read_text(encoding="utf-8"))["run"])
         if there != self.run:
             changed = sorted(k for k in there.keys() | self.run.keys() if there.get(k) != self.run.get(k))
             raise ValueError(
@@ -102,7 +105,15 @@ class Checkpoints:
         accelerator.wait_for_everyone()
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, held: HeldOut | None = None) -> Progress:
-        """Put a checkpoint's tensors and optimiser state in place. Every process must call this."""
+        """Put a checkpoint's tensors and optimiser state in place. Every process must call this.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        with understood(path, _WHOLE):
+            return self._load(path, model, optimizer, held)
+
+    def _load(self, path: Path, model: nn.Module, optimizer: Optimizer, held: HeldOut | None) -> Progress:
         set_model_state_dict(model, load_file(path / "weights.safetensors"), options=_OPTIONS)
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         moments: dict[str, dict[str, Any]] = {}

@@ -460,12 +460,36 @@ def test_missing_and_truncated_files_are_named(file: str, tmp_path: Path) -> Non
         StitchedModel.from_pretrained(tmp_path / "delta")
 
 
+@pytest.mark.parametrize("file", ["delta.safetensors", "adapter/adapter_model.safetensors"])
+def test_a_flipped_bit_is_found_by_its_hash(file: str, tmp_path: Path) -> None:
+    path = lora_delta(tmp_path) / file
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    for action in (StitchedModel.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(OSError, match=f"{file} is damaged .its SHA-256 is .*, expected"):
+            action(tmp_path / "delta")
+
+
+@pytest.mark.parametrize("adapter", ["../adapter", "/etc", "adapter/../../x", 7])
+def test_an_adapter_outside_the_folder_is_refused(adapter: object, tmp_path: Path) -> None:
+    folder = lora_delta(tmp_path)
+    written = json.loads((folder / "config.json").read_text())
+    written["delta"]["adapter"] = adapter
+    (folder / "config.json").write_text(json.dumps(written))
+    with pytest.raises(OSError, match="delta.*which names the file .*; expected names of files inside its folder"):
+        StitchedModel.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_stitching_layer_is_not_made_up(adapted: bool, tmp_path: Path) -> None:
     folder = lora_delta(tmp_path) if adapted else tmp_path / "delta"
     if not adapted:
         save_delta(stitched("llama", tmp_path), folder)
     save_file({"model.joints.0.weight": tensors_of(folder)["model.joints.0.weight"]}, folder / "delta.safetensors")
+    written = json.loads((folder / "config.json").read_text())
+    written["delta"]["files"] = None  # as of one that was saved without, or this would be found first
+    (folder / "config.json").write_text(json.dumps(written))
     with pytest.raises(OSError, match=r"1 tensors are missing from it \(model.joints.0.bias\)"):
         StitchedModel.from_pretrained(folder)
 
