@@ -202,8 +202,9 @@ class PathScores:
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in {"divergence", "error"} & set(file.keys())}
-            if "klas_hf_paths" not in metadata:
-                raise ValueError("a file without path scores")
+        if "klas_hf_paths" not in metadata:
+            raise ValueError(f"got {path}, a file without path scores; expected one of PathScores.save")
+        with understood(path, "a whole file of PathScores.save"):
             plain = json.loads(metadata["klas_hf_paths"])
             return cls(
                 tuple(map(Path.parse, plain["paths"])), **arrays, costs=tuple(Cost(**cost) for cost in plain["costs"]),

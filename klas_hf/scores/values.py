@@ -242,8 +242,9 @@ class StitchScores(Publishable):
         with understood(path, "a whole file of StitchScores.save"):
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
-            if "klas_hf" not in metadata:
-                raise ValueError("a safetensors file without stitch scores")
+        if "klas_hf" not in metadata:
+            raise ValueError(f"got {path}, a safetensors file without stitch scores; expected one of StitchScores.save")
+        with understood(path, "a whole file of StitchScores.save"):
             arrays = load_file(path)
             costs: dict[str, Any] = _part(arrays, "costs.")
             costs |= {name: int(value) for name, value in costs.items() if not value.ndim}
