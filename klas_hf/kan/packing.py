@@ -1,0 +1,62 @@
+"""Small numbers in few bytes: rows of indices in the least bits, rows of int8 with a scale."""
+
+import torch
+from torch import Tensor, nn
+
+
+def index_bits(entries: int) -> int:
+    """Bits that the number of one of so many entries takes."""
+    return max(1, (entries - 1).bit_length())
+
+
+def pack_rows(indices: Tensor, bits: int) -> Tensor:
+    """Rows of numbers below 2^bits, `(rows, count)`, as bytes `(rows, ⌈count · bits / 8⌉)`, lowest bit first."""
+    rows, count = indices.shape
+    padded = torch.zeros(rows, -(-count * bits // 8) * 8, dtype=torch.uint8)
+    padded[:, : count * bits] = ((indices.unsqueeze(-1) >> torch.arange(bits)) & 1).flatten(1)
+    return (padded.view(rows, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+
+
+def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
+    """What `pack_rows` was given, int32 `(rows, count)`; in operations that ExecuTorch has too."""
+    if bits == 8:
+        return packed.int()
+    if bits == 16:
+        low, high = packed.view(len(packed), count, 2).int().unbind(-1)
+        return low + 256 * high
+    places = torch.arange(8, dtype=torch.int32, device=packed.device)
+    ones = (packed.int().unsqueeze(-1) >> places) & 1
+    groups = ones.flatten(1)[:, : count * bits].reshape(len(packed), count, bits)
+    places = torch.arange(bits, dtype=torch.int32, device=packed.device)
+    return (groups << places).sum(-1, dtype=torch.int32)
+
+
+class Rows(nn.Module):
+    """A matrix in float32, or in int8 with a float32 scale per row, or one for all rows.
+
+    Args:
+        rows, columns: its shape.
+        bits: 32 or 8.
+        scales: number of scales, `rows` or 1.
+    """
+
+    def __init__(self, rows: int, columns: int, bits: int, scales: int):
+        super().__init__()
+        self.register_buffer("values", torch.zeros(rows, columns, dtype=torch.int8 if bits == 8 else torch.float32))
+        self.register_buffer("scale", torch.ones(scales, 1) if bits == 8 else None)
+
+    def store(self, matrix: Tensor) -> None:
+        """Round to the nearest of 255 values, the scale being a 127th of the greatest absolute value that it is for."""
+        if self.scale is not None:
+            peaks = matrix.abs().amax(1, keepdim=True)
+            peaks = peaks if len(self.scale) == len(matrix) else peaks.max().view(1, 1)
+            self.scale = (peaks / 127).clamp_min(torch.finfo(torch.float32).tiny)
+            matrix = (matrix / self.scale).round().to(torch.int8)
+        self.values = matrix
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows from `start` to `stop`, in floats."""
+        if self.scale is None:
+            return self.values[start:stop]
+        scale = self.scale if len(self.scale) == 1 else self.scale[start:stop]
+        return self.values[start:stop].to(scale.dtype) * scale
