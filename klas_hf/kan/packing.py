@@ -24,11 +24,10 @@ def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 16:
         low, high = packed.view(len(packed), count, 2).int().unbind(-1)
         return low + 256 * high
-    places = torch.arange(8, dtype=torch.int32, device=packed.device)
-    ones = (packed.int().unsqueeze(-1) >> places) & 1
+    powers = 2 ** torch.arange(max(8, bits), dtype=torch.int32, device=packed.device)  # ExecuTorch exports no shifts
+    ones = torch.div(packed.int().unsqueeze(-1), powers[:8], rounding_mode="floor") % 2
     groups = ones.flatten(1)[:, : count * bits].reshape(len(packed), count, bits)
-    places = torch.arange(bits, dtype=torch.int32, device=packed.device)
-    return (groups << places).sum(-1, dtype=torch.int32)
+    return (groups * powers[:bits]).sum(-1, dtype=torch.int32)
 
 
 class Rows(nn.Module):

@@ -8,6 +8,7 @@ grid an input counts as the nearer end of it: the spline goes on as a constant.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -65,15 +66,13 @@ class Grid:
         """
         place = (inputs.clamp(self.low, self.high) - self.low) / self.step
         cell = place.detach().floor().clamp(0, self.intervals - 1)
-        within = place - cell
-        values = [torch.ones_like(within)]
+        within = (place - cell).unsqueeze(-1)
+        values = torch.ones_like(within)
         for degree in range(1, self.order + 1):
-            rising = [(within + (degree - j)) / degree for j in range(1, degree + 1)]
-            falling = [(1 - within + j) / degree for j in range(degree)]
-            from_left = [torch.zeros_like(within), *(r * v for r, v in zip(rising, values, strict=True))]
-            from_right = [*(f * v for f, v in zip(falling, values, strict=True)), torch.zeros_like(within)]
-            values = [one + other for one, other in zip(from_left, from_right, strict=True)]
-        return cell.long(), torch.stack(values, -1)
+            ahead = torch.arange(degree - 1, -1, -1, device=inputs.device)
+            moved = values * ((within + ahead) / degree)  # of each value, what goes to the next function; the rest stays
+            values = F.pad(values - moved, (0, 1)) + F.pad(moved, (1, 0))
+        return cell.long(), values
 
     def basis(self, inputs: Tensor) -> Tensor:
         """All functions of the basis at each input: `(…, coefficients)`."""
