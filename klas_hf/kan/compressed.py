@@ -87,8 +87,8 @@ class CompressedKANLayer(nn.Module):
         """`(batch, inputs)` to `(batch, outputs)`, a few outputs at a time."""
         # With fewer shapes than outputs, every shape is evaluated once per input, and outputs choose among the values.
         shared = len(codebook.values) <= self.outputs
-        per_output = len(hidden) * self.inputs * (1 if shared else self.grid.order + 1)
-        step = max(1, AT_ONCE // per_output)
+        per_edge = max(len(hidden) * (1 if shared else self.grid.order + 1), self.compression.index_bits)
+        step = max(1, AT_ONCE // (per_edge * self.inputs))
         sums = self._of_values(hidden, codebook, step) if shared else self._of_shapes(hidden, codebook, step)
         out = torch.cat(sums, 1) + self.biases.read().sum(1)
         return out if self.base is None else out + F.linear(F.silu(hidden), self.base.read())

@@ -2,17 +2,19 @@
 
     coefficients ─► bias: their mean ─► gain: the norm of the rest ─► shape: the rest / gain ─► k-means over all shapes
 
-Two departures from the paper's description, both towards a smaller error of the same bytes: k-means weighs each shape by
-its gain squared, which makes the error that it lessens that of the coefficients; and once a shape is replaced by one of
-the codebook, the gain is fitted to that by least squares.
+Three departures from the paper's description, all towards a smaller error of the same bytes. k-means weighs each shape
+by its gain squared, so that what it lessens is the error of the coefficients. Once a shape is replaced by one of the
+codebook, the gain is fitted to that by least squares. And a gain may be negative, as int8 has the room: shapes are told
+apart up to their sign.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def compress_heads(
 
 def explained_variance(head: KANHead, compressed: KANHead) -> float:
     """R² of the coefficients: the share of their variance around the mean of their edge that compression keeps."""
-    pairs = [(one.coefficients, other.coefficients) for one, other in zip(head.layers, compressed.layers, strict=True)]
+    pairs = [(one.coefficients.cpu(), other.coefficients.cpu()) for one, other in zip(head.layers, compressed.layers, strict=True)]
     with torch.no_grad():
         # Where biases are kept per output, those of the edges are spread anew, which changes no output.
         around = [(one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)) for one, other in pairs]
@@ -102,9 +104,12 @@ def _k_means(shapes: Tensor, gains: Tensor, entries: int, seed: int) -> Tensor:
     else:
         clusters = MiniBatchKMeans(**settings, init="random", batch_size=max(4096, 2 * entries))
     weights: NDArray = gains.square().numpy()
+    weighted = shapes * gains.unsqueeze(-1)
+    axis = torch.linalg.svd(weighted.T @ weighted)[0][:, 0]
+    halved = torch.where((shapes @ axis).unsqueeze(-1) < 0, -shapes, shapes)  # those of the two signs that are alike
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different shapes than asked for: some are twice
-        clusters.fit(shapes.numpy(), sample_weight=weights if weights.any() else None)
+        clusters.fit(halved.numpy(), sample_weight=weights if weights.any() else None)
     return torch.from_numpy(np.ascontiguousarray(clusters.cluster_centers_)).float()
 
 
@@ -113,29 +118,18 @@ def _compressed(head: KANHead, codebook: Rows, compression: Compression) -> Comp
     widths = [first.coefficients.shape[1], *(layer.coefficients.shape[0] for layer in head.layers)]
     made = CompressedKANHead(widths, first.grid, "none" if first.base is None else "silu", compression)
     entries = codebook.read()
+    directions = F.normalize(entries, dim=-1)
     for layer, whole in zip(made.layers, head.layers, strict=True):
         bias, gain, shape = _parts(whole)
-        nearest = torch.cat([torch.cdist(part, entries).argmin(-1) for part in shape])  # a row of edges at a time
-        nearest = nearest.view(gain.shape)
+        # A row of edges at a time. With fitted gains, what is nearest in direction, forth or back, has the least error.
+        nearest = torch.stack([(edges @ directions.T).abs().argmax(-1) for edges in shape])
         chosen = entries[nearest]
         power = chosen.square().sum(-1)
         fitted = gain * (shape * chosen).sum(-1) / power.clamp_min(torch.finfo(torch.float32).tiny)
         layer.indices = pack_rows(nearest, compression.index_bits)
         layer.gains.store(fitted)
+        bias = bias - fitted * chosen.mean(-1)  # of a shape in int8, it may not be quite 0
         layer.biases.store(bias if compression.bias == "edge" else bias.sum(1, keepdim=True))
         if whole.base is not None:
             layer.base.store(whole.base.detach().float().cpu())
     return made.eval()
-
-
-def same_backbones(models: Mapping[str, Any]) -> None:
-    """Raise ValueError unless all models have equal backbones."""
-    (first, reference), *others = models.items()
-    state = reference.backbone.state_dict()
-    for name, model in others:
-        other = model.backbone.state_dict()
-        if state.keys() != other.keys() or any(not torch.equal(state[key].cpu(), other[key].cpu()) for key in state):
-            raise ValueError(
-                f"got tasks {first!r} and {name!r} with different backbones; expected one that all share. Train heads "
-                "with TrainingConfig(trainable='head'), which leaves the backbone as it is"
-            )

@@ -15,8 +15,8 @@ from transformers import AutoBackbone, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from klas_hf.kan.compressed import CompressedKANHead, check_compressed, codebook_of
-from klas_hf.kan.compression import Compression, compress_heads, explained_variance, same_backbones
+from klas_hf.kan.compressed import CompressedKANHead, Compression, check_compressed, codebook_of
+from klas_hf.kan.compression import compress_heads, explained_variance
 from klas_hf.kan.configuration_kan import KANConfig
 from klas_hf.kan.layers import KANHead, KANLayer
 from klas_hf.kan.packing import Rows
@@ -201,7 +201,7 @@ class KANForManyTasks(KANPreTrainedModel):
             raise ValueError(f"got the tasks {sorted(models)}; expected at least one, and names without dots")
         for model in models.values():
             _check_dense(model)
-        same_backbones(models)
+        _check_same_backbones(models)
         first, *others = models.values()
         form = ("hidden_widths", "base", "grid")
         if any(getattr(other.config, name) != getattr(first.config, name) for other in others for name in form):
@@ -270,7 +270,7 @@ def compress_kan(
     how = Compression(codebook if isinstance(codebook, int) else len(codebook), bits, bias)
     (head,), found = compress_heads([model.head], how, shapes=shapes, seed=seed)
     config = copy.deepcopy(model.config)
-    r2 = explained_variance(model.head.cpu(), head.dense(found))
+    r2 = explained_variance(model.head, head.dense(found))
     config.compression = {"codebook": how.codebook, "bits": bits, "bias": bias, "r2": r2}
     return _assembled(KANForImageClassification, config, model, found, head=head)
 
@@ -312,6 +312,19 @@ def _check_dense(model: Any) -> None:
     if not isinstance(model, KANForImageClassification) or model.codebook is not None:
         found = "a compressed model" if isinstance(model, KANForImageClassification) else type(model).__name__
         raise ValueError(f"got {found} to compress; expected a KANForImageClassification with a dense head")
+
+
+def _check_same_backbones(models: Mapping[str, Any]) -> None:
+    """Raise ValueError unless all models have equal backbones."""
+    (first, reference), *others = models.items()
+    state = reference.backbone.state_dict()
+    for name, model in others:
+        other = model.backbone.state_dict()
+        if state.keys() != other.keys() or any(not torch.equal(state[key].cpu(), other[key].cpu()) for key in state):
+            raise ValueError(
+                f"got tasks {first!r} and {name!r} with different backbones; expected one that all share. Train heads "
+                "with TrainingConfig(trainable='head'), which leaves the backbone as it is"
+            )
 
 
 def _assembled(kind: type, config: KANConfig, model: KANPreTrainedModel, codebook: Rows, **parts: nn.Module) -> Any:
