@@ -137,10 +137,11 @@ class CompressedKANHead(nn.Module):
         )
 
     def forward(self, features: Tensor, codebook: Rows) -> Tensor:
-        """`(batch, features)` to `(batch, outputs)`."""
+        """`(batch, features)` to `(batch, outputs)`; in the dtype of the scales, float32, whatever the backbone's is."""
+        hidden = features.to(self.layers[0].biases.values.dtype)
         for layer in self.layers:
-            features = layer(normed(features), codebook)
-        return features
+            hidden = layer(normed(hidden), codebook)
+        return hidden.to(features.dtype)
 
     @torch.no_grad()
     def dense(self, codebook: Rows) -> KANHead:
@@ -160,13 +161,16 @@ def codebook_of(compression: Compression, grid: Grid) -> Rows:
     return Rows(compression.codebook, grid.coefficients, compression.bits, 1)
 
 
+class DamagedHead(ValueError):
+    """A compressed head whose tensors cannot be what was saved."""
+
+
 def check_compressed(head: CompressedKANHead, codebook: Rows) -> None:
-    """Raise ValueError if a head refers to shapes that the codebook lacks, or holds numbers that are not finite."""
+    """Raise DamagedHead if a head refers to shapes that the codebook lacks, or holds numbers that are not finite."""
     for number, layer in enumerate(head.layers):
-        entries = len(codebook.values)
-        greatest = int(layer.read_indices().max())
+        greatest, entries = int(layer.read_indices().max()), len(codebook.values)
         if greatest >= entries:
-            raise ValueError(f"layer {number} refers to shape {greatest} of a codebook of {entries}")
+            raise DamagedHead(f"got layer {number} with shape {greatest} of a codebook of {entries}")
     floats = [tensor for part in (head, codebook) for tensor in part.buffers() if tensor.is_floating_point()]
     if not all(bool(tensor.isfinite().all()) for tensor in floats):
-        raise ValueError("a scale, gain or shape is not finite")
+        raise DamagedHead("got a scale, gain or shape that is not finite")

@@ -15,7 +15,7 @@ from transformers import AutoBackbone, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from klas_hf.kan.compressed import CompressedKANHead, Compression, check_compressed, codebook_of
+from klas_hf.kan.compressed import CompressedKANHead, Compression, DamagedHead, check_compressed, codebook_of
 from klas_hf.kan.compression import compress_heads, explained_variance
 from klas_hf.kan.configuration_kan import KANConfig
 from klas_hf.kan.layers import KANHead, KANLayer
@@ -54,16 +54,16 @@ class KANPreTrainedModel(PreTrainedModel):
             ValueError: written by another version of klas_hf, which cannot be read.
             OSError: damaged, incomplete or pickled.
         """
-        loaded = load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
         try:
+            loaded = load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
             for head in model.heads_by_task().values():
                 if isinstance(head, CompressedKANHead):
                     check_compressed(head, model.codebook)
-        except ValueError as error:
+        except (DamagedHead, RuntimeError) as error:  # transformers' own, of tensors whose shapes are not the config's
             raise OSError(
-                f"could not load the checkpoint {str(pretrained_model_name_or_path)!r}: {error}. Its file is damaged: "
-                "download or save it again"
+                f"could not load the checkpoint {str(pretrained_model_name_or_path)!r}: {error}. Expected the tensors "
+                "that config.json describes. Download or save it again"
             ) from error
         return loaded
 
@@ -125,7 +125,7 @@ class KANForImageClassification(KANPreTrainedModel):
             ValueError: settings that do not fit.
         """
         backbone = _as_backbone(backbone)
-        model = cls(KANConfig(backbone_config=copy.deepcopy(backbone.config), **settings))
+        model = cls(KANConfig(backbone_config=copy.deepcopy(backbone.config), **settings)).to(backbone.dtype)
         model.backbone.load_state_dict(backbone.state_dict())
         return model.eval()
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.interpolate import BSpline
 from tiny_vision import tiny_pair
-from transformers import AutoBackbone, ResNetConfig
+from transformers import AutoBackbone, PreTrainedModel, ResNetConfig
 
 from klas_hf import KANForImageClassification, StitchedModel
 from klas_hf.kan.splines import Grid
@@ -18,8 +18,9 @@ BASES = ("none", "silu")
 def tiny_kan(seed: int = 0, stitched: bool = False, **settings: Any) -> KANForImageClassification:
     """Images of 32 pixels to 5 classes; a ResNet of transformers with 16 channels, or two stitched ViTs, 24 wide."""
     torch.manual_seed(seed)
+    backbone: PreTrainedModel
     if stitched:
-        backbone = StitchedModel.from_anchors(*tiny_pair("vit"), stitch=(1, 2))
+        backbone = StitchedModel.from_anchors(*(one.float() for one in tiny_pair("vit")), stitch=(1, 2))
     else:
         sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
         backbone = AutoBackbone.from_config(ResNetConfig(**sizes)).eval()
