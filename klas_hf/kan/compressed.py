@@ -138,7 +138,7 @@ class CompressedKANHead(nn.Module):
 
     def forward(self, features: Tensor, codebook: Rows) -> Tensor:
         """`(batch, features)` to `(batch, outputs)`; in the dtype of the scales, float32, whatever the backbone's is."""
-        hidden = features.to(self.layers[0].biases.values.dtype)
+        hidden = features.to(codebook.dtype)
         for layer in self.layers:
             hidden = layer(normed(hidden), codebook)
         return hidden.to(features.dtype)

@@ -42,7 +42,12 @@ class Rows(nn.Module):
     def __init__(self, rows: int, columns: int, bits: int, scales: int):
         super().__init__()
         self.register_buffer("values", torch.zeros(rows, columns, dtype=torch.int8 if bits == 8 else torch.float32))
-        self.register_buffer("scale", torch.ones(scales, 1) if bits == 8 else None)
+        self.register_buffer("scale", torch.ones(scales, 1, dtype=torch.float32) if bits == 8 else None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is read."""
+        return (self.values if self.scale is None else self.scale).dtype
 
     def store(self, matrix: Tensor) -> None:
         """Round to the nearest of 255 values, the scale being a 127th of the greatest absolute value that it is for."""
@@ -58,4 +63,4 @@ class Rows(nn.Module):
         if self.scale is None:
             return self.values[start:stop]
         scale = self.scale if len(self.scale) == 1 else self.scale[start:stop]
-        return self.values[start:stop].to(scale.dtype) * scale
+        return self.values[start:stop].to(self.dtype) * scale
