@@ -255,14 +255,12 @@ class Study:
     def report(self) -> str:
         """Table and picture of all seeds."""
         groups = by_model(self.rows.rows)
-        dense = next(group for group in groups if group[0].rule == "dense")
-        cells = [["head", "bytes", "smaller", "accuracy", "of dense, transfer"]]
+        whole = next(group[0].value("head_bytes") for group in groups if group[0].rule == "dense")
+        cells = [["head", "bytes", "smaller", "accuracy", "on the transfer images"]]
         for group in groups:
             size = group[0].value("head_bytes")
-            kept = [row.value("transfer") / other.value("transfer") for row, other in zip(group, dense, strict=True)]
-            smaller = f"{dense[0].value('head_bytes') / size:.1f}×"
-            accuracy = format_mean([row.value("test") for row in group])
-            cells.append([group[0].rule, f"{size:,.0f}", smaller, accuracy, f"{sum(kept) / len(kept):.1%}"])
+            accuracies = [format_mean([row.value(name) for row in group]) for name in ("test", "transfer")]
+            cells.append([group[0].rule, f"{size:,.0f}", f"{whole / size:.1f}×", *accuracies])
         table = markdown_table(cells)
         write_atomically(self.output / "report.md", lambda part: part.write_text(table + "\n", encoding="utf-8"))
         self.draw(groups)

@@ -21,7 +21,11 @@ from klas_hf.kan.splines import Grid
 
 BITS = (8, 32)
 BIASES = ("output", "edge")
-AT_ONCE = 2**18  # numbers that an evaluation has in memory beside its inputs and outputs, but for a single output's
+AT_ONCE = 2**18  # numbers that an evaluation has in memory beside inputs and outputs, or what eight inputs need
+
+# Up to so many shapes per output, all of them are evaluated at every input, in one matrix product, and outputs choose
+# among the values; of more, each edge reads the few numbers of its own. Where the two took the same time (benchmarks/kan.py).
+_PER_OUTPUT = 16
 
 
 @dataclass(frozen=True)
@@ -80,17 +84,22 @@ class CompressedKANLayer(nn.Module):
         self.base = Rows(outputs, inputs, compression.bits, outputs) if base == "silu" else None
 
     def read_indices(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Which shape each edge of some outputs has: int32 `(outputs, inputs)`."""
-        return unpack_rows(self.indices[start:stop], self.compression.index_bits, self.inputs)
+        """Which shape each edge of the inputs from `start`, a multiple of 8, to `stop` has: int32 `(outputs, inputs)`."""
+        bits, stop = self.compression.index_bits, self.inputs if stop is None else min(stop, self.inputs)
+        return unpack_rows(self.indices[:, start * bits // 8 : -(-stop * bits // 8)], bits, stop - start)
 
     def forward(self, hidden: Tensor, codebook: Rows) -> Tensor:
-        """`(batch, inputs)` to `(batch, outputs)`, a few outputs at a time."""
-        # With fewer shapes than outputs, every shape is evaluated once per input, and outputs choose among the values.
-        shared = len(codebook.values) <= self.outputs
-        per_edge = max(len(hidden) * (1 if shared else self.grid.order + 1), self.compression.index_bits)
-        step = max(1, AT_ONCE // (per_edge * self.inputs))
-        sums = self._of_values(hidden, codebook, step) if shared else self._of_shapes(hidden, codebook, step)
-        out = torch.cat(sums, 1) + self.biases.read().sum(1)
+        """`(batch, inputs)` to `(batch, outputs)`, a few inputs at a time."""
+        shapes = len(codebook.values)
+        by_values = shapes <= _PER_OUTPUT * self.outputs
+        numbers = max(shapes, self.outputs) if by_values else self.outputs * (self.grid.order + 1)
+        step = max(8, AT_ONCE // (len(hidden) * numbers) // 8 * 8)
+        sum_of = self._of_values if by_values else self._of_shapes
+        out = self.biases.read().sum(1).expand(len(hidden), -1)
+        for start in range(0, self.inputs, step):
+            stop = start + step
+            chosen = self.read_indices(start, stop).long()
+            out = out + sum_of(hidden[:, start:stop], chosen, self.gains.read(start, stop), codebook)
         return out if self.base is None else out + F.linear(F.silu(hidden), self.base.read())
 
     def dense(self, codebook: Rows) -> Tensor:
@@ -99,27 +108,30 @@ class CompressedKANLayer(nn.Module):
         biases = biases if self.compression.bias == "edge" else biases.expand(-1, self.inputs) / self.inputs
         return self.gains.read().unsqueeze(-1) * codebook.read()[self.read_indices().long()] + biases.unsqueeze(-1)
 
-    def _of_values(self, hidden: Tensor, codebook: Rows, step: int) -> list[Tensor]:
-        """Sums over the inputs, `(batch, some outputs)` each, from the values `(batch, inputs, shapes)` of all shapes."""
-        values = F.linear(self.grid.basis(hidden), codebook.read())
-        sums = []
-        for start in range(0, self.outputs, step):
-            chosen = self.read_indices(start, start + step).long().t().expand(len(hidden), -1, -1)
-            sums.append((values.gather(2, chosen) * self.gains.read(start, start + step).t()).sum(1))
-        return sums
+    def _of_values(self, hidden: Tensor, chosen: Tensor, gains: Tensor, codebook: Rows) -> Tensor:
+        """Sums over some inputs, `(batch, outputs)`: the value of every shape at every input, then each edge's choice.
 
-    def _of_shapes(self, hidden: Tensor, codebook: Rows, step: int) -> list[Tensor]:
+        Args:
+            hidden: `(batch, inputs)`.
+            chosen, gains: of the edges, `(outputs, inputs)`.
+        """
+        batch, inputs = hidden.shape
+        basis = self.grid.basis(hidden).permute(2, 1, 0).reshape(-1, inputs * batch)
+        values = (codebook.read() @ basis).view(-1, batch)  # of shape k at input i in row k · inputs + i
+        rows = chosen * inputs + torch.arange(inputs, device=hidden.device)
+        if torch.compiler.is_exporting():  # ExecuTorch has no embedding_bag, which gathers and sums in one
+            found = values.index_select(0, rows.flatten()).view(*rows.shape, batch)
+            return torch.bmm(gains.unsqueeze(1), found).squeeze(1).t()
+        return F.embedding_bag(rows, values, mode="sum", per_sample_weights=gains).t()
+
+    def _of_shapes(self, hidden: Tensor, chosen: Tensor, gains: Tensor, codebook: Rows) -> Tensor:
         """The same from the `order + 1` numbers of each edge's shape that count at its input."""
         cell, local = self.grid.local_basis(hidden)  # (batch, inputs), (batch, inputs, order + 1)
-        places = (cell.unsqueeze(-1) + torch.arange(self.grid.order + 1, device=hidden.device)).unsqueeze(1)
-        flat = codebook.values.flatten()
-        sums = []
-        for start in range(0, self.outputs, step):
-            first = self.read_indices(start, start + step).long() * self.grid.coefficients
-            numbers = flat[first[None, :, :, None] + places].to(hidden.dtype)  # (batch, outputs, inputs, order + 1)
-            splines = (numbers * local.unsqueeze(1)).sum(-1)
-            sums.append((splines * self.gains.read(start, start + step)).sum(-1))
-        return sums if codebook.scale is None else [one * codebook.scale.view(()) for one in sums]
+        places = cell.unsqueeze(-1) + torch.arange(self.grid.order + 1, device=hidden.device)
+        places = (chosen * self.grid.coefficients)[None, :, :, None] + places.unsqueeze(1)
+        numbers = codebook.values.flatten()[places].to(hidden.dtype)  # (batch, outputs, inputs, order + 1)
+        sums = ((numbers * local.unsqueeze(1)).sum(-1) * gains).sum(-1)
+        return sums if codebook.scale is None else sums * codebook.scale.view(())
 
 
 class CompressedKANHead(nn.Module):
