@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from klas_hf.hub import model_card, publish
     from klas_hf.hub.delta import merge_delta, save_delta
+    from klas_hf.kan import KANConfig, KANForImageClassification, KANForManyTasks, compress_kan, head_bytes
     from klas_hf.models import (
         StitchedBackbone,
         StitchedConfig,
@@ -97,6 +98,7 @@ _PLACES = {
     ),
     "klas_hf.hub": ("model_card", "publish"),
     "klas_hf.hub.delta": ("merge_delta", "save_delta"),
+    "klas_hf.kan": ("KANConfig", "KANForImageClassification", "KANForManyTasks", "compress_kan", "head_bytes"),
     "klas_hf.models": (
         "StitchedBackbone",
         "StitchedConfig",
@@ -168,7 +170,7 @@ def _call(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
 ACTIONS.update({name: partial(_call, module, name) for name, module in _ACTIONS.items()})
 
 if "klas_hf_command" not in sys.modules:  # a command that touches models has them registered when it loads them
-    import_module("klas_hf.models")
+    import_module("klas_hf.kan")
 
 
 def __getattr__(name: str) -> Any:

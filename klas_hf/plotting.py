@@ -82,12 +82,14 @@ def lines(
     path: str | Path | None = None,
     *,
     integer_x: bool = False,
+    log_x: bool = False,
     x_names: Sequence[str] | None = None,
 ) -> "Figure":
     """One line or point set per series.
 
     Args:
         integer_x: ticks at whole numbers only.
+        log_x: a logarithmic axis.
         x_names: what stands at 0, 1, … in place of the numbers.
     """
     figure = _figure(width=6.4, height=4.2)
@@ -105,6 +107,8 @@ def lines(
             capsize=3,
         )
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if log_x:
+        axes.set_xscale("log")
     if integer_x:
         axes.locator_params(axis="x", integer=True)
     if x_names is not None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-TRAINABLE = ("stitch", "lora", "full")
+TRAINABLE = ("stitch", "lora", "head", "full")
 PRECISIONS = ("auto", "no", "bf16")
 OPTIMIZERS = ("adamw", "sgd")
 DISTILLATIONS = ("soft", "hard")
@@ -94,7 +94,8 @@ class TrainingConfig:
     trainable: str = field(
         default="lora",
         metadata={
-            "help": "what learns: 'stitch' the stitching layers alone, 'lora' these and LoRA on the anchors, 'full'"
+            "help": "what learns: 'stitch' the stitching layers alone, 'lora' these and LoRA on the anchors, 'head' a KAN head "
+            "alone, 'full'"
         },
     )
     epochs: float = field(default=10.0, metadata={"help": "passes over the data"})

@@ -1,4 +1,4 @@
-"""What learns: the stitching layers alone, these with LoRA on the anchors, or everything.
+"""What learns: the stitching layers alone, these with LoRA on the anchors, a KAN head alone, or everything.
 
 A stitching layer that learns at a low rank (SN-Net v2) stays at its least-squares start, W, and trains as W + B A.
 """
@@ -25,9 +25,14 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
     """The model prepared for training; afterwards LoRA is merged and dtypes and flags are as they were.
 
     Raises:
-        ValueError: the model has no stitching layer to train.
+        ValueError: the model has no stitching layer to train, or no head of its own.
     """
     rank = config.low_rank_stitches
+    if config.trainable == "head" and (rank or not any(map(is_head, dict(model.named_parameters())))):
+        raise ValueError(
+            f"got trainable='head' and low_rank_stitches={rank} for {type(model).__name__}; expected a "
+            "KANForImageClassification with a dense head, and no low_rank_stitches; or trainable='full'"
+        )
     if (config.trainable == "stitch" or rank) and not stitching_layers(model):
         asked = "trainable='stitch'" if config.trainable == "stitch" else f"low_rank_stitches={rank}"
         raise ValueError(
@@ -64,6 +69,11 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
 def is_stitching(name: str) -> bool:
     """Whether a module or parameter of this name belongs to a stitching layer."""
     return "joints" in name.split(".")
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter of this name belongs to the head of a KAN classifier."""
+    return name.startswith("head.")
 
 
 def stitching_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -137,7 +147,7 @@ def _prepared(model: PreTrainedModel, config: TrainingConfig) -> nn.Module:
         if ".lora_" in name:
             continue
         learns = not rank if is_stitching(name) else config.trainable == "full"
-        parameter.requires_grad_(learns)
+        parameter.requires_grad_(is_head(name) if config.trainable == "head" else learns)
     return prepared
 
 
