@@ -91,7 +91,7 @@ def check_direction(names: Sequence[str | None], configs: Sequence[PreTrainedCon
         decoder_family(config)
     sizes = []
     for name, config in zip(names, configs, strict=True):
-        with explained_access(name):
+        with explained_access(str(name)):
             sizes.append(_size(config))
     if sizes[0] > sizes[1]:
         raise ValueError(

@@ -1,5 +1,7 @@
 """Costs against hand-written formulas, published sizes, and the models themselves."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import quick_cases
@@ -34,6 +36,15 @@ LLAMA_3B = LlamaConfig(
     tie_word_embeddings=True,
     dtype="bfloat16",
 )
+
+
+def test_a_model_that_was_saved_costs_what_it_did(tmp_path: Path) -> None:
+    """Saving leaves the name of the dtype in its configuration, in place of the dtype."""
+    model = tiny_model()
+    before = measure_costs(model), measure_path_costs([model]).of("0[:]"), measure_costs(model.config)
+    model.save_pretrained(tmp_path)
+    assert (measure_costs(model), measure_path_costs([model]).of("0[:]"), measure_costs(model.config)) == before
+    assert measure_path_costs([model.config]).of("0[:]") == before[1]
 
 
 def block_macs(config: PreTrainedConfig, tokens: int) -> int:
