@@ -2,15 +2,16 @@
 
     python benchmarks/kan.py
 
-Beside our dense head stands one in the form of efficient-kan, written here: the basis by Cox and de Boor's recursion over
-all functions at all knots, which are a buffer, then one matrix product, and a SiLU base with weights. What is compared
-runs in turns, and medians count, so that a busy machine slows both. The MLP has the head's widths, and one more of as
+Beside our dense head stands one in the form of efficient-kan, written here: the basis by Cox and de Boor's recursion
+over all functions at all knots, which are a buffer, then one matrix product, and a SiLU base with weights. What is
+compared runs in turns, and medians count, so that a busy machine slows both. The MLP has the head's widths, and one more of as
 many bytes as the compressed head. Memory is the bytes of the tensors, and the largest that a forward makes beside them.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -92,10 +93,11 @@ def main() -> None:
     torch.manual_seed(0)
     heads = made(options)
     print(f"torch {torch.__version__}, {options}\n")
-    print("| head | batch | bytes | of dense | largest tensor made, bytes | ms | of dense |\n|---|---|---|---|---|---|---|")
+    print("| head | batch | bytes | of dense | largest tensor made, bytes | ms | of dense |")
+    print("|---|---|---|---|---|---|---|")
     for batch in options.batches:
         features = torch.randn(batch, options.widths[0])
-        seconds = in_turns(options.repeats, *(lambda head=head: head(features) for head in heads.values()))
+        seconds = in_turns(options.repeats, *(partial(head, features) for head in heads.values()))
         for (name, head), taken in zip(heads.items(), seconds, strict=True):
             size, whole = held(head), held(heads["dense KAN"])
             print(

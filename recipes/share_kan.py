@@ -1,13 +1,13 @@
-"""SHARe-KAN: how small can a KAN head be made after its training, and what does it cost? On digits, or images of your own.
+"""SHARe-KAN: how small can a KAN head be made after its training, and at what cost? On digits, or your own images.
 
     python recipes/share_kan.py
-    python recipes/share_kan.py --data imagenette --test_split val --backbone mobilenet_v1_0.25_128 --steps 300
+    python recipes/share_kan.py --data imagenette --test_split val --backbone mobilenet_v1_0.25_128 --steps 150
 
 A KAN head is trained on a frozen backbone under several seeds, then compressed without data: to a codebook of shapes
-(SHARe-KAN, arXiv 2512.15742) of several sizes in float32 and int8, with shapes learnt on another seed's head, by rounding
-of its coefficients, and by magnitude pruning. Beside them stands an MLP of the same widths. Accuracy is measured on
-held-out images and, as a transfer, on the same moved by an eighth of their side, or on `--transfer_data`. Without data,
-the backbone is a small ViT trained on scikit-learn's digits: offline, five minutes on one core.
+(SHARe-KAN, arXiv 2512.15742) of several sizes in float32 and int8, with shapes learnt on another seed's head, by
+rounding of its coefficients, and by magnitude pruning. Beside them stands an MLP of the same widths. Accuracy is
+measured on held-out images and, as a transfer, on the same with noise, or on `--transfer_data`. Without data, the
+backbone is a small ViT trained on scikit-learn's digits: offline, two minutes on one core.
 """
 
 from collections.abc import Iterator
@@ -51,7 +51,8 @@ class ShareKANArguments:
     train_split: str = field(default="train", metadata={"help": "split to learn from"})
     test_split: str = field(default="validation", metadata={"help": "split that everything is measured on"})
     transfer_data: str | None = field(
-        default=None, metadata={"help": "images of the same classes to measure on too; None: the test images, moved"}
+        default=None,
+        metadata={"help": "images of the same classes to measure on too; None: the test images, with noise"},
     )
     image_size: int | None = field(default=None, metadata={"help": "pixels; None: the backbone's own"})
     hidden: int = field(default=64, metadata={"help": "width of the head's hidden layer"})
@@ -119,14 +120,14 @@ def digits_task(args: ShareKANArguments) -> Task:
         config = DigitsTraining(max_steps=steps, learning_rate=4e-3, mean=list(MEAN), std=list(STD))
         train_stitches(model, train, config)
         write_folder_atomically(folder, model.save_pretrained)
-    return Task(train, test, moved(test), MEAN, STD, StitchedModel.from_path([folder], "0[:]"))
+    return Task(train, test, noisy(test), MEAN, STD, StitchedModel.from_path([folder], "0[:]"))
 
 
 def images_task(args: ShareKANArguments) -> Task:
     """Images processed as the backbone takes them."""
     processing = common_processing([args.backbone], args.image_size)
     train, test = (load_images(args.data, split, processing) for split in (args.train_split, args.test_split))
-    other = moved(test) if args.transfer_data is None else load_images(args.transfer_data, args.test_split, processing)
+    other = noisy(test) if args.transfer_data is None else load_images(args.transfer_data, args.test_split, processing)
     for one, name in ((test, args.test_split), (other, "transfer_data")):
         if one.names != train.names:
             raise ValueError(f"got {name} of the classes {one.names[:5]} …; expected those trained on")
@@ -134,13 +135,11 @@ def images_task(args: ShareKANArguments) -> Task:
     return Task(train, test, other, processing.mean, processing.std, backbone)
 
 
-def moved(images: ImageSet) -> ImageSet:
-    """The same images, an eighth of their side further right and down; what is left behind is black."""
+def noisy(images: ImageSet) -> ImageSet:
+    """The same images with normal noise, of an eighth of the brightness scale, always the same."""
     pixels = torch.stack([images[index][0] for index in range(len(images))])
-    down, right = (size // 8 for size in pixels.shape[-2:])
-    new = torch.zeros_like(pixels)
-    new[..., down:, right:] = pixels[..., : pixels.shape[-2] - down, : pixels.shape[-1] - right]
-    return ImageSet(new, images.labels, images.names)
+    noise = 32 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    return ImageSet((pixels + noise).round().clamp(0, 255).to(torch.uint8), images.labels, images.names)
 
 
 # ---- the study
@@ -279,7 +278,9 @@ class Study:
             )
             sizes, means, errors = zip(*points, strict=True)
             series.append(Series(label, sizes, means, errors if len(groups[0]) > 1 else None))
-        lines(series, "bytes of the head", "accuracy", "A KAN head after its training", self.output / "curve", log_x=True)
+        lines(
+            series, "bytes of the head", "accuracy", "A KAN head after its training", self.output / "curve", log_x=True
+        )
 
 
 if __name__ == "__main__":

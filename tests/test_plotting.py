@@ -27,6 +27,12 @@ def test_ticks_may_fall_between_whole_numbers_unless_told_otherwise() -> None:
     assert all(float(tick).is_integer() for tick in whole)
 
 
+def test_an_axis_may_be_logarithmic() -> None:
+    series = [plotting.Series("one", [10, 1000], [0.0, 1.0])]
+    scales = [plotting.lines(series, "x", "y", "t", log_x=log).axes[0].get_xscale() for log in (False, True)]
+    assert scales == ["linear", "log"]
+
+
 def test_names_may_stand_in_place_of_numbers() -> None:
     axes = plotting.lines(
         [plotting.Series("one", [0, 1], [3.0, 4.0])], "x", "y", "title", x_names=["few", "many"]

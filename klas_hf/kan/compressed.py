@@ -2,8 +2,8 @@
 
     coefficients of edge (o, i)  =  gain_oi · shape[index_oi]  +  bias_oi
 
-The shapes are one codebook for all layers, and for all heads that share it. Functions of the basis add up to one, so the
-biases of an output's edges are one number for the output: they may be stored as that ("output"), which is exact and
+The shapes are one codebook for all layers, and for all heads that share it. Functions of the basis add up to one, so
+the biases of an output's edges are one number for the output: they may be stored as that ("output"), which is exact and
 spares a byte per edge, or one by one ("edge"), as the paper has them.
 """
 
@@ -24,7 +24,7 @@ BIASES = ("output", "edge")
 AT_ONCE = 2**18  # numbers that an evaluation has in memory beside inputs and outputs, or what eight inputs need
 
 # Up to so many shapes per output, all of them are evaluated at every input, in one matrix product, and outputs choose
-# among the values; of more, each edge reads the few numbers of its own. Where the two took the same time (benchmarks/kan.py).
+# among the values; of more, each edge reads the few numbers of its own, which are read at random.
 _PER_OUTPUT = 16
 
 
@@ -84,7 +84,7 @@ class CompressedKANLayer(nn.Module):
         self.base = Rows(outputs, inputs, compression.bits, outputs) if base == "silu" else None
 
     def read_indices(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Which shape each edge of the inputs from `start`, a multiple of 8, to `stop` has: int32 `(outputs, inputs)`."""
+        """Which shape each edge of some inputs has, int32 `(outputs, inputs)`; `start` is a multiple of 8."""
         bits, stop = self.compression.index_bits, self.inputs if stop is None else min(stop, self.inputs)
         return unpack_rows(self.indices[:, start * bits // 8 : -(-stop * bits // 8)], bits, stop - start)
 
@@ -149,7 +149,7 @@ class CompressedKANHead(nn.Module):
         )
 
     def forward(self, features: Tensor, codebook: Rows) -> Tensor:
-        """`(batch, features)` to `(batch, outputs)`; in the dtype of the scales, float32, whatever the backbone's is."""
+        """`(batch, features)` to `(batch, outputs)`; computed in the scales' float32 whatever the features' dtype."""
         hidden = features.to(codebook.dtype)
         for layer in self.layers:
             hidden = layer(normed(hidden), codebook)

@@ -68,7 +68,10 @@ def compress_heads(
 
 def explained_variance(head: KANHead, compressed: KANHead) -> float:
     """R² of the coefficients: the share of their variance around the mean of their edge that compression keeps."""
-    pairs = [(one.coefficients.cpu(), other.coefficients.cpu()) for one, other in zip(head.layers, compressed.layers, strict=True)]
+    pairs = [
+        (one.coefficients.cpu(), other.coefficients.cpu())
+        for one, other in zip(head.layers, compressed.layers, strict=True)
+    ]
     with torch.no_grad():
         # Where biases are kept per output, those of the edges are spread anew, which changes no output.
         around = [(one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)) for one, other in pairs]
@@ -77,7 +80,7 @@ def explained_variance(head: KANHead, compressed: KANHead) -> float:
 
 
 def _parts(layer: KANLayer) -> tuple[Tensor, Tensor, Tensor]:
-    """Bias and gain `(outputs, inputs)`, shape `(outputs, inputs, coefficients)` of norm 1, or 0 where the gain is 0."""
+    """Bias and gain `(outputs, inputs)`, shape `(outputs, inputs, coefficients)` of norm 1; 0 where the gain is 0."""
     coefficients = layer.coefficients.float().cpu()
     if not coefficients.isfinite().all():
         raise ValueError("got coefficients that are not finite; expected a trained head")

@@ -39,8 +39,8 @@ def export_kan(
     Args:
         model: with a dense or compressed head, on the CPU.
         path: of the `.pte` file.
-        example: pixels `(batch, channels, height, width)`, or features `(batch, channels)` for a head alone; the program
-            takes inputs of this shape.
+        example: pixels `(batch, channels, height, width)`, or features `(batch, channels)` for a head alone; the
+            program takes inputs of this shape.
         head_only: leave the backbone out.
         partitioners: of ExecuTorch's backends, such as `[XnnpackPartitioner()]`; None: its portable kernels.
 

@@ -1,4 +1,4 @@
-"""Kolmogorov-Arnold layers (Liu et al. 2024): a spline on every edge, summed at every output; and heads made of them."""
+"""Kolmogorov-Arnold layers (Liu et al. 2024): a spline on every edge, summed at every output; and heads of them."""
 
 from collections.abc import Sequence
 from itertools import pairwise

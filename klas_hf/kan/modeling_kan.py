@@ -241,7 +241,7 @@ def compress_kan(
 ) -> KANForImageClassification:
     """Compress the head of a trained model, without data and without retraining (SHARe-KAN).
 
-    Each spline's coefficients become a bias, a gain and the nearest of a few shapes, which all layers of the head share.
+    Each spline's coefficients become a bias, a gain and the nearest of a few shapes, which all layers share.
 
     Args:
         model: with a dense head; it stays as it is.

@@ -44,6 +44,9 @@ class Rows(nn.Module):
         scales: number of scales, `rows` or 1.
     """
 
+    values: Tensor
+    scale: Tensor | None
+
     def __init__(self, rows: int, columns: int, bits: int, scales: int):
         super().__init__()
         self.register_buffer("values", torch.zeros(rows, columns, dtype=torch.int8 if bits == 8 else torch.float32))

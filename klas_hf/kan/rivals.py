@@ -7,7 +7,9 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from klas_hf.kan.layers import KANLayer
 from klas_hf.kan.modeling_kan import KANForImageClassification
 
 
@@ -74,6 +76,6 @@ def pruned_kan(model: KANForImageClassification, share: float) -> RivalHead:
     return RivalHead(made, 4 * per_edge * kept + -(-len(edges) // 8))
 
 
-def _norms(layer: torch.nn.Module) -> torch.Tensor:
+def _norms(layer: KANLayer) -> Tensor:
     """Of each edge's weights, `(outputs, inputs)`."""
-    return torch.cat([weights.flatten(2) if weights.ndim > 2 else weights[..., None] for weights in layer.parameters()], -1).norm(dim=-1)
+    return torch.cat([weights.view(*weights.shape[:2], -1) for weights in layer.parameters()], -1).norm(dim=-1)

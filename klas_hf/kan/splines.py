@@ -38,8 +38,8 @@ class Grid:
     def __post_init__(self) -> None:
         if self.order < 0 or self.intervals < max(1, self.order):
             raise ValueError(
-                f"got a grid of {self.intervals} intervals for splines of order {self.order}; expected an order of 0 or "
-                "more, and at least as many intervals: on fewer, functions of the basis reach past both ends"
+                f"got a grid of {self.intervals} intervals for splines of order {self.order}; expected an order of 0 "
+                "or more, and at least as many intervals: on fewer, functions of the basis reach past both ends"
             )
         if not self.low < self.high:
             raise ValueError(f"got a grid from {self.low} to {self.high}; expected low < high")
@@ -70,7 +70,7 @@ class Grid:
         values = torch.ones_like(within)
         for degree in range(1, self.order + 1):
             ahead = torch.arange(degree - 1, -1, -1, device=inputs.device)
-            moved = values * ((within + ahead) / degree)  # of each value, what goes to the next function; the rest stays
+            moved = values * ((within + ahead) / degree)  # what goes to the next function; the rest stays
             values = F.pad(values - moved, (0, 1)) + F.pad(moved, (1, 0))
         return cell.long(), values
 

@@ -94,8 +94,8 @@ class TrainingConfig:
     trainable: str = field(
         default="lora",
         metadata={
-            "help": "what learns: 'stitch' the stitching layers alone, 'lora' these and LoRA on the anchors, 'head' a KAN head "
-            "alone, 'full'"
+            "help": "what learns: 'stitch' the stitching layers alone, 'lora' these and LoRA on the anchors, 'head' a "
+            "KAN head alone, 'full'"
         },
     )
     epochs: float = field(default=10.0, metadata={"help": "passes over the data"})

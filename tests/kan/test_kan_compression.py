@@ -35,7 +35,7 @@ def test_a_compressed_head_answers_as_the_splines_that_its_tensors_stand_for(
     state, index_bits = small.state_dict(), max(1, int(np.ceil(np.log2(codebook))))
     layers = [
         (
-            stored_coefficients(state | {f"head.{key}": value for key, value in state.items()}, name, inputs, index_bits),
+            stored_coefficients(state, name, inputs, index_bits),
             stored(state, f"{name}.base") if base == "silu" else None,
         )
         for name, inputs in (("head.layers.0", 16), ("head.layers.1", 12))

@@ -20,7 +20,9 @@ def test_rows_of_indices_are_packed_as_numpy_packs_bits(bits: int, rows: int, co
     assert torch.equal(unpack_rows(packed, bits, count), indices.int())
 
 
-@pytest.mark.parametrize(("entries", "bits"), [(1, 1), (2, 1), (3, 2), (16, 4), (17, 5), (256, 8), (257, 9), (65536, 16)])
+@pytest.mark.parametrize(
+    ("entries", "bits"), [(1, 1), (2, 1), (3, 2), (16, 4), (17, 5), (256, 8), (257, 9), (65536, 16)]
+)
 def test_an_index_takes_the_least_bits(entries: int, bits: int) -> None:
     assert index_bits(entries) == bits
 

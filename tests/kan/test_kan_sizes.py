@@ -10,7 +10,7 @@ DENSE, SMALL = 58.67e6, 6.32e6  # bytes of one head
 
 
 def test_an_edge_of_the_paper_s_takes_four_bytes_for_fourteen_floats() -> None:
-    """2²⁰ edges, 14 coefficients: the dense figure within .1 %; 50 heads to the printed digits: 2.9 GB, 211 MB, 13.9×."""
+    """2²⁰ edges, 14 coefficients: dense within .1 %; 50 heads to the printed digits: 2.9 GB, 211 MB, 13.9×."""
     dense, small = HeadSize((2048, 512), 14), HeadSize((2048, 512), 14, PAPER)
     assert dense.edges == 2**20 and dense.total() == pytest.approx(DENSE, rel=1e-3)
     assert (small.head - 2 * 4 * 512) / small.edges == 4  # but for two scales per output
@@ -19,13 +19,14 @@ def test_an_edge_of_the_paper_s_takes_four_bytes_for_fourteen_floats() -> None:
 
 
 def test_the_paper_s_two_totals_are_those_of_four_bytes_an_edge_and_one_table() -> None:
-    """The abstract gives no shape. Edges from its dense total, at 14 floats; the table is what one head has beside them."""
+    """The abstract gives no shape: edges from its dense total at 14 floats, the table from what else one head has."""
     edges = DENSE / (4 * 14)
     per_edge = (HeadSize((2048, 512), 14, PAPER).head - 2 * 4 * 512) // 2**20
     table = SMALL - per_edge * edges
     assert edges == pytest.approx(2**20, rel=1e-3)
+    fifty = 50 * per_edge * edges + table
     assert f"{DENSE / (per_edge * edges + table):.1f}" == "9.3"
-    assert int((50 * per_edge * edges + table) / 1e6) == 211 and f"{50 * DENSE / (50 * per_edge * edges + table):.1f}" == "13.9"
+    assert int(fifty / 1e6) == 211 and f"{50 * DENSE / fifty:.1f}" == "13.9"
     assert table / 65536 == pytest.approx(32.5, abs=0.1)  # bytes per shape: between 14 in fp16 (28) and in fp32 (56)
 
 

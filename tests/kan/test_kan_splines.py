@@ -52,9 +52,7 @@ def test_layers_and_heads_equal_a_loop_over_edges(base: str) -> None:
     grid = Grid(4, 2, -1.5, 1.0)
     layer, inputs = KANLayer(3, 4, grid, base), 2 * torch.randn(6, 3)
     weights = [None if one is None else one.detach().numpy() for one in (layer.coefficients, layer.base)]
-    np.testing.assert_allclose(
-        layer(inputs).detach().numpy(), naive_layer(inputs.numpy(), *weights, grid), atol=1e-5
-    )
+    np.testing.assert_allclose(layer(inputs).detach().numpy(), naive_layer(inputs.numpy(), *weights, grid), atol=1e-5)
     head = KANHead([3, 7, 4], grid, base).double()
     layers = [
         (one.coefficients.detach().numpy(), None if one.base is None else one.base.detach().numpy())
@@ -85,7 +83,10 @@ def test_a_new_head_varies_as_much_as_its_inputs() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"intervals": 2, "order": 3}, "got a grid of 2 intervals for splines of order 3; .* at least as many intervals"),
+        (
+            {"intervals": 2, "order": 3},
+            "got a grid of 2 intervals for splines of order 3; .* at least as many intervals",
+        ),
         ({"intervals": 0, "order": 0}, "got a grid of 0 intervals"),
         ({"order": -1}, "order -1; expected an order of 0 or more"),
         ({"low": 1.0, "high": 1.0}, "from 1.0 to 1.0; expected low < high"),
