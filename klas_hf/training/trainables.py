@@ -68,7 +68,7 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
 
 def is_stitching(name: str) -> bool:
     """Whether a module or parameter of this name belongs to a stitching layer."""
-    return "joints" in name.split(".")
+    return not {"joints", "lateral_joints"}.isdisjoint(name.split("."))
 
 
 def is_head(name: str) -> bool:
