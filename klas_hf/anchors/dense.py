@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,6 +23,7 @@ from klas_hf.models.vision_kinds import AS_BACKBONE, BACKBONE_KINDS, VISION_KIND
 from klas_hf.models.vision_shapes import trace
 
 STRIDES = (4, 8, 16, 32)  # pixels; of the maps that heads take which say nothing else
+Size = tuple[int, int]  # (height, width)
 _LEAST = 1e-8  # share of a pixel that no query claims
 
 
@@ -32,13 +34,15 @@ class DenseHead:
     Attributes:
         model_class: its name in transformers.
         backbone: name of the backbone within the model.
-        scores: the model's output → scores of the classes at every position, `(batch, classes, height, width)`, whose
-            softmax over classes is the semantic segmentation.
+        scores: the model's output, and (height, width) or None for the output's own → scores of the classes at every
+            position, `(batch, classes, height, width)`, whose softmax over classes is the semantic segmentation.
+        by_mask: whether the model learns from a mask for each class of an image, else from one mask of classes.
     """
 
     model_class: str
     backbone: str
-    scores: Callable[[Any], Tensor]
+    scores: Callable[[Any, Size | None], Tensor]
+    by_mask: bool
 
     @property
     def kind(self) -> type[PreTrainedModel]:
@@ -46,16 +50,28 @@ class DenseHead:
         return getattr(transformers, self.model_class)
 
 
-def _of_queries(output: Any) -> Tensor:
+def _of_queries(output: Any, size: Size | None) -> Tensor:
     """Mask2Former's semantic inference (Cheng et al. 2022): each query's mask in the shares of its classes."""
     classes = output.class_queries_logits.float().softmax(-1)[..., :-1]
-    masks = output.masks_queries_logits.float().sigmoid()
+    masks = _resized(output.masks_queries_logits.float(), size).sigmoid()
     return torch.einsum("bqc,bqhw->bchw", classes, masks).clamp_min(_LEAST).log()
 
 
+def _of_pixels(output: Any, size: Size | None) -> Tensor:
+    return _resized(output.logits.float(), size)
+
+
+def _resized(maps: Tensor, size: Size | None) -> Tensor:
+    if size is None or size == tuple(maps.shape[-2:]):
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
 DENSE_HEADS = {
-    "mask2former": DenseHead("Mask2FormerForUniversalSegmentation", "model.pixel_level_module.encoder", _of_queries),
-    "upernet": DenseHead("UperNetForSemanticSegmentation", "backbone", lambda output: output.logits),
+    "mask2former": DenseHead(
+        "Mask2FormerForUniversalSegmentation", "model.pixel_level_module.encoder", _of_queries, by_mask=True
+    ),
+    "upernet": DenseHead("UperNetForSemanticSegmentation", "backbone", _of_pixels, by_mask=False),
 }
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+VOID = 255  # in masks: a pixel of no class
+
 
 @dataclass(frozen=True)
 class ImageBatch:
@@ -14,7 +16,7 @@ class ImageBatch:
 
     Attributes:
         pixel_values: `(batch, channels, height, width)`.
-        labels: `(batch,)` class numbers, or None where they are not known.
+        labels: `(batch,)` class numbers, or masks of them `(batch, height, width)`; None where they are not known.
     """
 
     pixel_values: Tensor
@@ -70,11 +72,12 @@ def image_batches(data: Iterable[Any]) -> Iterator[ImageBatch]:
         pixels = torch.as_tensor(fields["pixel_values"])
         labels = fields.get("labels")
         labels = None if labels is None else torch.as_tensor(labels)
-        if pixels.ndim != 4 or (labels is not None and labels.shape != pixels.shape[:1]):
+        known = (pixels.shape[:1], (*pixels.shape[:1], *pixels.shape[2:]))
+        if pixels.ndim != 4 or (labels is not None and labels.shape not in known):
             raise ValueError(
                 f"got pixel_values of shape {tuple(pixels.shape)} and labels of shape "
                 f"{None if labels is None else tuple(labels.shape)}; expected (batch, channels, height, width) and "
-                "(batch,)"
+                "(batch,), or masks (batch, height, width)"
             )
         if labels is not None and labels.is_floating_point():
             raise TypeError(
