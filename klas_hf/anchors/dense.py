@@ -95,9 +95,31 @@ def dense_head(config: PreTrainedConfig) -> DenseHead:
     return DENSE_HEADS[config.model_type]
 
 
-def backbone_of(model: PreTrainedModel) -> StitchedBackbone:
-    """The stitched backbone of a dense model."""
+def backbone_of(model: PreTrainedModel) -> Any:
+    """The backbone of a dense model."""
     return model.get_submodule(dense_head(model.config).backbone)
+
+
+def on_stitched_backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """A dense anchor in the form that everything here works with, on the very same tensors."""
+    if isinstance(backbone_of(model), StitchedBackbone):
+        body_config(model.config)
+        return model
+    config, kind = copy.deepcopy(model.config), dense_head(model.config)
+    body, states = body_config(config), wanted_maps(config)
+    config.backbone_config = StitchedVisionConfig(
+        anchor_configs=[body], out_features=[norm_name(body, state) for state in states]
+    )
+    with torch.device(model.device):
+        found = kind.kind(config).to(model.dtype)
+    own = model.state_dict()
+    theirs = {name: own[name] for name in own if not name.startswith(f"{kind.backbone}.")}
+    for name, key in body_keys(set(own), body, kind.backbone).items():
+        prefix = kind.backbone if name.startswith("norms.") else f"{kind.backbone}.slices.0"
+        theirs[f"{prefix}.{name}"] = own[key]
+    wanted = found.state_dict().keys()
+    found.load_state_dict({name: theirs[name] for name in wanted if name in theirs}, assign=True)
+    return found.train(model.training)
 
 
 def body_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -135,7 +135,8 @@ def assemble_best(
     path, wanted = path or found.best(budget), Budget.of(budget)
     model = assemble_path(anchors, path, **{"joint": found.joint(path)} | kwargs)
     place = found.place(path)
-    model.config.search = {
+    about = model.config.backbone_config if is_dense(model) else model.config
+    about.search = {
         "budget": wanted.text, "share": found.share(path), "divergence": float(found.divergence[place]),
         "error": float(found.error[place]), "paths": len(found),
     }  # fmt: skip
@@ -160,7 +161,7 @@ def _searched(
         sampled(
             kwargs["calibration"],
             shapes[0].read,
-            lambda batch: widest * len(batch) / max(1, len(batch.unit_items)),
+            lambda batch: widest * len(batch) / max(1, batch.fewest_rows),
             items,
         )
     )

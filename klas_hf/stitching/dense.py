@@ -30,7 +30,7 @@ from klas_hf.anchors.dense import (
 from klas_hf.anchors.fitting import write_fit
 from klas_hf.anchors.images import ImageBatch
 from klas_hf.anchors.language import HUB_OPTIONS, anchor_config, hub_options
-from klas_hf.anchors.vision import check_labels
+from klas_hf.anchors.vision import check_labels, map_rows
 from klas_hf.anchors.weights import evaluating
 from klas_hf.maths.least_squares import LeastSquares
 from klas_hf.models import StitchedBackbone, StitchedVisionConfig
@@ -204,11 +204,6 @@ def whole_backbone(
     ends = set_maps(config, maps, laterals=False)
     state = slice_state(anchor, 0) | norms_state(anchor, {name: at for name, (_, at) in ends.items()})  # type: ignore[arg-type]
     return load_parts(StitchedBackbone, config, state, dtype=dtype).eval()
-
-
-def map_rows(one: Tensor) -> Tensor:
-    """`(batch, channels, height, width)` as `(batch · height · width, channels)`."""
-    return one.movedim(1, -1).flatten(0, 2)
 
 
 def _keep(entering: dict[str, Tensor], name: str, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
