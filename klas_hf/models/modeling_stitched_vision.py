@@ -239,7 +239,7 @@ class StitchedBackbone(BackboneMixin, _StitchedVision):
         laterals = config.lateral_channels or {}
         self.norms = nn.ModuleDict(
             {
-                name: nn.LayerNorm(channels)
+                name: nn.LayerNorm(channels, vision_kind(configs[number]).norm_eps)
                 for name, channels, (number, _) in zip(self.stage_names[1:], self.num_features[1:], ends, strict=True)
                 if name in self.out_features and vision_kind(configs[number]).normed_features
             }

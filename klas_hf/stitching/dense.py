@@ -32,7 +32,7 @@ from klas_hf.anchors.images import ImageBatch
 from klas_hf.anchors.language import HUB_OPTIONS, anchor_config, hub_options
 from klas_hf.anchors.vision import check_labels, map_rows
 from klas_hf.anchors.weights import evaluating
-from klas_hf.maths.least_squares import LeastSquares
+from klas_hf.maths.least_squares import RIDGE, LeastSquares
 from klas_hf.models import StitchedBackbone, StitchedVisionConfig
 from klas_hf.models.vision_shapes import trace
 from klas_hf.paths import Path as AnchorPath
@@ -193,7 +193,8 @@ def _fit_laterals(
             handle.remove()
     for name, sums in equations.items():
         sums.combine(sum_over_processes)
-        write_fit(layers[name], sums.solve(ridge))
+        # Channels of a normed map depend on each other: the equations are singular however many rows there are.
+        write_fit(layers[name], sums.solve(RIDGE if ridge is None else ridge))
 
 
 def whole_backbone(
