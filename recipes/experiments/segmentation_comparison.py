@@ -38,6 +38,7 @@ from klas_hf.selection.snnet import snnet_stitches
 from klas_hf.training import TrainingConfig, train_stitches
 
 RULES = ("klas", "snnet", "functional", "search", "random")
+_CHOICE = ("rules", "search_forwards")  # which paths are trained, not how
 SHOWN = 4  # test images whose predictions are kept, to be looked at
 
 
@@ -67,6 +68,9 @@ class SegmentationSettings:
     calibration_images: int = field(default=100, metadata={"help": "images that joints are fitted to"})
     batch_size: int = field(default=8, metadata={"help": "images per batch where nothing is trained"})
     probe_epochs: int = field(default=20, metadata={"help": "most epochs of the probes"})
+    search_forwards: int | None = field(
+        default=None, metadata={"help": "runs of a block on an image that the search may spend; None: its own default"}
+    )
     temperature: float = field(default=1.0, metadata={"help": "softens both outputs that functional KL compares"})
 
     def __post_init__(self) -> None:
@@ -104,7 +108,7 @@ class SegmentationComparison:
         if self.macs != sorted(self.macs):
             raise ValueError(f"got anchors of {self.macs} MACs; expected the cheaper one first")
         self.fingerprints = [anchor.fingerprint for anchor in self.anchors]
-        run = {name: value for name, value in asdict(settings).items() if name != "rules"}
+        run = {name: value for name, value in asdict(settings).items() if name not in _CHOICE}
         run |= {"anchors": self.names, "fingerprints": self.fingerprints, "training": asdict(training)}
         run |= {"images": [len(one) for one in (task.train, task.validation, task.test)], "size": list(task.train.size)}
         self.rows = RowFile(self.output / "rows.jsonl", run | dict(about or {}))
@@ -186,7 +190,10 @@ class SegmentationComparison:
         """What a search over paths of every kind has found."""
         scoring = FunctionalScoring(calibration=self._calibration, temperature=1.0, scored_items=None)
         # Merged joints change the anchor's own blocks, so that what is trained would not start alike.
-        config = SearchConfig(merged=False, scoring=scoring)
+        config = SearchConfig(
+            buckets=2 * self.settings.buckets, cheapest=self.macs[0] / self.macs[1], merged=False, scoring=scoring,
+            forwards=self.settings.search_forwards,
+        )  # fmt: skip
         return search_paths(
             self.anchors, self.batches(self.task.validation), config, output=self.output / "search.jsonl"
         )
