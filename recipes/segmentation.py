@@ -69,9 +69,7 @@ def main() -> None:
         training = replace(training, max_steps=2, per_device_batch_size=4)
     with input_read(args):
         task = load_task(args)
-        anchors = [
-            with_head(anchor, place, args, task, training) for place, anchor in enumerate(args.anchors)
-        ]
+        anchors = [with_head(anchor, place, args, task, training) for place, anchor in enumerate(args.anchors)]
     comparison = SegmentationComparison(anchors, task, settings, training, args.output_dir, {"data": args.data})
     comparison.run()
     process_state().print(report(comparison))

@@ -60,12 +60,16 @@ def tiny_dense(head: str, kind: str = "swin", *, large: bool = False, seed: int 
     return model.eval()
 
 
-def tiny_dense_pair(head: str, source: str = "swin", target: str | None = None) -> tuple[PreTrainedModel, PreTrainedModel]:
+def tiny_dense_pair(
+    head: str, source: str = "swin", target: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A small and a large anchor."""
     return tiny_dense(head, source, seed=1), tiny_dense(head, target or source, large=True, seed=2)
 
 
-def dense_images(batches: int = 3, count: int = 4, size: tuple[int, int] = SIZE, *, seed: int = 0) -> list[dict[str, Tensor]]:
+def dense_images(
+    batches: int = 3, count: int = 4, size: tuple[int, int] = SIZE, *, seed: int = 0
+) -> list[dict[str, Tensor]]:
     """Batches of random pixels with masks of random blocks of classes, some of them void."""
     generator = torch.Generator().manual_seed(seed)
     found = []

@@ -246,7 +246,7 @@ def norms_state(anchor: AnchorCheckpoint, states: Mapping[str, int]) -> dict[str
     Raises:
         ValueError: the anchor's head does not take the map of such a state, so that there is no norm of it.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name, state in states.items():
         if vision_kind(anchor.config).normed_features:
             theirs = f"norms.{norm_name(anchor.config, state)}"

@@ -1,14 +1,12 @@
 """An image classifier or a dense model as an anchor: what each of its blocks gives, and its head on it.
 
-A dense head reads maps of several states beside the last. A state of a dense anchor carries the last hidden states on
-each grid that the path has passed, with the anchor whose blocks they left; a map that another anchor left comes to the
-head through a least-squares layer, as in the stitched model.
+A dense head reads maps of several states beside the last (`vision_states`). One that another anchor left comes to it
+through a least-squares layer, as in the stitched model.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BackboneOutput
 
 from klas_hf.anchors.anchor import Anchor
 from klas_hf.anchors.dense import (
@@ -32,6 +29,7 @@ from klas_hf.anchors.dense import (
 )
 from klas_hf.anchors.images import VOID, ImageBatch, image_batches
 from klas_hf.anchors.language import anchor_config, hub_options, pretrained
+from klas_hf.anchors.vision_states import MappedFeatures, feature_rows, giving, map_rows, split, stacked
 from klas_hf.anchors.weights import evaluating
 from klas_hf.maths.least_squares import RIDGE, LeastSquares, LinearFit
 from klas_hf.models.modeling_stitched_vision import StitchingLayer, as_map, dropped_prefix
@@ -39,20 +37,6 @@ from klas_hf.models.vision_features import Block, Features, VisionKind, drop_blo
 from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.models.vision_shapes import FeatureShape, trace
 from klas_hf.processes import progress, shared_out, sum_over_processes
-
-
-class MappedFeatures(NamedTuple):
-    """The state of a dense anchor.
-
-    Attributes:
-        hidden, height, width: as of `Features`.
-        maps: grid → the anchor whose slice the last state on it lies in, and that state, `hidden` alone.
-    """
-
-    hidden: Tensor
-    height: int
-    width: int
-    maps: Mapping[tuple[int, int], tuple["VisionAnchor", Tensor]]
 
 
 class VisionAnchor(Anchor[ImageBatch, Any]):
@@ -111,8 +95,8 @@ class VisionAnchor(Anchor[ImageBatch, Any]):
     def check_like(self, other: "VisionAnchor") -> None:
         if (self.dense is None) != (other.dense is None):
             raise ValueError(
-                f"got {self.name} and {other.name}, of which one is a classifier and one a dense model; expected two of "
-                "one kind"
+                f"got {self.name} and {other.name}, of which one is a classifier and one a dense model; expected two "
+                "of one kind"
             )
         check_labels(self.model.config, other.model.config)
 
@@ -167,7 +151,8 @@ class VisionAnchor(Anchor[ImageBatch, Any]):
         """As of every anchor; `inputs` may have `rates`, an iterator over the blocks' rates of stochastic depth."""
         self.kind.check_pixels(inputs["pixel_values"], self.config)
         state: Any = self.kind.run_embed(self.body, inputs["pixel_values"])
-        return self.run(state if self.dense is None else MappedFeatures(*state, {}), inputs, 0, stop)
+        state = state if self.dense is None else MappedFeatures(state.hidden, state.height, state.width, {})
+        return self.run(state, inputs, 0, stop)
 
     def run(self, state: Any, inputs: Mapping[str, Any], start: int, stop: int) -> Any:
         self.kind.check_size(inputs["pixel_values"], self.config)
@@ -177,7 +162,9 @@ class VisionAnchor(Anchor[ImageBatch, Any]):
             after = self.kind.run_block(self.body, block, features)
             features = drop_block(features, after, next(inputs["rates"])) if "rates" in inputs else after
             passed[features.height, features.width] = (self, features.hidden)
-        return features if self.dense is None else MappedFeatures(*features, dict(state.maps) | passed)
+        if self.dense is None:
+            return features
+        return MappedFeatures(features.hidden, features.height, features.width, dict(state.maps) | passed)
 
     @torch.no_grad()
     def states(self, batch: ImageBatch, stop: int | None = None) -> list[Features]:
@@ -219,27 +206,11 @@ class VisionAnchor(Anchor[ImageBatch, Any]):
 
     @staticmethod
     def stacked(states: Sequence[Any]) -> Any:
-        first = states[0]._replace(hidden=torch.cat([one.hidden for one in states]))
-        if not isinstance(first, MappedFeatures):
-            return first
-        common = set.intersection(*(set(one.maps) for one in states))
-        maps = {
-            grid: (first.maps[grid][0], torch.cat([one.maps[grid][1] for one in states]))
-            for grid in common
-            if len({one.maps[grid][1].shape for one in states}) == 1
-        }
-        return first._replace(maps=maps)
+        return stacked(states)
 
     @staticmethod
     def split(state: Any, count: int) -> list[Any]:
-        parts = [state._replace(hidden=hidden) for hidden in state.hidden.chunk(count)]
-        if not isinstance(state, MappedFeatures):
-            return parts
-        chunks = {grid: (owner, hidden.chunk(count)) for grid, (owner, hidden) in state.maps.items()}
-        return [
-            one._replace(maps={grid: (owner, hidden[number]) for grid, (owner, hidden) in chunks.items()})
-            for number, one in enumerate(parts)
-        ]
+        return split(state, count)
 
     def _grids(self, batch: ImageBatch) -> list[tuple[int, int]]:
         """(height, width) of the maps that the head takes."""
@@ -273,28 +244,6 @@ class VisionAnchor(Anchor[ImageBatch, Any]):
         return tuple(found)
 
 
-@contextmanager
-def giving(backbone: nn.Module, maps: tuple[Tensor, ...]) -> Iterator[None]:
-    """Make a backbone give these maps, whatever it is called with."""
-    backbone.forward = lambda *args, **kwargs: BackboneOutput(feature_maps=maps)
-    try:
-        yield
-    finally:
-        del backbone.forward
-
-
-def feature_rows(features: Features, kind: VisionKind, dropped: int = 0) -> Tensor:
-    """One row per position and image, `(batch · positions, channels)`, as a stitching layer sees them."""
-    if kind.layout == "map":
-        return features.hidden.movedim(1, -1).flatten(0, 2)
-    return features.hidden[:, dropped:].flatten(0, 1)
-
-
-def map_rows(one: Tensor) -> Tensor:
-    """`(batch, channels, height, width)` as `(batch · height · width, channels)`."""
-    return one.movedim(1, -1).flatten(0, 2)
-
-
 def load_vision_anchor(anchor: str | Path | PreTrainedModel | VisionAnchor, **kwargs: Any) -> VisionAnchor:
     """Load an image classifier or a dense model by Hub id or folder, or take a model as it is.
 
@@ -322,7 +271,8 @@ def load_vision_anchor(anchor: str | Path | PreTrainedModel | VisionAnchor, **kw
 def is_vision(anchor: Any, **hub: Any) -> bool:
     """Whether an anchor (Hub id, folder, model, configuration, or one already loaded) reads images.
 
-    A dense model that can be stitched does, and a classifier of any type that transformers has a classifier for: one that cannot be stitched is to be told the kinds that can.
+    A dense model that can be stitched does, and a classifier of any type that transformers has one for: one that
+    cannot be stitched is to be told the kinds that can.
     """
     if isinstance(anchor, VisionAnchor):
         return True

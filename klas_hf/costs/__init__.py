@@ -118,7 +118,9 @@ def measure_path_costs(
     configs = [_config(anchor) for anchor in anchors]
     kinds = {_kind(config) for config in configs}
     if len(kinds) != 1:
-        raise ValueError(f"got {len(configs)} anchors, {' and '.join(sorted(kinds))}; expected one or more, all of one kind")
+        raise ValueError(
+            f"got {len(configs)} anchors, {' and '.join(sorted(kinds))}; expected one or more, all of one kind"
+        )
     if kinds != {_TEXT}:
         size = _pair(image_size, configs[-1])
         parts = [_parts(config, size) for config in configs]

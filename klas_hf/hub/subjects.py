@@ -6,11 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from klas_hf.anchors.dense import DENSE_HEADS
+from klas_hf.anchors.dense import DENSE_HEADS, dense_head
 from klas_hf.costs import measure_costs
 from klas_hf.hub import usage
 from klas_hf.hub.pages import AnchorPage, anchor_pages
 from klas_hf.models import StitchedVisionConfig
+from klas_hf.models.vision_features import image_size
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.rows import markdown_table
 from klas_hf.scores.values import StitchScores
@@ -102,12 +103,12 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in _IDENTITY if key in config}
 
 
-def _stitched(config: Any, base_model: Sequence[str] | None, head: str | None = None, **about: Any) -> Subject:
+def _stitched(config: Any, base_model: Sequence[str] | None, whole: Any = None, **about: Any) -> Subject:
     """What is alike for all models of one path.
 
     Args:
         config: that names the path and its anchors.
-        head: what follows the last block; None: the head of the last slice's anchor.
+        whole: of the dense model that it is the backbone of; None: it is the model's own.
     """
     path, count = AnchorPath.parse(config.path), len(config.anchor_blocks)
     names, revisions = config.anchor_names or [None] * count, config.anchor_revisions or [None] * count
@@ -120,7 +121,9 @@ def _stitched(config: Any, base_model: Sequence[str] | None, head: str | None = 
     joints = {0: "no stitching layer", 1: "a linear stitching layer between"}.get(
         layers, f"{layers} linear stitching layers between"
     )
-    head = head or f"and the head of {_link(pages[path.slices[-1].anchor])}"
+    head = f"and the head of {_link(pages[path.slices[-1].anchor])}"
+    if whole is not None:
+        head = f"as the backbone of a `{dense_head(whole).model_class}`"
     facts = {f"anchor {place}": _with_revision(page) for place, page in pages.items()} | {"path": f"`{path}`"}
     if config.search:
         facts["chosen as"] = _choice(config.search)
@@ -128,7 +131,7 @@ def _stitched(config: Any, base_model: Sequence[str] | None, head: str | None = 
     return Subject(
         summary=f"The {', then the '.join(parts)}, {joints}, {head}: path `{path}`, made with `klas_hf`.",
         anchors=anchors, origin=_start(config.joint_fits, layers), paths=(str(path),),
-        **{"carries_code": True, "identity": identity(public_config(config.to_dict(), anchors))} | about,
+        identity=identity(public_config((whole or config).to_dict(), anchors)), carries_code=whole is None, **about,
     )  # fmt: skip
 
 
@@ -205,13 +208,12 @@ def _dense(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
     config = what.config.backbone_config
     if not isinstance(config, StitchedVisionConfig):
         raise TypeError(f"got a {type(what).__name__} whose backbone is not stitched; expected one made by from_path")
-    height, width = config.image_size
+    height, width = image_size(config)
     return _stitched(
-        config, base_model, head=f"as the backbone of a `{type(what).__name__}`", carries_code=False,
-        kind="Stitched segmentation model", pipeline_tag="image-segmentation", task="image-segmentation",
-        processor="image processor", code=usage.segmenter(what.config.architectures[0], height, width),
+        config, base_model, what.config, kind="Stitched segmentation model", pipeline_tag="image-segmentation",
+        task="image-segmentation", processor="image processor",
+        code=usage.segmenter(type(what).__name__, height, width),
         facts=_cost_facts(what, f"image of {height}×{width} pixels"), limits=_MODEL_LIMITS,
-        identity=identity(what.config.to_dict()),
     )  # fmt: skip
 
 

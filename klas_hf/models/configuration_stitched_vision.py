@@ -35,8 +35,8 @@ class StitchedVisionConfig(BackboneConfigMixin, PathConfig):
             `paths` compared, `contenders` healed), or None.
         delta: of a checkpoint without the anchors' tensors, what is needed to assemble it (see `klas_hf.hub.delta`).
         out_features, out_indices: which stages `StitchedBackbone` returns.
-        lateral_channels: stage → `[from, to]` widths, of the stages whose maps `StitchedBackbone` gives in another width
-            than their slice's; None: of none.
+        lateral_channels: stage → `[from, to]` widths, of the stages whose maps `StitchedBackbone` gives in another
+            width than their slice's; None: of none.
         initializer_range: standard deviation of weights that are drawn at random.
 
     Example:

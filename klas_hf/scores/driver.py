@@ -97,7 +97,9 @@ def score_stitches(
     if of_images and first is None:
         raise ValueError("got no images to score on; expected batches. Check that an iterator was not used up before")
     size = tuple(first.pixel_values.shape[-2:]) if of_images else None
-    costs = measure_stitch_costs(*(anchor.model for anchor in anchors), tokens=tokens, image_size=size, positions=positions)
+    costs = measure_stitch_costs(
+        *(anchor.model for anchor in anchors), tokens=tokens, image_size=size, positions=positions
+    )
     costs.check_direction()
     if probes is not None:
         for probe, anchor in zip(probes, anchors, strict=True):

@@ -30,10 +30,12 @@ from klas_hf.anchors.dense import (
 from klas_hf.anchors.fitting import write_fit
 from klas_hf.anchors.images import ImageBatch
 from klas_hf.anchors.language import HUB_OPTIONS, anchor_config, hub_options
-from klas_hf.anchors.vision import check_labels, map_rows
+from klas_hf.anchors.vision import check_labels
+from klas_hf.anchors.vision_states import map_rows
 from klas_hf.anchors.weights import evaluating
 from klas_hf.maths.least_squares import RIDGE, LeastSquares
 from klas_hf.models import StitchedBackbone, StitchedVisionConfig
+from klas_hf.models.vision_features import image_size as size_of
 from klas_hf.models.vision_shapes import trace
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.processes import progress, shared_out, sum_over_processes
@@ -128,7 +130,7 @@ def set_maps(config: StitchedVisionConfig, maps: Sequence[int], *, laterals: boo
     Raises:
         ValueError: the path has no stage on the grid of one of them.
     """
-    size, head = (config.image_size[0], config.image_size[1]), config.slices[-1][0]
+    size, head = size_of(config), config.slices[-1][0]
     shapes = {place: trace(config.anchor_configs[place], size) for place, _, _ in config.slices}
     states = [(config.slices[0][0], 0)]
     states += [(config.slices[number][0], block + 1) for number, block in config.stage_ends()]
@@ -173,13 +175,9 @@ def _fit_laterals(
     """Least squares from what enters each lateral layer to the map that the head's anchor has there."""
     wanted = whole_backbone(anchor, maps, backbone.config.image_size, dtype).to(backbone.device)
     layers = {name: one for name, one in backbone.lateral_joints.items()}
-    equations = {
-        name: LeastSquares(one.in_channels, one.out_channels, backbone.device) for name, one in layers.items()
-    }
+    equations = {name: LeastSquares(one.in_channels, one.out_channels, backbone.device) for name, one in layers.items()}
     entering: dict[str, Tensor] = {}
-    handles = [
-        one.register_forward_pre_hook(partial(_keep, entering, name)) for name, one in layers.items()
-    ]
+    handles = [one.register_forward_pre_hook(partial(_keep, entering, name)) for name, one in layers.items()]
     try:
         with evaluating(backbone), evaluating(wanted):
             for batch in progress(shared_out(calibration), "calibrating the maps of the head"):
@@ -197,9 +195,7 @@ def _fit_laterals(
         write_fit(layers[name], sums.solve(RIDGE if ridge is None else ridge))
 
 
-def whole_backbone(
-    anchor: AnchorCheckpoint, maps: Sequence[int], size: Sequence[int], dtype: Any
-) -> StitchedBackbone:
+def whole_backbone(anchor: AnchorCheckpoint, maps: Sequence[int], size: Sequence[int], dtype: Any) -> StitchedBackbone:
     """A dense anchor's own backbone, which gives the maps of some states."""
     config = StitchedVisionConfig(anchor_configs=[copy.deepcopy(anchor.config)], image_size=list(size))
     ends = set_maps(config, maps, laterals=False)

@@ -20,7 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from klas_hf.anchors.checkpoints import ClassifierCheckpoint, UnreadTensor
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.language import HUB_OPTIONS, anchor_config, hub_options
-from klas_hf.anchors.vision import check_labels, feature_rows
+from klas_hf.anchors.vision import check_labels
+from klas_hf.anchors.vision_states import feature_rows
 from klas_hf.anchors.weights import evaluating
 from klas_hf.costs import measure_costs
 from klas_hf.models import StitchedBackbone, StitchedForImageClassification, StitchedVisionConfig
@@ -105,7 +106,7 @@ def calibration_images(
 ) -> Iterable[ImageBatch]:
     """The images that joints are fitted to, as many as `sampled` says; errors as `usable_images`."""
     path, used = AnchorPath.parse(config.path), [one for one in config.anchor_configs]
-    joints = _joined(used, path, (config.image_size[0], config.image_size[1]))
+    joints = _joined(used, path, image_size(config))
     features = max((left.channels / (left.height * left.width) for left, _ in joints), default=0.0)
     chosen = sampled(calibration, image_batches, lambda _: features, items)
     return usable_images(chosen, *(used[place] for place in path.anchors))

@@ -94,8 +94,8 @@ class TrainingConfig:
     trainable: str = field(
         default="lora",
         metadata={
-            "help": "what learns: 'stitch' the stitching layers alone, 'lora' these and LoRA on the anchors, 'head' a KAN head "
-            "alone, 'backbone' all but a dense model's head, 'full'"
+            "help": "what learns: 'stitch' the stitching layers alone, 'lora' these and LoRA on the anchors, 'head' a KAN "
+            "head alone, 'backbone' all but a dense model's head, 'full'"
         },
     )
     epochs: float = field(default=10.0, metadata={"help": "passes over the data"})

@@ -125,7 +125,9 @@ class SegmentationComparison:
     def anchor_rows(self) -> list[ResultRow]:
         """The anchors as they were given, on the test images."""
         return [
-            evaluate_anchor(model, self._measure_of(f"{place}[:] as given"), rule="as given", rows=self.rows, position=place)
+            evaluate_anchor(
+                model, self._measure_of(f"{place}[:] as given"), rule="as given", rows=self.rows, position=place
+            )
             for place, model in enumerate(self.models)
         ]  # fmt: skip
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from experiments.segmentation_comparison import SHOWN, SegmentationComparison
 
+from experiments.segmentation_comparison import SHOWN, SegmentationComparison
 from klas_hf import plotting
 from klas_hf.paths import Path
 from klas_hf.processes import process_state

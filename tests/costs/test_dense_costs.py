@@ -1,4 +1,4 @@
-"""Costs of dense models: every path's, counted in one forward of each anchor, against the stitched models themselves."""
+"""Costs of dense models: paths', counted in one forward of each anchor, against those of the stitched models."""
 
 import pytest
 import torch

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_dense import NAMES, SIZE, STAGES, dense_images, head_config, outputs, tiny_backbone, tiny_dense, tiny_dense_pair
+from tiny_dense import (
+    NAMES,
+    SIZE,
+    STAGES,
+    dense_images,
+    head_config,
+    outputs,
+    tiny_backbone,
+    tiny_dense,
+    tiny_dense_pair,
+)
 from tiny_vision import tiny_classifier
 from torch import Tensor, nn
 from transformers import (

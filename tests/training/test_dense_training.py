@@ -45,7 +45,9 @@ def moved(model: PreTrainedModel, before: dict[str, Tensor]) -> set[str]:
     return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
-@pytest.mark.parametrize(("head", "batch_norm"), [("mask2former", "train"), ("upernet", "train"), ("upernet", "frozen")])
+@pytest.mark.parametrize(
+    ("head", "batch_norm"), [("mask2former", "train"), ("upernet", "train"), ("upernet", "frozen")]
+)
 def test_a_frozen_head_stays_as_it_is(head: str, batch_norm: str) -> None:
     model = stitched(head)
     before = copy.deepcopy(model.state_dict())
@@ -89,13 +91,17 @@ def test_the_loss_is_the_models_own_per_image() -> None:
     torch.testing.assert_close(found, 4 * expected)
     other = tiny_dense("upernet", loss_ignore_index=9)
     with torch.no_grad():
-        torch.testing.assert_close(DenseObjective(other, Examples(), config(), None).loss_sum(other, batch, (0,)), found)
+        torch.testing.assert_close(
+            DenseObjective(other, Examples(), config(), None).loss_sum(other, batch, (0,)), found
+        )
 
 
 def test_masks_become_one_mask_per_class_for_mask2former() -> None:
     model = tiny_dense("mask2former")
     masks = torch.tensor([[[0, 0], [3, 255]], [[2, 2], [2, 2]]])
-    given, _ = DenseObjective(model, Examples(), config(), None).inputs({"pixel_values": torch.zeros(2, 3, 2, 2), "labels": masks})
+    given, _ = DenseObjective(model, Examples(), config(), None).inputs(
+        {"pixel_values": torch.zeros(2, 3, 2, 2), "labels": masks}
+    )
     assert [classes.tolist() for classes in given["class_labels"]] == [[0, 3], [2]]
     assert [one.tolist() for one in given["mask_labels"]] == [[[[1, 1], [0, 0]], [[0, 0], [1, 0]]], [[[1, 1], [1, 1]]]]
 
