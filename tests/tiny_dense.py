@@ -22,12 +22,24 @@ SIZE = (64, 64)
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 _LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: number for number, name in enumerate(NAMES)}}
 _SMALL: dict[str, dict[str, Any]] = {
-    "swin": {"embed_dim": 8, "depths": [1, 2, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 3},
+    "swin": {
+        "drop_path_rate": 0.0,
+        "embed_dim": 8,
+        "depths": [1, 2, 1, 1],
+        "num_heads": [1, 1, 2, 2],
+        "window_size": 3,
+    },
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 12, 16, 20], "depths": [1, 2, 1, 1], "layer_type": "basic"},
     "convnext": {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 2, 1, 1]},
 }
 _LARGE: dict[str, dict[str, Any]] = {
-    "swin": {"embed_dim": 12, "depths": [2, 2, 2, 1], "num_heads": [1, 1, 2, 3], "window_size": 3},
+    "swin": {
+        "drop_path_rate": 0.0,
+        "embed_dim": 12,
+        "depths": [2, 2, 2, 1],
+        "num_heads": [1, 1, 2, 3],
+        "window_size": 3,
+    },
     "resnet": {"embedding_size": 8, "hidden_sizes": [12, 16, 24, 28], "depths": [2, 2, 2, 1], "layer_type": "basic"},
     "convnext": {"hidden_sizes": [12, 16, 24, 28], "depths": [2, 2, 2, 1]},
 }

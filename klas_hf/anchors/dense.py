@@ -231,6 +231,7 @@ class DenseCheckpoint(AnchorCheckpoint):
         super().__init__(anchor, **hub)
         self.whole = self.config
         self.config = body_config(self.whole)
+        self.kind = vision_kind(self.config)
         prefix = dense_head(self.whole).backbone
         self.head_keys = {key for key in self.keys if not key.startswith(f"{prefix}.")}
         self.names = body_keys(self.keys, self.config, prefix)

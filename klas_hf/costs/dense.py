@@ -14,6 +14,7 @@ from klas_hf.costs.paths import AnchorCosts
 from klas_hf.costs.vision import parts_of
 from klas_hf.models import StitchedVisionConfig
 from klas_hf.models.vision_kinds import vision_kind
+from klas_hf.models.vision_shapes import trace
 
 
 def dense_costs(config: PreTrainedConfig, size: tuple[int, int]) -> Cost:
@@ -48,7 +49,7 @@ def dense_anchor_costs(config: PreTrainedConfig, size: tuple[int, int]) -> Ancho
     inside = sum(counted[module] for name in called for module in slices.get_submodule(name).modules())
     parameters = parameter_count(model) - parameter_count(slices) - parameter_count(backbone.norms)
     return parts_of(
-        body, slices, counted, size, head_macs=sum(counted.values()) - inside, head_parameters=parameters,
+        body, slices, counted, trace(body, size), head_macs=sum(counted.values()) - inside, head_parameters=parameters,
         maps=tuple(states), map_norms=kind.normed_features,
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Costs of image classifiers, stitched or not."""
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -74,18 +75,23 @@ def anchor_costs(config: PreTrainedConfig, size: tuple[int, int]) -> AnchorCosts
     Raises:
         ValueError: its kind is unknown.
     """
+    shapes = trace(config, size)  # first, for it says what does not fit
     kind, model = vision_kind(config), _on_meta(config)
     counted = _macs_by_module(model, config.num_channels, size)
     head = [model.get_submodule(name) for name in kind.head if _has(model, name)]
     return parts_of(
-        config, model, counted, size,
+        config, model, counted, shapes,
         head_macs=sum(counted[module] for one in head for module in one.modules()),
         head_parameters=sum(map(parameter_count, head)),
     )  # fmt: skip
 
 
 def parts_of(
-    config: PreTrainedConfig, model: nn.Module, counted: dict[nn.Module, int], size: tuple[int, int], **head: Any
+    config: PreTrainedConfig,
+    model: nn.Module,
+    counted: dict[nn.Module, int],
+    shapes: Sequence[FeatureShape],
+    **head: Any,
 ) -> AnchorCosts:
     """Costs of an embedding and of blocks, beside what is known of the head.
 
@@ -93,9 +99,10 @@ def parts_of(
         config: of the classifier.
         model: it, or what is left of it as a backbone.
         counted: MACs of each module's own operations.
+        shapes: of all states.
         head: the fields of `AnchorCosts` that do not follow from embedding and blocks.
     """
-    shapes, kind = trace(config, size), vision_kind(config)
+    kind = vision_kind(config)
     blocks = kind.blocks(config)
 
     def macs(names: tuple[str, ...]) -> int:

@@ -43,7 +43,8 @@ def assemble_path(
 
     Args:
         anchors: Hub ids, local folders or models in memory; they are read, never changed, and those that the path does
-            not use are not read. All are causal language models, or all image classifiers.
+            not use are not read. All are causal language models, or all image classifiers, or all dense models
+            (Mask2Former, UperNet) on backbones of several stages.
         path: `Path`, its text such as "0[:8] 1[14:]", or a `Stitch`; anchors by position.
         revisions: commits of the anchors on the Hub.
         kwargs: `calibration`: batches of token ids (see `token_batches`) or images (`image_batches`) on which the
@@ -57,14 +58,16 @@ def assemble_path(
             states of one width; or "identity", no layers between slices of one anchor, which is this anchor without
             the blocks left out. `dtype`: None takes that of the last anchor. `device_map` (None, and no anchor in
             memory: accelerate's device) and others as for `from_pretrained`; for images also `image_size`, where the
-            anchors' configurations are for different ones.
+            anchors' configurations are for different ones; and `head`, a `UperNetConfig` or `Mask2FormerConfig` whose
+            new head the path's maps go to, which is to be trained.
 
     Returns:
-        A `StitchedForCausalLM` or a `StitchedForImageClassification` in eval mode.
+        A `StitchedForCausalLM` or a `StitchedForImageClassification`, or a dense model of transformers' own class on a
+        `StitchedBackbone`, with the last slice's head or a new one, in eval mode.
 
     Raises:
         ValueError: path out of range, or between different grids; family unknown; vocabularies or classes of the ends
-            differ; anchors for text and for images; nothing to calibrate on.
+            differ; anchors for text and for images; nothing to calibrate on; a path without a map that a head needs.
         OSError: an anchor cannot be reached.
     """
     path = AnchorPath.of(path)

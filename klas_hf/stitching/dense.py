@@ -92,6 +92,9 @@ def stitch_dense(
         whole = copy.deepcopy(head or last.whole)
         maps = strided_maps(last.config, whole) if head is not None else wanted_maps(last.whole)
         ends = set_maps(config, maps, laterals=head is None)
+        if head is None and all(one.kind.residual for one in opened.values()):
+            # A dense model's forward takes no rate: it trains with the anchor's own.
+            config.drop_path_rate = last.config.to_dict().get("drop_path_rate", 0.0)
         name_anchors(config, opened)
         batches = None if calibration is None else list(calibration_images(calibration, config, calibration_items))
         dtype = last.dtype if dtype in (None, "auto") else dtype

@@ -109,8 +109,13 @@ def randomise(backbone: StitchedBackbone) -> None:
             layer.bias.copy_(0.3 * torch.randn(layer.bias.shape, generator=generator))
 
 
-@pytest.mark.parametrize("size", [(64, 96), (40, 72)])  # the second lies off Swin's windows and below them
-@pytest.mark.parametrize(("head", "kind"), [("mask2former", "swin"), ("upernet", "swin"), ("upernet", "convnext")])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("size", [pytest.param((64, 96), marks=SLOW), (40, 72)])  # off Swin's windows and below them
+@pytest.mark.parametrize(
+    ("head", "kind"), [("mask2former", "swin"), pytest.param("upernet", "swin", marks=SLOW), ("upernet", "convnext")]
+)
 def test_a_whole_anchor_is_itself(head: str, kind: str, size: tuple[int, int]) -> None:
     anchor = tiny_dense(head, kind, large=True)
     model = StitchedModel.from_path([tiny_dense(head, kind), anchor], "1[:]")
@@ -126,10 +131,10 @@ def test_a_whole_anchor_is_itself(head: str, kind: str, size: tuple[int, int]) -
     ("head", "kinds", "stitch", "from_source"),
     [
         ("mask2former", ("swin", "swin"), (2, 3), ["stage1"]),
-        ("mask2former", ("resnet", "swin"), (4, 5), ["stage1", "stage2"]),
-        ("upernet", ("swin", "swin"), (1, 1), []),
-        ("upernet", ("swin", "resnet"), (2, 3), ["stage1"]),
-        ("upernet", ("convnext", "swin"), (3, 3), ["stage1"]),
+        ("upernet", ("swin", "resnet"), (4, 5), ["stage1", "stage2"]),
+        pytest.param("mask2former", ("resnet", "swin"), (4, 5), ["stage1", "stage2"], marks=SLOW),
+        pytest.param("upernet", ("swin", "swin"), (1, 1), [], marks=SLOW),
+        pytest.param("upernet", ("convnext", "swin"), (3, 3), ["stage1"], marks=SLOW),
     ],
 )  # fmt: skip
 def test_a_stitch_gives_the_head_maps_of_both_slices(
@@ -176,7 +181,7 @@ def test_joints_in_several_stages() -> None:
     assert all(tensor.isfinite().all() for tensor in outputs(model, PIXELS))
 
 
-@pytest.mark.parametrize("head", ["mask2former", "upernet"])
+@pytest.mark.parametrize("head", ["mask2former", pytest.param("upernet", marks=SLOW)])
 def test_saved_models_load_by_the_stock_classes_and_run_in_the_stock_pipeline(head: str, tmp_path: Path) -> None:
     source, target = tiny_dense_pair(head)
     for name, anchor in (("small", source), ("large", target)):
@@ -208,7 +213,7 @@ def four_stages(kind: str, *, large: bool = False) -> PreTrainedModel:
     return tiny_classifier(kind, large=large, **kept).float()
 
 
-@pytest.mark.parametrize("head", ["mask2former", "upernet"])
+@pytest.mark.parametrize("head", [pytest.param("mask2former", marks=SLOW), "upernet"])
 def test_classifiers_get_a_new_head(head: str) -> None:
     small, large = four_stages("swin"), four_stages("swin", large=True)
     model = StitchedModel.from_anchors(small, large, (2, 3), head=head_config(head), calibration=dense_images(2))
@@ -248,6 +253,17 @@ def test_detection_heads_take_a_stitched_backbone(tmp_path: Path) -> None:
     with torch.no_grad():
         again = DetrForObjectDetection.from_pretrained(tmp_path)(PIXELS)
     assert torch.equal(again.pred_boxes, found.pred_boxes)
+
+
+def test_stochastic_depth_is_the_anchors_own() -> None:
+    backbone = tiny_backbone("swin", large=True, drop_path_rate=0.9)
+    target = type(tiny_dense("upernet"))(head_config("upernet", backbone_config=backbone)).eval()
+    model = StitchedModel.from_path([tiny_dense("upernet"), target], "1[:]")
+    assert model.config.backbone_config.drop_path_rate == 0.9
+    assert torch.equal(outputs(model, PIXELS)[0], outputs(model, PIXELS)[0])
+    model.backbone.train()
+    torch.manual_seed(0)
+    assert not torch.equal(outputs(model, PIXELS)[0], outputs(model, PIXELS)[0])
 
 
 # ---- what does not fit

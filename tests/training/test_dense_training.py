@@ -62,6 +62,7 @@ def test_a_frozen_head_stays_as_it_is(head: str, batch_norm: str) -> None:
     assert model.config.training["settings"]["trainable"] == "backbone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainable", "parts"), [("stitch", {"joints", "lateral_joints"}), ("full", {"decode_head"})])
 def test_what_else_can_learn(trainable: str, parts: set[str]) -> None:
     model = stitched("upernet")
@@ -73,6 +74,7 @@ def test_what_else_can_learn(trainable: str, parts: set[str]) -> None:
         assert all(not parts.isdisjoint(name.split(".")) for name in changed)
 
 
+@pytest.mark.slow
 def test_lora_adapts_the_backbone_alone() -> None:
     model = stitched("mask2former")
     before = copy.deepcopy(model.state_dict())
@@ -106,6 +108,7 @@ def test_masks_become_one_mask_per_class_for_mask2former() -> None:
     assert [one.tolist() for one in given["mask_labels"]] == [[[[1, 1], [0, 0]], [[0, 0], [1, 0]]], [[[1, 1], [1, 1]]]]
 
 
+@pytest.mark.slow
 def test_distillation_draws_the_answers_to_the_teachers() -> None:
     teacher, model, data = tiny_dense("upernet", large=True, seed=2), stitched("upernet"), Examples(4)
     batch = data.batch
