@@ -41,6 +41,7 @@ from klas_hf.paths import Path as AnchorPath
 from klas_hf.processes import progress, shared_out, sum_over_processes
 from klas_hf.stitching.images import (
     calibration_images,
+    check_joints,
     check_order,
     common_size,
     name_anchors,
@@ -49,7 +50,7 @@ from klas_hf.stitching.images import (
     start_joints,
     stitched_vision_config,
 )
-from klas_hf.stitching.joints import Joint, check_joint
+from klas_hf.stitching.joints import Joint
 from klas_hf.stitching.loading import load_parts, prefix_map, warn_of_random_stitches
 
 
@@ -87,7 +88,7 @@ def stitch_dense(
         ]
         size = common_size([configs[place] for place in path.anchors], image_size)
         config = stitched_vision_config(configs, path, size, joint)
-        check_joint(joint, path, [(x, y) for x, y in config.joint_channels], calibration is not None)
+        check_joints(config, path, joint, calibration is not None)
         last = opened[path.slices[-1].anchor]
         whole = copy.deepcopy(head or last.whole)
         maps = strided_maps(last.config, whole) if head is not None else wanted_maps(last.whole)

@@ -81,10 +81,8 @@ class ImageObjective(Objective):
         return output.logits[: len(batch["labels"])]  # none of a blank image
 
     def own_loss_sum(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy_sum(self.told_apart(logits), targets)
-
-    def told_apart(self, logits: Tensor) -> Tensor:
-        return logits if len(self.among) == logits.shape[-1] else logits[:, self.among.to(logits.device)]
+        few = len(self.among) < logits.shape[-1]
+        return cross_entropy_sum(logits[:, self.among.to(logits.device)] if few else logits, targets)
 
     def classes(self, model: PreTrainedModel) -> int:
         return model.config.num_labels

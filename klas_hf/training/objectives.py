@@ -71,15 +71,11 @@ class Objective(ABC):
 
     @abstractmethod
     def inputs(self, batch: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-        """What the forward takes, and the targets: numbers `(labels,)` or probabilities of what is `told_apart`."""
+        """What the forward takes, and the targets: numbers `(labels,)` of classes, or their probabilities."""
 
     @abstractmethod
     def labelled(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
         """The logits that have a label, `(labels, classes)`, of those that the forward gives."""
-
-    def told_apart(self, logits: Tensor) -> Tensor:
-        """Of `(labels, classes)` the classes that the targets number: all, but for images of fewer classes."""
-        return logits
 
     @abstractmethod
     def own_loss_sum(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:

@@ -75,15 +75,19 @@ def test_pooled_probes_learn_the_classes_shares() -> None:
     for mask, share in zip(masks.numpy(), shares.numpy(), strict=True):
         counts = np.bincount(mask[mask != 255], minlength=CLASSES)
         np.testing.assert_allclose(share, counts / counts.sum(), rtol=1e-6)
+    with pytest.raises(ValueError, match="expected masks"):
+        anchor.image_labels(torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="or without one"):
+        anchor.image_labels(torch.full((1, 4, 4), 255))
+
+
+@pytest.mark.slow
+def test_probes_of_dense_anchors_give_gamma_over_images() -> None:
     probes = [train_probes(one, FITTED, validation=SCORED) for one in tiny_dense_pair("upernet")]
     assert all(loss <= np.log(CLASSES) + 0.05 for probe in probes for loss in probe.config.validation_loss)
     scores = score_stitches(*tiny_dense_pair("upernet"), SCORED, probes=probes, score="klas")
     assert scores.sequences == 8  # images, not pixels
     assert np.isfinite(scores.with_score("klas").value_of(Stitch(2, 3)))
-    with pytest.raises(ValueError, match="expected masks"):
-        anchor.image_labels(torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match="or without one"):
-        anchor.image_labels(torch.full((1, 4, 4), 255))
 
 
 @pytest.mark.slow

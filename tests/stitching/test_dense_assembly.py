@@ -153,6 +153,7 @@ def test_a_stitch_gives_the_head_maps_of_both_slices(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@SLOW
 def test_the_maps_of_the_source_are_fitted_to_those_that_the_head_knows() -> None:
     source, target = tiny_dense_pair("upernet")
     data = dense_images(4)
@@ -170,6 +171,7 @@ def test_the_maps_of_the_source_are_fitted_to_those_that_the_head_knows() -> Non
         np.testing.assert_allclose(fitted.detach(), design @ solution, rtol=1e-3, atol=1e-3)
 
 
+@SLOW
 def test_joints_in_several_stages() -> None:
     anchors = tiny_dense_pair("mask2former")
     path = "0[:1] 1[1:3] 0[2:4] 1[5:]"  # in the first and second stage, and over to the third

@@ -46,7 +46,8 @@ def moved(model: PreTrainedModel, before: dict[str, Tensor]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("head", "batch_norm"), [("mask2former", "train"), ("upernet", "train"), ("upernet", "frozen")]
+    ("head", "batch_norm"),
+    [("mask2former", "train"), pytest.param("upernet", "train", marks=pytest.mark.slow), ("upernet", "frozen")],
 )
 def test_a_frozen_head_stays_as_it_is(head: str, batch_norm: str) -> None:
     model = stitched(head)
@@ -125,6 +126,7 @@ def test_distillation_draws_the_answers_to_the_teachers() -> None:
     assert distance() < before
 
 
+@pytest.mark.slow
 def test_training_makes_held_out_loss_smaller_and_keeps_the_best() -> None:
     data = Examples()
     model = StitchedModel.from_path([tiny_dense("upernet", "resnet")], "0[:]")
