@@ -125,6 +125,35 @@ def probe_accuracy(accuracies: Mapping[str, Sequence[float]], path: str | Path |
     return lines(series, "block", "probe accuracy", title, path, integer_x=True)
 
 
+def pictures(
+    columns: Mapping[str, Sequence[NDArray]], names: Sequence[str], path: str | Path | None = None
+) -> "Figure":
+    """Images and masks of classes side by side, a row per image, with a legend of the classes.
+
+    Args:
+        columns: title → images `(height, width, 3)`, uint8, or masks `(height, width)` of class numbers; numbers that
+            have no name stay white.
+        names: of the classes, at most 20.
+    """
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
+
+    rows = max(map(len, columns.values()))
+    height, width = next(iter(columns.values()))[0].shape[:2]
+    figure = _figure(width=2.2 * len(columns), height=2.2 * rows * height / width + 1.0)
+    colours = np.array([colormaps["tab20"](number)[:3] for number in range(len(names))] + [(1.0, 1.0, 1.0)])
+    for across, (title, shown) in enumerate(columns.items()):
+        for down, one in enumerate(shown):
+            axes = figure.add_subplot(rows, len(columns), down * len(columns) + across + 1)
+            axes.imshow(one if one.ndim == 3 else colours[np.minimum(one, len(names))])
+            axes.set_axis_off()
+            if not down:
+                axes.set_title(title, fontsize=7)
+    patches = [Patch(color=tuple(colour), label=name) for colour, name in zip(colours[:-1], names, strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 11), fontsize=7)
+    return _write(figure, path)
+
+
 def _norm(values: NDArray) -> str:
     """A logarithmic colour scale where values span more than a factor of ten; it has too few ticks for less."""
     return "log" if np.nanmax(values) > 10 * np.nanmin(values) else "linear"

@@ -58,3 +58,15 @@ def test_marks_and_names_of_heatmaps_are_optional() -> None:
     assert [label.get_text() for label in marked.get_yticklabels()] == ["p", "q"]
     assert [label.get_text() for label in marked.get_xticklabels()] == ["r", "s"]
     assert not plotting.heatmaps({"a": values}, "x", "y", marks=[]).axes[0].lines
+
+
+def test_pictures_stand_in_rows_with_white_where_there_is_no_class(tmp_path: Path) -> None:
+    image, mask = np.full((4, 6, 3), 128, dtype=np.uint8), np.array([[0, 1, 255, 1, 0, 0]] * 4)
+    figure = plotting.pictures({"image": [image] * 2, "label": [mask] * 2}, ["road", "sky"], tmp_path / "shown")
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    assert [axes.get_title() for axes in figure.axes] == ["image", "", "label", ""]
+    assert (shown[0] == 128).all()
+    assert shown[2][0, 2].tolist() == [1.0, 1.0, 1.0]
+    colours = [tuple(patch.get_facecolor())[:3] for patch in figure.legends[0].get_patches()]
+    assert [tuple(shown[2][0, column]) for column in (0, 1)] == colours
+    assert (tmp_path / "shown.png").exists()

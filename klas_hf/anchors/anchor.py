@@ -67,8 +67,16 @@ class Anchor(ABC, Generic[Batch, State]):
         """The linear layer of a block whose output is the last to be added to the state, as it is, if there is one."""
 
     @abstractmethod
-    def read(self, data: Iterable[Any]) -> Iterator[Batch]:
-        """Batches as they are given, checked."""
+    def read(self, data: Iterable[Any], *, probed: bool = False) -> Iterator[Batch]:
+        """Batches as they are given, checked.
+
+        Args:
+            probed: their units are those of probes, which of a dense model are images, not pixels.
+        """
+
+    @abstractmethod
+    def meet(self, others: Sequence[Any], calibration: Iterable[Batch]) -> None:
+        """Learn what the head has to know of other anchors before it answers for states that began in them."""
 
     @abstractmethod
     def check_like(self, other: Any) -> None:

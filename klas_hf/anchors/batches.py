@@ -51,6 +51,11 @@ class TokenBatch:
         return following[self.counted]
 
     @property
+    def fewest_rows(self) -> int:
+        """How many rows of any state there are at least, for least squares."""
+        return len(self.unit_items)
+
+    @property
     def inputs(self) -> dict[str, Tensor]:
         """What a causal language model's forward takes."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}

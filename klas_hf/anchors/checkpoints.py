@@ -39,6 +39,7 @@ class AnchorCheckpoint:
         self.hub = hub
         self._anchor = anchor
         self._opening = Lock()  # transformers reads in several threads
+        self.names: dict[str, str] = {}  # key → name in the files, where that is another
         if isinstance(anchor, PreTrainedModel):
             self.config: PreTrainedConfig = anchor.config
             self.dtype = anchor.dtype
@@ -72,6 +73,7 @@ class AnchorCheckpoint:
 
     def tensor(self, key: str) -> Any:
         """A tensor, or the slice of a safetensors file that becomes one when it is read."""
+        key = self.names.get(key, key)
         if key in self._tensors:
             return self._tensors[key].detach().clone()  # transformers would share it with the anchor
         shard = self._shards[key]

@@ -75,8 +75,11 @@ class LanguageAnchor(Anchor[TokenBatch, Tensor]):
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
-    def read(self, data: Iterable[Any]) -> Iterator[TokenBatch]:
+    def read(self, data: Iterable[Any], *, probed: bool = False) -> Iterator[TokenBatch]:
         return token_batches(data, self.config.bos_token_id, self.classes)
+
+    def meet(self, others: Sequence[Any], calibration: Iterable[TokenBatch]) -> None:
+        pass  # a head reads the last state alone
 
     def check_like(self, other: "LanguageAnchor") -> None:
         check_vocabularies(self.path, self.config, other.path, other.config)

@@ -12,7 +12,7 @@ _ONE_ANCHOR = "as source and as target; expected two different anchors, the chea
 
 
 def load_anchors(anchors: Sequence[Any], revisions: Sequence[str | None] | None = None, **options: Any) -> list[Anchor]:
-    """Hub ids, folders, models or anchors, all causal language models or all image classifiers, as anchors.
+    """Hub ids, folders, models or anchors, all language models, all image classifiers or all dense, as anchors.
 
     Args:
         revisions: their commits on the Hub.

@@ -1,4 +1,8 @@
-"""An image classifier as an anchor: what each of its blocks gives, and its head on it."""
+"""An image classifier or a dense model as an anchor: what each of its blocks gives, and its head on it.
+
+A dense head reads maps of several states beside the last (`vision_states`). One that another anchor left comes to it
+through a least-squares layer, as in the stitched model.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,17 +18,32 @@ from transformers import (
 )
 
 from klas_hf.anchors.anchor import Anchor
-from klas_hf.anchors.images import ImageBatch, image_batches
-from klas_hf.anchors.language import anchor_config, pretrained
+from klas_hf.anchors.dense import (
+    backbone_of,
+    body_config,
+    dense_head,
+    is_dense,
+    norm_name,
+    on_stitched_backbone,
+    wanted_maps,
+)
+from klas_hf.anchors.images import VOID, ImageBatch, image_batches
+from klas_hf.anchors.language import anchor_config, hub_options, pretrained
+from klas_hf.anchors.vision_states import MappedFeatures, feature_rows, giving, map_rows, split, stacked
 from klas_hf.anchors.weights import evaluating
-from klas_hf.models.modeling_stitched_vision import StitchingLayer, dropped_prefix
-from klas_hf.models.vision_features import Block, Features, VisionKind, drop_block
+from klas_hf.maths.least_squares import RIDGE, LeastSquares, LinearFit
+from klas_hf.models.modeling_stitched_vision import StitchingLayer, as_map, dropped_prefix
+from klas_hf.models.vision_features import Block, Features, VisionKind, drop_block, image_size
 from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.models.vision_shapes import FeatureShape, trace
+from klas_hf.processes import progress, shared_out, sum_over_processes
 
 
-class VisionAnchor(Anchor[ImageBatch, Features]):
-    """A pretrained image classifier, read by blocks; BatchNorm uses its running statistics, unless it is in training.
+class VisionAnchor(Anchor[ImageBatch, Any]):
+    """A pretrained image classifier or dense model, read by blocks; a state is `Features` or `MappedFeatures`.
+
+    BatchNorm uses its running statistics, unless the model is in training. Of a dense model, `config` is that of the
+    classifier that its backbone is the body of.
 
     Raises:
         ValueError: its kind is unknown.
@@ -33,8 +52,14 @@ class VisionAnchor(Anchor[ImageBatch, Features]):
     unit = "image"
 
     def __init__(self, model: PreTrainedModel, revision: str | None = None):
-        self.kind: VisionKind = vision_kind(model.config)
+        self.dense = dense_head(model.config) if is_dense(model) else None
+        model = model if self.dense is None else on_stitched_backbone(model)
         super().__init__(model, revision)
+        self.body = model if self.dense is None else backbone_of(model).slices[0]
+        self.config = self.body.config
+        self.kind: VisionKind = vision_kind(self.config)
+        self.wanted = [] if self.dense is None else wanted_maps(model.config)
+        self._laterals: dict[tuple[str, int], LinearFit] = {}  # weights of an anchor, map of the head → layer
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -42,7 +67,7 @@ class VisionAnchor(Anchor[ImageBatch, Features]):
 
     def writer(self, block: int) -> nn.Module | None:
         name = self.kind.writer
-        return None if name is None else self.model.get_submodule(f"{self.blocks[block].modules[-1]}.{name}")
+        return None if name is None else self.body.get_submodule(f"{self.blocks[block].modules[-1]}.{name}")
 
     @property
     def num_blocks(self) -> int:
@@ -54,7 +79,7 @@ class VisionAnchor(Anchor[ImageBatch, Features]):
 
     @property
     def classes(self) -> int:
-        return self.config.num_labels
+        return self.model.config.num_labels
 
     @property
     def device(self) -> torch.device:
@@ -64,23 +89,82 @@ class VisionAnchor(Anchor[ImageBatch, Features]):
         """Shapes of all states, for images of this (height, width)."""
         return trace(self.config, size)
 
-    def read(self, data: Iterable[Any]) -> Iterator[ImageBatch]:
-        return image_batches(data)
+    def read(self, data: Iterable[Any], *, probed: bool = False) -> Iterator[ImageBatch]:
+        return image_batches(data, per_pixel=self.dense is not None and not probed)
 
     def check_like(self, other: "VisionAnchor") -> None:
-        check_labels(self.config, other.config)
+        if (self.dense is None) != (other.dense is None):
+            raise ValueError(
+                f"got {self.name} and {other.name}, of which one is a classifier and one a dense model; expected two "
+                "of one kind"
+            )
+        check_labels(self.model.config, other.model.config)
 
-    def front(self, inputs: Mapping[str, Any], stop: int) -> Features:
+    def image_labels(self, labels: Tensor) -> Tensor:
+        """What a probe of pooled features learns: an image's class, or, of a dense model, its classes' shares of it.
+
+        Args:
+            labels: `(images,)`, or masks `(images, height, width)`.
+
+        Raises:
+            ValueError: masks for a classifier, classes for a dense model, or an image without a labelled pixel.
+        """
+        if (labels.ndim > 1) != (self.dense is not None):
+            raise ValueError(
+                f"got labels of shape {tuple(labels.shape)} for {self.name}; expected "
+                + ("masks (images, height, width)" if self.dense else "class numbers (images,)")
+            )
+        if self.dense is None:
+            return labels
+        each = [torch.bincount(mask[mask != VOID], minlength=self.classes) for mask in labels]
+        counts = torch.stack(each).float()
+        if counts.shape[1] > self.classes or not counts.sum(1).all():
+            raise ValueError(
+                f"got a mask of {counts.shape[1]} classes, or without one, for {self.name} of {self.classes}; expected "
+                f"0 to {self.classes - 1} in some pixels, and {VOID} in the others"
+            )
+        return counts / counts.sum(1, keepdim=True)
+
+    @torch.no_grad()
+    def meet(self, others: Sequence["VisionAnchor"], calibration: Iterable[ImageBatch]) -> None:
+        met = [one for one in others if (one.fingerprint, len(self.wanted) - 1) not in self._laterals]
+        if self.dense is None or not met:
+            return
+        sums = [
+            LeastSquares(one.widths[one._mapped(state, self)], self.widths[state], self.device)
+            for one in met
+            for state in self.wanted
+        ]
+        for batch in progress(shared_out(calibration), f"calibrating the maps of {self.name}"):
+            own = self._maps(self.states(batch)[-1], batch)
+            for n, one in enumerate(met):
+                maps = one.states(batch)[-1].maps
+                for k, (wanted, grid) in enumerate(zip(own, self._grids(batch), strict=True)):
+                    theirs = one._normed(maps[grid][1], grid, batch)
+                    sums[n * len(own) + k].update(map_rows(theirs), map_rows(wanted))
+        for place, one_sum in enumerate(sums):
+            one_sum.combine(sum_over_processes)
+            n, k = divmod(place, len(self.wanted))
+            self._laterals[met[n].fingerprint, k] = one_sum.solve(RIDGE)
+
+    def front(self, inputs: Mapping[str, Any], stop: int) -> Any:
         """As of every anchor; `inputs` may have `rates`, an iterator over the blocks' rates of stochastic depth."""
         self.kind.check_pixels(inputs["pixel_values"], self.config)
-        return self.run(self.kind.run_embed(self.model, inputs["pixel_values"]), inputs, 0, stop)
+        state: Any = self.kind.run_embed(self.body, inputs["pixel_values"])
+        state = state if self.dense is None else MappedFeatures(state.hidden, state.height, state.width, {})
+        return self.run(state, inputs, 0, stop)
 
-    def run(self, state: Features, inputs: Mapping[str, Any], start: int, stop: int) -> Features:
+    def run(self, state: Any, inputs: Mapping[str, Any], start: int, stop: int) -> Any:
         self.kind.check_size(inputs["pixel_values"], self.config)
+        features = Features(state.hidden, state.height, state.width)
+        passed = {(features.height, features.width): (self, features.hidden)}
         for block in self.blocks[start:stop]:
-            after = self.kind.run_block(self.model, block, state)
-            state = drop_block(state, after, next(inputs["rates"])) if "rates" in inputs else after
-        return state
+            after = self.kind.run_block(self.body, block, features)
+            features = drop_block(features, after, next(inputs["rates"])) if "rates" in inputs else after
+            passed[features.height, features.width] = (self, features.hidden)
+        if self.dense is None:
+            return features
+        return MappedFeatures(features.hidden, features.height, features.width, dict(state.maps) | passed)
 
     @torch.no_grad()
     def states(self, batch: ImageBatch, stop: int | None = None) -> list[Features]:
@@ -92,12 +176,17 @@ class VisionAnchor(Anchor[ImageBatch, Features]):
         return found
 
     def logits(self, state: Features) -> Tensor:
-        return self.kind.run_head(self.model, state)
+        return self.kind.run_head(self.body, state)
 
     @torch.no_grad()
-    def answers(self, state: Features, batch: ImageBatch, units: slice = slice(None)) -> Tensor:
+    def answers(self, state: Any, batch: ImageBatch, units: slice = slice(None)) -> Tensor:
         with evaluating(self.model):
-            return self.logits(state)[units]
+            if self.dense is None:
+                return self.logits(state)[units]
+            with giving(backbone_of(self.model), self._maps(state, batch)):
+                pixels = batch.pixel_values.to(device=self.device, dtype=self.model.dtype)
+                scores = self.dense.scores(self.model(pixel_values=pixels), batch.answer_size)
+            return scores.movedim(1, -1).flatten(0, 2)[units]
 
     def rows(self, state: Features, batch: ImageBatch, into: "VisionAnchor | None" = None) -> Tensor:
         return feature_rows(state, self.kind, 0 if into is None else dropped_prefix(self.kind, into.kind))
@@ -116,27 +205,52 @@ class VisionAnchor(Anchor[ImageBatch, Features]):
         return state._replace(hidden=state.hidden.to(device=self.device, dtype=self.model.dtype))
 
     @staticmethod
-    def stacked(states: Sequence[Features]) -> Features:
-        return states[0]._replace(hidden=torch.cat([one.hidden for one in states]))
+    def stacked(states: Sequence[Any]) -> Any:
+        return stacked(states)
 
     @staticmethod
-    def split(state: Features, count: int) -> list[Features]:
-        return [state._replace(hidden=hidden) for hidden in state.hidden.chunk(count)]
+    def split(state: Any, count: int) -> list[Any]:
+        return split(state, count)
 
+    def _grids(self, batch: ImageBatch) -> list[tuple[int, int]]:
+        """(height, width) of the maps that the head takes."""
+        every = self.grids(batch)
+        return [every[state][:2] for state in self.wanted]
 
-def feature_rows(features: Features, kind: VisionKind, dropped: int = 0) -> Tensor:
-    """One row per position and image, `(batch · positions, channels)`, as a stitching layer sees them."""
-    if kind.layout == "map":
-        return features.hidden.movedim(1, -1).flatten(0, 2)
-    return features.hidden[:, dropped:].flatten(0, 1)
+    def _mapped(self, state: int, head: "VisionAnchor") -> int:
+        """The state of this anchor that lies where another's does that its head takes: the last on that grid."""
+        size = image_size(self.config)
+        wanted = head.shapes(size)[state].grid
+        return max(number for number, shape in enumerate(self.shapes(size)) if shape.grid == wanted)
+
+    def _normed(self, hidden: Tensor, grid: tuple[int, int], batch: ImageBatch) -> Tensor:
+        """A map as this anchor's backbone gives it, `(batch, channels, height, width)`."""
+        one = as_map(self.kind, Features(hidden, *grid))
+        state = max(number for number, found in enumerate(self.grids(batch)) if found[:2] == grid)
+        norms, name = backbone_of(self.model).norms, norm_name(self.config, state)
+        return norms[name](one.movedim(1, -1)).movedim(-1, 1).contiguous() if name in norms else one
+
+    def _maps(self, state: MappedFeatures, batch: ImageBatch) -> tuple[Tensor, ...]:
+        """What the head takes of a path's state, in its own widths."""
+        found = []
+        for number, grid in enumerate(self._grids(batch)):
+            owner, hidden = state.maps[grid]
+            one = owner._normed(hidden, grid, batch)
+            if owner is not self:
+                fit = self._laterals[owner.fingerprint, number]
+                weight, bias = fit.weight.to(one), fit.bias.to(one)
+                one = torch.einsum("bchw,dc->bdhw", one, weight) + bias[:, None, None]
+            found.append(one)
+        return tuple(found)
 
 
 def load_vision_anchor(anchor: str | Path | PreTrainedModel | VisionAnchor, **kwargs: Any) -> VisionAnchor:
-    """Load an image classifier by Hub id or folder, or take a model as it is.
+    """Load an image classifier or a dense model by Hub id or folder, or take a model as it is.
 
     Args:
         anchor: Hub id, local folder, model, or an anchor already loaded.
-        kwargs: for `AutoModelForImageClassification.from_pretrained` (dtype, device_map, revision, …).
+        kwargs: for `from_pretrained` of `AutoModelForImageClassification`, or of the dense model's class (dtype,
+            device_map, revision, …).
 
     Raises:
         OSError: neither a folder nor to be had from the Hub.
@@ -146,21 +260,26 @@ def load_vision_anchor(anchor: str | Path | PreTrainedModel | VisionAnchor, **kw
         return anchor
     if isinstance(anchor, PreTrainedModel):
         return VisionAnchor(anchor)
-    model = pretrained(AutoModelForImageClassification, anchor, vision_kind, **kwargs)
+    config = anchor_config(anchor, **hub_options(kwargs))
+    if is_dense(config):
+        model = pretrained(dense_head(config).kind, anchor, body_config, **kwargs)
+    else:
+        model = pretrained(AutoModelForImageClassification, anchor, vision_kind, **kwargs)
     return VisionAnchor(model, revision=kwargs.get("revision"))
 
 
 def is_vision(anchor: Any, **hub: Any) -> bool:
-    """Whether an anchor (Hub id, folder, model, configuration, or one already loaded) is an image classifier.
+    """Whether an anchor (Hub id, folder, model, configuration, or one already loaded) reads images.
 
-    Of any type that transformers has a classifier for: one that cannot be stitched is to be told the kinds that can.
+    A dense model that can be stitched does, and a classifier of any type that transformers has one for: one that
+    cannot be stitched is to be told the kinds that can.
     """
     if isinstance(anchor, VisionAnchor):
         return True
     if isinstance(anchor, str | Path):
         anchor = anchor_config(anchor, **hub)
     config = anchor if isinstance(anchor, PreTrainedConfig) else anchor.config
-    return type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    return is_dense(config) or type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
 def check_labels(*configs: PreTrainedConfig) -> None:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from klas_hf.anchors.dense import body_config, is_dense
 from klas_hf.anchors.vision import is_vision
 from klas_hf.budgets import Cost
+from klas_hf.costs.dense import dense_anchor_costs, dense_costs
 from klas_hf.costs.language import decoder_costs, decoder_part_costs, decoder_stitch_costs
-from klas_hf.costs.paths import PathCosts
-from klas_hf.costs.vision import anchor_costs, classifier_costs, classifier_stitch_costs
+from klas_hf.costs.paths import AnchorCosts, PathCosts
+from klas_hf.costs.vision import anchor_costs, classifier_costs, vision_stitch_costs
 from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
 from klas_hf.models.vision_features import image_size as size_of
 from klas_hf.paths import StitchCosts
@@ -20,7 +22,7 @@ Size = int | tuple[int, int] | None
 
 
 def measure_costs(model: PreTrainedModel | PreTrainedConfig, *, tokens: int = 128, image_size: Size = None) -> Cost:
-    """MACs, parameters and cache bytes of a causal language model or an image classifier, stitched or not.
+    """MACs, parameters and cache bytes of a causal language model, image classifier or dense model, stitched or not.
 
     Args:
         model: a model or only its configuration; no weight is allocated or run.
@@ -42,6 +44,8 @@ def measure_costs(model: PreTrainedModel | PreTrainedConfig, *, tokens: int = 12
         16
     """
     config = _config(model)
+    if is_dense(config):
+        return dense_costs(config, _pair(image_size, config))
     if isinstance(config, StitchedVisionConfig) or is_vision(config):
         return classifier_costs(config, _pair(image_size, config))
     return decoder_costs(config, _dtype(model), tokens)
@@ -77,11 +81,13 @@ def measure_stitch_costs(
         ((3, 4), True)
     """
     first, last = _config(source), _config(target)
-    if is_vision(first) != is_vision(last):
-        kinds = ["an image classifier" if is_vision(config) else "a language model" for config in (first, last)]
+    kinds = [_kind(config) for config in (first, last)]
+    if kinds[0] != kinds[1]:
         raise ValueError(f"got {kinds[0]} and {kinds[1]}; expected two anchors of one kind")
-    if is_vision(first):
-        return classifier_stitch_costs(first, last, _pair(image_size, last), positions)
+    if kinds[0] != _TEXT:
+        size = _pair(image_size, last)
+        bodies = [body_config(one) if is_dense(one) else one for one in (first, last)]
+        return vision_stitch_costs((_parts(first, size), _parts(last, size)), bodies[0], bodies[1], size, positions)
     return decoder_stitch_costs(first, last, tokens)
 
 
@@ -110,12 +116,14 @@ def measure_path_costs(
         (True, True)
     """
     configs = [_config(anchor) for anchor in anchors]
-    images = {is_vision(config) for config in configs}
-    if len(images) != 1:
-        raise ValueError(f"got {len(configs)} anchors, for text and for images; expected one or more, all of one kind")
-    if True in images:
+    kinds = {_kind(config) for config in configs}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"got {len(configs)} anchors, {' and '.join(sorted(kinds))}; expected one or more, all of one kind"
+        )
+    if kinds != {_TEXT}:
         size = _pair(image_size, configs[-1])
-        parts = [anchor_costs(config, size) for config in configs]
+        parts = [_parts(config, size) for config in configs]
         return PathCosts(parts, image_height=size[0], image_width=size[1])
     last = anchors[-1]
     return PathCosts([decoder_part_costs(config, _dtype(last), tokens) for config in configs], tokens)
@@ -131,7 +139,20 @@ def _dtype(model: PreTrainedModel | PreTrainedConfig) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
+_TEXT = "a language model"
+
+
+def _kind(config: PreTrainedConfig) -> str:
+    if is_dense(config):
+        return "a dense model"
+    return "an image classifier" if is_vision(config) else _TEXT
+
+
+def _parts(config: PreTrainedConfig, size: tuple[int, int]) -> AnchorCosts:
+    return dense_anchor_costs(config, size) if is_dense(config) else anchor_costs(config, size)
+
+
 def _pair(size: Size, config: PreTrainedConfig) -> tuple[int, int]:
     if size is None:
-        return size_of(config)
+        return size_of(config.backbone_config if is_dense(config) else config)
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -23,6 +23,8 @@ class AnchorCosts:
         positions: n + 1 numbers of positions there, class tokens included. A joint runs at those of what it maps to.
         block_kv_bytes: bytes that a cached token takes in each block; nothing for images.
         merges: whether a joint behind a block, to another block of the anchor, can be merged into the block.
+        maps: of a dense anchor, the states that its head takes as maps, from 0 at the embedding.
+        map_norms: whether maps that lie in a slice of this anchor have a layer norm each.
     """
 
     embed_macs: int
@@ -35,6 +37,8 @@ class AnchorCosts:
     positions: Sequence[int]
     block_kv_bytes: Sequence[int] = ()
     merges: bool = False
+    maps: Sequence[int] = ()
+    map_norms: bool = False
 
     @property
     def total_macs(self) -> int:
@@ -49,19 +53,51 @@ def stitch_costs(first: AnchorCosts, last: AnchorCosts, **about: Any) -> StitchC
         about: the fields of `StitchCosts` that do not follow from the anchors' parts.
     """
     widths, to = np.outer(first.widths[1:], last.widths[:-1]), np.array(last.widths[:-1])
+    blocks = len(first.block_macs), len(last.block_macs)
+    beside = np.array(  # per stitch, MACs and parameters
+        [
+            [map_costs([first, last], [(0, 0, i), (1, j, blocks[1])]) for j in range(blocks[1])]
+            for i in range(1, blocks[0] + 1)
+        ],
+        dtype=np.int64,
+    )
     return StitchCosts(
         source_blocks=np.array(first.block_macs, dtype=np.int64),
         target_blocks=np.array(last.block_macs, dtype=np.int64),
-        stitch=widths * np.array(last.positions[:-1]),
+        stitch=widths * np.array(last.positions[:-1]) + beside[..., 0],
         source_total=first.total_macs,
         target_total=last.total_macs,
         ends=first.embed_macs + last.head_macs,
         source_parameters=np.array(first.block_parameters, dtype=np.int64),
         target_parameters=np.array(last.block_parameters, dtype=np.int64),
-        stitch_parameters=widths + to,
+        stitch_parameters=widths + to + beside[..., 1],
         ends_parameters=first.embed_parameters + last.head_parameters,
         **about,
     )
+
+
+def map_costs(anchors: Sequence[AnchorCosts], bounds: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
+    """MACs and parameters of the layers between a path and a dense head: norms of its maps, and lateral joints.
+
+    A map is the path's last state on the grid that the head wants it on; one that lies in another anchor's slice than
+    the head's comes to the head's width through a 1×1 convolution.
+    """
+    macs, parameters, head = 0, 0, anchors[bounds[-1][0]]
+    on_grid = {
+        anchors[place].positions[state]: (place, state)
+        for place, start, stop in bounds
+        for state in range(start, stop + 1)
+    }
+    for wanted in head.maps:
+        if head.positions[wanted] not in on_grid:
+            continue  # no such path can be made
+        place, state = on_grid[head.positions[wanted]]
+        width = anchors[place].widths[state]
+        parameters += 2 * width * anchors[place].map_norms
+        if place != bounds[-1][0]:
+            macs += width * head.widths[wanted] * head.positions[wanted]
+            parameters += (width + 1) * head.widths[wanted]
+    return macs, parameters
 
 
 @dataclass(frozen=True)
@@ -114,4 +150,6 @@ class PathCosts:
             parameters += sum(anchor.block_parameters[start:stop])
             kv_bytes += sum(anchor.block_kv_bytes[start:stop])
             width = anchor.widths[stop]
+        beside = map_costs(self.anchors, bounds)
+        macs, parameters = macs + beside[0], parameters + beside[1]
         return Cost(macs, parameters, kv_bytes, self.tokens, self.image_height, self.image_width)

@@ -1,7 +1,9 @@
 """Costs of image classifiers, stitched or not."""
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,20 +35,25 @@ def _classifier_costs(model_type: str, settings: str, size: tuple[int, int]) -> 
     return Cost(macs, parameter_count(model), image_height=size[0], image_width=size[1])
 
 
-def classifier_stitch_costs(
-    source: PreTrainedConfig, target: PreTrainedConfig, size: tuple[int, int], positions: tuple[int, int] = (0, 1)
+def vision_stitch_costs(
+    parts: tuple[AnchorCosts, AnchorCosts],
+    source: PreTrainedConfig,
+    target: PreTrainedConfig,
+    size: tuple[int, int],
+    positions: tuple[int, int] = (0, 1),
 ) -> StitchCosts:
-    """Costs of every stitch between two image classifiers, from one counted forward of each.
+    """Costs of every stitch between two image classifiers or two dense models.
 
     Args:
+        parts: what those of source and target cost, for such an image.
+        source, target: configurations of the classifiers, or those that the backbones are the bodies of.
         size: (height, width) of the image.
         positions: of the two anchors among several.
     """
     dropped_prefix(vision_kind(source), vision_kind(target))
     outputs, inputs = trace(source, size)[1:], trace(target, size)[:-1]
     return stitch_costs(
-        anchor_costs(source, size),
-        anchor_costs(target, size),
+        *parts,
         tokens=0,
         source=positions[0],
         target=positions[1],
@@ -68,28 +75,51 @@ def anchor_costs(config: PreTrainedConfig, size: tuple[int, int]) -> AnchorCosts
     Raises:
         ValueError: its kind is unknown.
     """
-    shapes = trace(config, size)
+    shapes = trace(config, size)  # first, for it says what does not fit
     kind, model = vision_kind(config), _on_meta(config)
-    by_module = _macs_by_module(model, config.num_channels, size)
+    counted = _macs_by_module(model, config.num_channels, size)
+    head = [model.get_submodule(name) for name in kind.head if _has(model, name)]
+    return parts_of(
+        config, model, counted, shapes,
+        head_macs=sum(counted[module] for one in head for module in one.modules()),
+        head_parameters=sum(map(parameter_count, head)),
+    )  # fmt: skip
+
+
+def parts_of(
+    config: PreTrainedConfig,
+    model: nn.Module,
+    counted: dict[nn.Module, int],
+    shapes: Sequence[FeatureShape],
+    **head: Any,
+) -> AnchorCosts:
+    """Costs of an embedding and of blocks, beside what is known of the head.
+
+    Args:
+        config: of the classifier.
+        model: it, or what is left of it as a backbone.
+        counted: MACs of each module's own operations.
+        shapes: of all states.
+        head: the fields of `AnchorCosts` that do not follow from embedding and blocks.
+    """
+    kind = vision_kind(config)
     blocks = kind.blocks(config)
 
     def macs(names: tuple[str, ...]) -> int:
-        return sum(by_module[module] for name in names for module in model.get_submodule(name).modules())
+        return sum(counted[module] for name in names for module in model.get_submodule(name).modules())
 
     def parameters(names: tuple[str, ...]) -> int:
         return sum(parameter_count(model.get_submodule(name)) for name in names)
 
-    head = tuple(name for name in kind.head if _has(model, name))
     return AnchorCosts(
         embed_macs=macs(kind.embed),
         block_macs=[macs(block.modules) for block in blocks],
-        head_macs=macs(head),
         embed_parameters=parameters(kind.embed),
         block_parameters=[parameters(block.modules) for block in blocks],
-        head_parameters=parameters(head),
         widths=[shape.channels for shape in shapes],
         positions=[shape.height * shape.width + kind.prefix_tokens for shape in shapes],
         merges=kind.writer is not None,
+        **head,
     )
 
 

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.classes import check_classes
+from klas_hf.anchors.dense import is_dense
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.weights import evaluating
 from klas_hf.evaluation.models import Measurement
+from klas_hf.evaluation.segmentation import evaluate_segmentation
 from klas_hf.maths.divergences import kl_divergence
 from klas_hf.maths.estimates import RatioSums
 from klas_hf.processes import progress, shared_out, sum_array_over_processes
@@ -27,18 +29,21 @@ from klas_hf.training.data import IGNORED
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, batches: Iterable[object], *, classes: Sequence[int] | None = None) -> Measurement:
-    """Loss and perplexity of a causal language model, or loss and accuracy of an image classifier.
+    """Loss and perplexity of a language model, loss and accuracy of an image classifier, mean IoU of a dense model.
 
     Args:
         model: any of transformers' or ours; it is put back in the mode it was in.
         batches: of text, `input_ids`, perhaps `attention_mask`, and `labels`, each `(batch, tokens)`, -100 where no
-            loss is taken; of images, `pixel_values` `(batch, channels, height, width)` and `labels` `(batch,)`.
+            loss is taken; of images, `pixel_values` `(batch, channels, height, width)` and `labels` `(batch,)`, or, for
+            dense models, masks `(batch, height, width)`, 255 where there is no class.
         classes: of images, measure among these classes only too (`accuracy_among`): the highest logit of these counts.
 
     Returns:
         Metrics `loss` (nats per label; of images, per image) and `perplexity` (its exponential) or `accuracy` (0 to 1)
         and perhaps `accuracy_among`; in the details the number of `labels` or `images` in all processes, and the
-        `standard_errors` of the metrics, None where there is but one sequence or image.
+        `standard_errors` of the metrics, None where there is but one sequence or image. Of a dense model `mean_iou`,
+        `pixel_accuracy` and `loss` (nats per pixel), and in the details the `iou` of every class, None of those that
+        do not occur, without standard errors.
 
     Raises:
         ValueError, TypeError: nothing to measure on, no labels, labels that the model does not have, or classes for
@@ -53,6 +58,10 @@ def evaluate(model: PreTrainedModel, batches: Iterable[object], *, classes: Sequ
         (['accuracy', 'accuracy_among', 'loss'], 20)
     """
     check_classes(batches, model.config)
+    if is_dense(model):
+        if classes is not None:
+            raise ValueError("got classes for a dense model; leave them out")
+        return evaluate_segmentation(model, batches)
     task = task_of(model)
     sums = Sums(task, classes)
     with evaluating(model):

@@ -6,9 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from klas_hf.anchors.dense import DENSE_HEADS, dense_head
 from klas_hf.costs import measure_costs
 from klas_hf.hub import usage
 from klas_hf.hub.pages import AnchorPage, anchor_pages
+from klas_hf.models import StitchedVisionConfig
+from klas_hf.models.vision_features import image_size
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.rows import markdown_table
 from klas_hf.scores.values import StitchScores
@@ -100,9 +103,13 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in _IDENTITY if key in config}
 
 
-def _stitched(what: PreTrainedModel, base_model: Sequence[str] | None, **about: Any) -> Subject:
-    """What is alike for all models of one path."""
-    config = what.config
+def _stitched(config: Any, base_model: Sequence[str] | None, whole: Any = None, **about: Any) -> Subject:
+    """What is alike for all models of one path.
+
+    Args:
+        config: that names the path and its anchors.
+        whole: of the dense model that it is the backbone of; None: it is the model's own.
+    """
     path, count = AnchorPath.parse(config.path), len(config.anchor_blocks)
     names, revisions = config.anchor_names or [None] * count, config.anchor_revisions or [None] * count
     anchors = anchor_pages([(names[place], revisions[place]) for place in path.anchors], base_model)
@@ -114,15 +121,17 @@ def _stitched(what: PreTrainedModel, base_model: Sequence[str] | None, **about: 
     joints = {0: "no stitching layer", 1: "a linear stitching layer between"}.get(
         layers, f"{layers} linear stitching layers between"
     )
-    head = f"the head of {_link(pages[path.slices[-1].anchor])}"
+    head = f"and the head of {_link(pages[path.slices[-1].anchor])}"
+    if whole is not None:
+        head = f"as the backbone of a `{dense_head(whole).model_class}`"
     facts = {f"anchor {place}": _with_revision(page) for place, page in pages.items()} | {"path": f"`{path}`"}
     if config.search:
         facts["chosen as"] = _choice(config.search)
     about["facts"] = facts | about["facts"]
     return Subject(
-        summary=f"The {', then the '.join(parts)}, {joints}, and {head}: path `{path}`, made with `klas_hf`.",
-        anchors=anchors, origin=_start(config.joint_fits, layers), paths=(str(path),), carries_code=True,
-        identity=identity(public_config(config.to_dict(), anchors)), **about,
+        summary=f"The {', then the '.join(parts)}, {joints}, {head}: path `{path}`, made with `klas_hf`.",
+        anchors=anchors, origin=_start(config.joint_fits, layers), paths=(str(path),),
+        identity=identity(public_config((whole or config).to_dict(), anchors)), carries_code=whole is None, **about,
     )  # fmt: skip
 
 
@@ -164,7 +173,7 @@ def _start(fits: Sequence[Mapping[str, Any]] | None, joints: int) -> str:
 
 def _language(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
     return _stitched(
-        what, base_model, kind="Stitched language model", pipeline_tag="text-generation", task="text-generation",
+        what.config, base_model, kind="Stitched language model", pipeline_tag="text-generation", task="text-generation",
         processor="tokenizer", code=usage.language, facts=_cost_facts(what, "sequence of 128 tokens"),
         limits=_MODEL_LIMITS,
     )  # fmt: skip
@@ -172,7 +181,7 @@ def _language(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subjec
 
 def _headless(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
     return _stitched(
-        what, base_model, kind="Stitched decoder", pipeline_tag="feature-extraction", processor="tokenizer",
+        what.config, base_model, kind="Stitched decoder", pipeline_tag="feature-extraction", processor="tokenizer",
         code=usage.decoder, facts=_parameter_facts(what), limits=_MODEL_LIMITS,
     )  # fmt: skip
 
@@ -180,7 +189,7 @@ def _headless(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subjec
 def _classifier(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
     height, width = what.config.image_size
     return _stitched(
-        what, base_model, kind="Stitched image classifier", pipeline_tag="image-classification",
+        what.config, base_model, kind="Stitched image classifier", pipeline_tag="image-classification",
         task="image-classification", processor="image processor", code=usage.classifier(height, width),
         facts=_cost_facts(what, f"image of {height}×{width} pixels"), limits=_MODEL_LIMITS,
     )  # fmt: skip
@@ -189,9 +198,22 @@ def _classifier(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subj
 def _backbone(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
     height, width = what.config.image_size
     return _stitched(
-        what, base_model, kind="Stitched backbone", pipeline_tag="image-feature-extraction",
+        what.config, base_model, kind="Stitched backbone", pipeline_tag="image-feature-extraction",
         processor="image processor", code=usage.backbone(height, width), facts=_parameter_facts(what),
         limits=_MODEL_LIMITS,
+    )  # fmt: skip
+
+
+def _dense(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
+    config = what.config.backbone_config
+    if not isinstance(config, StitchedVisionConfig):
+        raise TypeError(f"got a {type(what).__name__} whose backbone is not stitched; expected one made by from_path")
+    height, width = image_size(config)
+    return _stitched(
+        config, base_model, what.config, kind="Stitched segmentation model", pipeline_tag="image-segmentation",
+        task="image-segmentation", processor="image processor",
+        code=usage.segmenter(type(what).__name__, height, width),
+        facts=_cost_facts(what, f"image of {height}×{width} pixels"), limits=_MODEL_LIMITS,
     )  # fmt: skip
 
 
@@ -283,6 +305,7 @@ _KINDS: dict[str, Callable[[Any, Sequence[str] | None], Subject]] = {
     "StitchedTextModel": _headless,
     "StitchedForImageClassification": _classifier,
     "StitchedBackbone": _backbone,
+    **{head.model_class: _dense for head in DENSE_HEADS.values()},
     "StitchedSupernet": _supernet,
     "StitchedSupernetForCausalLM": _supernet,
     "StitchedSupernetForImageClassification": _supernet,

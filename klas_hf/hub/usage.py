@@ -85,6 +85,33 @@ print([tuple(features.shape) for features in model(pixels).feature_maps])
     return code
 
 
+def segmenter(model_class: str, height: int, width: int) -> Code:
+    """The classes of the pixels of an image of this size."""
+
+    def code(repo_id: str, processor: bool) -> str:
+        if processor:
+            return f"""
+import klas_hf  # registers stitched backbones with transformers
+from PIL import Image
+from transformers import pipeline
+
+segment = pipeline("image-segmentation", "{repo_id}")
+image = Image.new("RGB", ({width}, {height}))  # or yours: Image.open("picture.jpg")
+print([found["label"] for found in segment(image, subtask="semantic")])
+"""
+        return f"""
+import klas_hf  # registers stitched backbones with transformers
+import torch
+from transformers import {model_class}
+
+model = {model_class}.from_pretrained("{repo_id}")
+pixels = torch.zeros(1, 3, {height}, {width}, dtype=model.dtype)  # your normalised image
+print(model(pixels).keys())
+"""
+
+    return code
+
+
 def supernet(path: str) -> Code:
     """One path as a model of its own."""
 

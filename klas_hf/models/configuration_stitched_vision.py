@@ -35,6 +35,8 @@ class StitchedVisionConfig(BackboneConfigMixin, PathConfig):
             `paths` compared, `contenders` healed), or None.
         delta: of a checkpoint without the anchors' tensors, what is needed to assemble it (see `klas_hf.hub.delta`).
         out_features, out_indices: which stages `StitchedBackbone` returns.
+        lateral_channels: stage → `[from, to]` widths, of the stages whose maps `StitchedBackbone` gives in another
+            width than their slice's; None: of none.
         initializer_range: standard deviation of weights that are drawn at random.
 
     Example:
@@ -52,6 +54,7 @@ class StitchedVisionConfig(BackboneConfigMixin, PathConfig):
     joint_channels: Any = None
     image_size: list[int] | None = None
     drop_path_rate: float = 0.0
+    lateral_channels: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.anchor_configs = [as_config(config) for config in self.anchor_configs or [None]]

@@ -17,7 +17,8 @@ class StitchedModel(PreTrainedModel):
     """Base of all stitched models; makes them from anchors (KLAS Sec. 5, SN-Net) and loads them.
 
     `from_anchors`, `from_path` and `from_pretrained` of this class return the class for the task: a
-    `StitchedForCausalLM` for language models, a `StitchedForImageClassification` for image classifiers.
+    `StitchedForCausalLM` for language models, a `StitchedForImageClassification` for image classifiers. Of dense models
+    (Mask2Former, UperNet) the first two return transformers' own class on a `StitchedBackbone`, which loads itself.
 
     Example:
         >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
@@ -93,7 +94,8 @@ class StitchedModel(PreTrainedModel):
                 ten rows per feature); the `ridge` of the fits; `joint`: "least_squares"; "merged" into the blocks of
                 one anchor, without layers; or how a rival joins these: "identity" (no layer), "linear_patch"
                 or "cosine"; `dtype`, `device_map` and others of `from_pretrained`; `revisions` of the anchors on the
-                Hub; `image_size` in pixels.
+                Hub; `image_size` in pixels; of image classifiers `head`, the configuration of a dense model that they
+                become the backbone of.
 
         Raises:
             ValueError: a path out of range, or anchors that do not fit each other.

@@ -48,14 +48,14 @@ class StitchingLayer(nn.Module):
             self.projection = nn.Linear(source_channels, target_channels, bias=bias)
 
     def forward(self, features: Features) -> Features:
-        hidden, height, width = features
+        hidden = features.hidden
         if self.from_map and self.to_map:
-            return Features(self.projection(hidden), height, width)
+            return features._replace(hidden=self.projection(hidden))
         tokens = hidden.flatten(2).transpose(1, 2) if self.from_map else hidden[:, self.dropped :]
         moved = self.projection(tokens)
         if self.to_map:
-            moved = moved.transpose(1, 2).unflatten(2, (height, width)).contiguous()
-        return Features(moved, height, width)
+            moved = moved.transpose(1, 2).unflatten(2, (features.height, features.width)).contiguous()
+        return features._replace(hidden=moved)
 
 
 def dropped_prefix(source: VisionKind, target: VisionKind) -> int:
@@ -213,7 +213,8 @@ class StitchedBackbone(BackboneMixin, _StitchedVision):
     """A stitched backbone for dense heads: a feature map `(batch, channels, height, width)` per stage.
 
     Its tensors have the names that they have in `StitchedForImageClassification`, without the head. Maps of families
-    whose own backbones norm them go through a layer norm per stage, new as it is there.
+    whose own backbones norm them go through a layer norm per stage, new as it is there. Maps that a dense head expects
+    of another anchor's width go through a 1×1 convolution, a stitching layer beside the path.
 
     Args:
         config: of a stitched classifier, with `out_features` or `out_indices`.
@@ -235,13 +236,17 @@ class StitchedBackbone(BackboneMixin, _StitchedVision):
         shapes = [trace(one, image_size(config)) for one in configs]
         ends = config.stage_ends()
         self.num_features = [shapes[0][0].channels, *(shapes[number][block + 1].channels for number, block in ends)]
+        laterals = config.lateral_channels or {}
         self.norms = nn.ModuleDict(
             {
-                name: nn.LayerNorm(channels)
+                name: nn.LayerNorm(channels, vision_kind(configs[number]).norm_eps)
                 for name, channels, (number, _) in zip(self.stage_names[1:], self.num_features[1:], ends, strict=True)
                 if name in self.out_features and vision_kind(configs[number]).normed_features
             }
         )
+        self.lateral_joints = nn.ModuleDict({name: nn.Conv2d(one, to, 1) for name, (one, to) in laterals.items()})
+        for name, (_, channels) in laterals.items():
+            self.num_features[self.stage_names.index(name)] = channels
         self.post_init()
         _describe(self)
 
@@ -262,7 +267,7 @@ class StitchedBackbone(BackboneMixin, _StitchedVision):
                 one = as_map(vision_kind(self.slices[number].config), features)
                 if name in self.norms:
                     one = self.norms[name](one.movedim(1, -1)).movedim(-1, 1).contiguous()
-                maps.append(one)
+                maps.append(self.lateral_joints[name](one) if name in self.lateral_joints else one)
         states = tuple(features.hidden for features in path) if output_hidden_states else None
         output = BackboneOutput(feature_maps=tuple(maps), hidden_states=states)
         return_dict = self.config.return_dict if return_dict is None else return_dict

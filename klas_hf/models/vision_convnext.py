@@ -10,6 +10,7 @@ class ConvNextKind(VisionKind):
     """ConvNeXt."""
 
     layout = "map"
+    norm_eps = 1e-6
     training = {"drop_path_rate": 0.0}
     embed = ("convnext.embeddings",)
     head = ("convnext.layernorm", "classifier")

@@ -50,6 +50,7 @@ class VisionKind(ABC):
         fixed_size: whether only images of `config.image_size` can be embedded.
         residual: whether a block that keeps its shape can be skipped (stochastic depth).
         normed_features: whether feature maps for dense heads go through a layer norm, as in the family's backbone.
+        norm_eps: of these layer norms.
         writer: in the last module of a block, the linear layer whose output is the last to be added to the state, as it
             is; None where there is none, or a norm or a scale stands between.
         training: config fields that a stitched model sets, because it has stochastic depth of its own.
@@ -62,6 +63,7 @@ class VisionKind(ABC):
     fixed_size: bool = False
     residual: bool = True
     normed_features: bool = True
+    norm_eps: float = 1e-5
     writer: str | None = None
     training: ClassVar[dict[str, Any]] = {}
     embed: tuple[str, ...]

@@ -22,6 +22,9 @@ VISION_KINDS: dict[str, VisionKind] = {
     "convnext": ConvNextKind(),
     "mobilenet_v1": MobileNetV1Kind(),
 }
+# Those whose backbones run their blocks in another way than their classifiers, by the field AS_BACKBONE of a config.
+BACKBONE_KINDS: dict[str, VisionKind] = {"swin": SwinKind("swin", always_partition=True)}
+AS_BACKBONE = "klas_as_backbone"
 
 
 def vision_kind(config: PreTrainedConfig) -> VisionKind:
@@ -34,4 +37,5 @@ def vision_kind(config: PreTrainedConfig) -> VisionKind:
         raise ValueError(
             f"got a vision anchor of unknown type {config.model_type!r}; expected one of {sorted(VISION_KINDS)}"
         )
-    return VISION_KINDS[config.model_type]
+    kinds = VISION_KINDS | (BACKBONE_KINDS if vars(config).get(AS_BACKBONE) else {})
+    return kinds[config.model_type]

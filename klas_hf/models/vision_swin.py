@@ -7,13 +7,19 @@ from .vision_features import Block, Features, VisionKind, staged_blocks
 
 
 class SwinKind(VisionKind):
-    """Swin and Swin V2. Blocks take their grid as an argument, and shrink their window on a grid below it."""
+    """Swin and Swin V2. Blocks take their grid as an argument, and shrink their window on a grid below it.
+
+    Args:
+        prefix: name of the body in the classifier.
+        always_partition: windows keep their size, and grids are padded to it, as in Swin's backbone.
+    """
 
     training = {"drop_path_rate": 0.0}
 
-    def __init__(self, prefix: str):
-        self.base = prefix
+    def __init__(self, prefix: str, always_partition: bool = False):
+        self.base, self.always_partition = prefix, always_partition
         self.writer = "mlp.fc2" if prefix == "swin" else None  # Swin V2 norms what it adds
+        self.normed_features = prefix == "swin"
         self.embed = (f"{prefix}.embeddings",)
         self.head = (f"{prefix}.layernorm", "classifier")
 
@@ -34,7 +40,8 @@ class SwinKind(VisionKind):
         hidden, height, width = features
         if name.endswith("downsample"):
             return Features(module(hidden, (height, width)), (height + 1) // 2, (width + 1) // 2)
-        return features._replace(hidden=module(hidden, (height, width))[0])
+        options = {"always_partition": True} if self.always_partition else {}  # Swin V2 has no such option
+        return features._replace(hidden=module(hidden, (height, width), **options)[0])
 
     def run_head(self, model: PreTrainedModel, features: Features) -> Tensor:
         normed = model.get_submodule(f"{self.base}.layernorm")(features.hidden)

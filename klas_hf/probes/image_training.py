@@ -32,7 +32,7 @@ def train_image_probes(
     """One linear probe per block of an image classifier; arguments as for `train_probes`."""
     anchor = load_vision_anchor(anchor)
     for images in (data, validation):
-        check_classes(images, anchor.config)
+        check_classes(images, anchor.model.config)
     config = _described(config or ImageProbeConfig(), anchor)
     if validation is None and isinstance(data, Iterator):
         raise ValueError(
@@ -101,6 +101,7 @@ class _Features:
         for number, batch in enumerate(progress(image_batches(self.data), f"features of {self.anchor.name}")):
             if self.chosen(number):
                 pixels, labels = batch.labelled()
+                labels = self.anchor.image_labels(labels)
                 self._check_labels(labels)
                 share = self._share(pixels)
                 # A process whose share of a batch is empty waits for the others' gradients all the same.
@@ -114,8 +115,8 @@ class _Features:
         return [torch.empty(0, width, device=self.anchor.device) for width in self.config.widths or []]
 
     def _check_labels(self, labels: Tensor) -> None:
-        classes = self.anchor.config.num_labels
-        wrong = labels[(labels < 0) | (labels >= classes)]
+        classes = self.anchor.classes
+        wrong = labels[(labels < 0) | (labels >= classes)]  # of classes; shares of classes are within them
         if len(wrong):
             raise ValueError(
                 f"got label {int(wrong[0])} for {self.anchor.name}, which has {classes} classes; expected labels from "
@@ -217,7 +218,7 @@ def _validate(
         for block, (probe, x, (mean, spread)) in enumerate(zip(probes.probes, pooled, moments, strict=True)):
             logits = probe((x - mean) / spread)
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            correct = (logits.argmax(-1) == labels).sum()
+            correct = (logits.argmax(-1) == (labels.argmax(-1) if labels.is_floating_point() else labels)).sum()
             sums[block] += torch.tensor([float(loss), float(correct), len(labels)])
     sums = sum_over_processes(sums)
     if not sums.isfinite().all():
@@ -259,6 +260,6 @@ def _described(config: ImageProbeConfig, anchor: VisionAnchor) -> ImageProbeConf
             "anchor_revision": anchor.revision,
             "anchor_fingerprint": anchor.fingerprint,
             "widths": [shape.channels for shape in anchor.shapes()[1:]],
-            "num_labels": anchor.config.num_labels,
+            "num_labels": anchor.classes,
         }
     )

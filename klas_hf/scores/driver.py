@@ -91,14 +91,15 @@ def score_stitches(
         functional = FunctionalScoring()
     anchors = load_pair(source, target, revisions, **loading)
     data = list(data) if functional and iter(data) is data else data  # an iterator can be read once
-    batches = anchors[1].read(data)
+    batches = anchors[1].read(data, probed=True)
     first: Any = next(batches, None)
     of_images = isinstance(anchors[0], VisionAnchor)
     if of_images and first is None:
         raise ValueError("got no images to score on; expected batches. Check that an iterator was not used up before")
     size = tuple(first.pixel_values.shape[-2:]) if of_images else None
-    configs = [anchor.config for anchor in anchors]
-    costs = measure_stitch_costs(*configs, tokens=tokens, image_size=size, positions=positions)
+    costs = measure_stitch_costs(
+        *(anchor.model for anchor in anchors), tokens=tokens, image_size=size, positions=positions
+    )
     costs.check_direction()
     if probes is not None:
         for probe, anchor in zip(probes, anchors, strict=True):

@@ -69,6 +69,7 @@ def score_functionally(
     """Functional KL of the candidates that the settings name, or of all; data and errors as for `score_stitches`."""
     pairs = _candidates(costs, settings)
     calibration, scored = calibration_and_scored(anchors[1], data, settings)
+    anchors[1].meet(anchors[:1], calibration)
     return functional_statistics(anchors, pairs, calibration, scored, settings)
 
 

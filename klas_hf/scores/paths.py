@@ -89,6 +89,8 @@ class PathScorer:
         self._joints: dict[tuple[Beginning, int, int], nn.Module] = {}
         self._merging = False  # what the joints of the group at hand are
         self._warned = False
+        for place, anchor in enumerate(anchors):
+            anchor.meet([one for other, one in enumerate(anchors) if other != place], calibration)
 
     @torch.no_grad()
     def score(self, paths: Sequence[Path], batches: int | None = None, fitted: int | None = None) -> list[PathScore]:

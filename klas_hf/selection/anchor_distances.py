@@ -57,7 +57,7 @@ def select_anchors(
     if first is None:
         raise ValueError("got no images to compare anchors on; expected batches")
     size = (first.pixel_values.shape[-2], first.pixel_values.shape[-1])
-    macs = [measure_costs(anchor.config, image_size=size).macs for anchor in loaded]
+    macs = [measure_costs(anchor.model, image_size=size).macs for anchor in loaded]
     sums, images = np.zeros((len(loaded), len(loaded))), 0
     choose_pairs(sums, macs, rule)  # raises now what it would raise after the pass
     for batch in progress(shared_out(chain([first], batches)), "comparing anchors"):

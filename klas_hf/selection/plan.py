@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.dense import dense_head, is_dense
 from klas_hf.anchors.language import anchor_config
 from klas_hf.anchors.loading import load_anchors
 from klas_hf.anchors.vision import is_vision
@@ -193,7 +194,7 @@ class SearchPlan:
         """How many batches have enough rows for the widest joint."""
         rows, widest = 0, max(max(anchor.widths) for anchor in self.anchors)
         for number, batch in enumerate(self.calibration, 1):
-            rows += len(batch.unit_items)
+            rows += batch.fewest_rows
             if rows >= SCREENING_ROWS * widest:
                 return number
         return len(self.calibration)
@@ -225,6 +226,8 @@ def unallocated_anchors(
 
 
 def _unallocated(config: PreTrainedConfig) -> PreTrainedModel:
-    auto = AutoModelForImageClassification if is_vision(config) else AutoModelForCausalLM
     with torch.device("meta"):
+        if is_dense(config):
+            return dense_head(config).kind(copy.deepcopy(config))
+        auto = AutoModelForImageClassification if is_vision(config) else AutoModelForCausalLM
         return auto.from_config(copy.deepcopy(config))

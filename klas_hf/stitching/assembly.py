@@ -4,13 +4,14 @@ Each stitching layer starts from the least-squares map between hidden states (KL
 initialisation), fitted on what the path before it gives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from klas_hf.anchors.dense import is_dense
 from klas_hf.anchors.language import anchor_config, hub_options, on_accelerator
 from klas_hf.anchors.vision import is_vision
 from klas_hf.budgets import Budget, Cost
@@ -21,6 +22,7 @@ from klas_hf.scores.path_scores import PathScores
 from klas_hf.selection.plan import SearchConfig, SearchPlan, search_within, unallocated_anchors
 from klas_hf.selection.search import search_paths
 from klas_hf.stitching.calibration import sampled
+from klas_hf.stitching.dense import check_dense_pair, stitch_dense
 from klas_hf.stitching.images import check_pair, common_size, stitch_classifiers
 from klas_hf.stitching.language import check_direction, stitch_decoders
 
@@ -41,7 +43,8 @@ def assemble_path(
 
     Args:
         anchors: Hub ids, local folders or models in memory; they are read, never changed, and those that the path does
-            not use are not read. All are causal language models, or all image classifiers.
+            not use are not read. All are causal language models, or all image classifiers, or all dense models
+            (Mask2Former, UperNet) on backbones of several stages.
         path: `Path`, its text such as "0[:8] 1[14:]", or a `Stitch`; anchors by position.
         revisions: commits of the anchors on the Hub.
         kwargs: `calibration`: batches of token ids (see `token_batches`) or images (`image_batches`) on which the
@@ -55,14 +58,16 @@ def assemble_path(
             states of one width; or "identity", no layers between slices of one anchor, which is this anchor without
             the blocks left out. `dtype`: None takes that of the last anchor. `device_map` (None, and no anchor in
             memory: accelerate's device) and others as for `from_pretrained`; for images also `image_size`, where the
-            anchors' configurations are for different ones.
+            anchors' configurations are for different ones; and `head`, a `UperNetConfig` or `Mask2FormerConfig` whose
+            new head the path's maps go to, which is to be trained.
 
     Returns:
-        A `StitchedForCausalLM` or a `StitchedForImageClassification` in eval mode.
+        A `StitchedForCausalLM` or a `StitchedForImageClassification`, or a dense model of transformers' own class on a
+        `StitchedBackbone`, with the last slice's head or a new one, in eval mode.
 
     Raises:
         ValueError: path out of range, or between different grids; family unknown; vocabularies or classes of the ends
-            differ; anchors for text and for images; nothing to calibrate on.
+            differ; anchors for text and for images; nothing to calibrate on; a path without a map that a head needs.
         OSError: an anchor cannot be reached.
     """
     path = AnchorPath.of(path)
@@ -105,7 +110,9 @@ def stitch_anchors(
     path = AnchorPath.of(stitch)
     configs = _configs(anchors, path, revisions, kwargs)
     if path.stitch is not None:
-        if is_vision(configs[0]):
+        if is_dense(configs[0]):
+            check_dense_pair(configs[0], configs[1], kwargs.get("image_size"))
+        elif is_vision(configs[0]):
             check_pair(configs[0], configs[1], common_size(configs, kwargs.get("image_size")))
         else:
             check_direction([str(config.name_or_path or None) for config in configs], configs)
@@ -131,7 +138,8 @@ def assemble_best(
     path, wanted = path or found.best(budget), Budget.of(budget)
     model = assemble_path(anchors, path, **{"joint": found.joint(path)} | kwargs)
     place = found.place(path)
-    model.config.search = {
+    about = model.config.backbone_config if is_dense(model) else model.config
+    about.search = {
         "budget": wanted.text, "share": found.share(path), "divergence": float(found.divergence[place]),
         "error": float(found.error[place]), "paths": len(found),
     }  # fmt: skip
@@ -156,7 +164,7 @@ def _searched(
         sampled(
             kwargs["calibration"],
             shapes[0].read,
-            lambda batch: widest * len(batch) / max(1, len(batch.unit_items)),
+            lambda batch: widest * len(batch) / max(1, batch.fewest_rows),
             items,
         )
     )
@@ -187,10 +195,21 @@ def _configs(
         anchor.config if isinstance(anchor, PreTrainedModel) else anchor_config(anchor, **hub_options(kwargs, revision))
         for anchor, revision in (pairs[place] for place in path.anchors)
     ]
-    kinds = ["image classifier" if is_vision(config) else "language model" for config in configs]
+    kinds = [_kind(config) for config in configs]
     if len(set(kinds)) > 1:
         raise ValueError(f"got the anchors {' and '.join(kinds)}; expected all of one kind")
+    if kwargs.get("head") is not None and kinds[0] != "image classifier":
+        raise ValueError(
+            f"got head=a {type(kwargs['head']).__name__} for anchors of the kind {kinds[0]!r}; expected image "
+            "classifiers, whose heads it takes the place of"
+        )
     return configs
+
+
+def _kind(config: PreTrainedConfig) -> str:
+    if is_dense(config):
+        return "dense model"
+    return "image classifier" if is_vision(config) else "language model"
 
 
 def _assemble(
@@ -200,15 +219,23 @@ def _assemble(
     configs: Sequence[PreTrainedConfig],
     kwargs: dict[str, Any],
 ) -> StitchedModel:
+    if kwargs.get("head") is None:
+        kwargs.pop("head", None)
     if "torch_dtype" in kwargs:
         logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")
         kwargs["dtype"] = kwargs.pop("torch_dtype")
     if kwargs.get("device_map") is None and not any(isinstance(anchors[n], PreTrainedModel) for n in path.anchors):
         kwargs["device_map"] = on_accelerator()
-    join = stitch_classifiers if is_vision(configs[0]) else stitch_decoders
-    model = join(anchors, path, revisions=revisions, **kwargs)
+    model = _joining(configs[0], kwargs)(anchors, path, revisions=revisions, **kwargs)
     embeds = path.slices[0].anchor
-    if not isinstance(anchors[embeds], PreTrainedModel):
+    if isinstance(model, StitchedModel) and not isinstance(anchors[embeds], PreTrainedModel):
         revision = None if revisions is None else revisions[embeds]
         model.processor_from = str(anchors[embeds]), hub_options(kwargs, revision)
     return model
+
+
+def _joining(config: PreTrainedConfig, options: dict[str, Any]) -> Callable[..., Any]:
+    """What joins anchors of this kind."""
+    if is_dense(config) or options.get("head") is not None:
+        return stitch_dense
+    return stitch_classifiers if is_vision(config) else stitch_decoders

@@ -20,7 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from klas_hf.anchors.checkpoints import ClassifierCheckpoint, UnreadTensor
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.language import HUB_OPTIONS, anchor_config, hub_options
-from klas_hf.anchors.vision import check_labels, feature_rows
+from klas_hf.anchors.vision import check_labels
+from klas_hf.anchors.vision_states import feature_rows
 from klas_hf.anchors.weights import evaluating
 from klas_hf.costs import measure_costs
 from klas_hf.models import StitchedBackbone, StitchedForImageClassification, StitchedVisionConfig
@@ -59,42 +60,67 @@ def stitch_classifiers(
             opened[place].config if place in opened else _config(anchor, hub_options(kwargs, revision))
             for place, (anchor, revision) in enumerate(zip(anchors, revisions, strict=True))
         ]
-        used = [configs[place] for place in path.anchors]
-        size = common_size(used, image_size)
         first, last = opened[path.slices[0].anchor], opened[path.slices[-1].anchor]
         check_labels(first.config, last.config)
-        config = stitched_vision_config(configs, path, size)
-        check_joint(joint, path, [(x, y) for x, y in config.joint_channels], calibration is not None)
-        if joint == "merged":
-            writers = {place: (one.model_type, vision_kind(one).writer) for place, one in enumerate(configs)}
-            check_writers(path, writers, "a ViT, DeiT or Swin")
-        config.identity_joints = joint in ("identity", "merged")
-        config.anchor_names = [opened[place].name if place in opened else None for place in range(len(anchors))]
-        config.anchor_revisions = [opened[place].revision if place in opened else None for place in range(len(anchors))]
-        batches = None
-        if calibration is not None:
-            joints = _joined(configs, path, size)
-            features = max((left.channels / (left.height * left.width) for left, _ in joints), default=0.0)
-            chosen = sampled(calibration, image_batches, lambda _: features, calibration_items)
-            batches = usable_images(chosen, *used)
+        config = stitched_vision_config(
+            configs, path, common_size([configs[place] for place in path.anchors], image_size), joint
+        )
+        name_anchors(config, opened)
+        check_joints(config, path, joint, calibration is not None)
+        batches = None if calibration is None else calibration_images(calibration, config, calibration_items)
         dtype = last.dtype if dtype in (None, "auto") else dtype
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
-        state = _state(opened, config)
+        state = slices_state(opened, config)
         model = load_parts(
             StitchedForImageClassification, config, state, dtype=dtype, device_map=device_map, **options
         ).eval()
-        layers = model.stitching_layers()
-        if joint == "merged" and batches is not None and path.joints:
-            _merge(model, opened, batches, ridge, dtype=dtype)
-        elif layers and batches is None:
+        if batches is None and model.stitching_layers():
             warn_of_random_stitches()
-        elif batches is not None and layers:
-            _fit(model, opened, batches, ridge, joint, dtype=dtype)
+        start_joints(model, opened, batches, ridge, joint, dtype)
     return model
 
 
+def start_joints(
+    model: Any, anchors: Mapping[int, ClassifierCheckpoint], calibration: Iterable[ImageBatch] | None,
+    ridge: float | None, joint: Joint, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Fit the joints of a stitched vision model, or merge them, where there are any and data to do so on."""
+    if calibration is None or not model.joints:
+        return
+    if joint == "merged":
+        _merge(model, anchors, calibration, ridge, dtype=dtype)
+    elif model.stitching_layers():
+        _fit(model, anchors, calibration, ridge, joint, dtype=dtype)
+
+
+def check_joints(config: StitchedVisionConfig, path: AnchorPath, joint: str, calibrated: bool) -> None:
+    """Raise ValueError unless the joints of a path can be of this kind."""
+    check_joint(joint, path, [(x, y) for x, y in config.joint_channels], calibrated)
+    if joint == "merged":
+        kinds = {place: (one.model_type, vision_kind(one).writer) for place, one in enumerate(config.anchor_configs)}
+        check_writers(path, kinds, "a ViT, DeiT or Swin")
+
+
+def calibration_images(
+    calibration: Iterable[Any], config: StitchedVisionConfig, items: int | None
+) -> Iterable[ImageBatch]:
+    """The images that joints are fitted to, as many as `sampled` says; errors as `usable_images`."""
+    path, used = AnchorPath.parse(config.path), [one for one in config.anchor_configs]
+    joints = _joined(used, path, image_size(config))
+    features = max((left.channels / (left.height * left.width) for left, _ in joints), default=0.0)
+    chosen = sampled(calibration, image_batches, lambda _: features, items)
+    return usable_images(chosen, *(used[place] for place in path.anchors))
+
+
+def name_anchors(config: StitchedVisionConfig, opened: Mapping[int, ClassifierCheckpoint]) -> None:
+    """Note in a model's configuration which anchors were read."""
+    count = len(config.anchor_configs)
+    config.anchor_names = [opened[place].name if place in opened else None for place in range(count)]
+    config.anchor_revisions = [opened[place].revision if place in opened else None for place in range(count)]
+
+
 def stitched_vision_config(
-    configs: Sequence[PreTrainedConfig], path: AnchorPath, size: tuple[int, int]
+    configs: Sequence[PreTrainedConfig], path: AnchorPath, size: tuple[int, int], joint: Joint = "least_squares"
 ) -> StitchedVisionConfig:
     """The configuration of the model of a path through classifiers of these configurations.
 
@@ -114,6 +140,7 @@ def stitched_vision_config(
         anchor_blocks=depths,
         joint_channels=[[left.channels, right.channels] for left, right in _joined(configs, path, size)],
         image_size=list(size),
+        identity_joints=joint in ("identity", "merged"),
         id2label=dict(last.id2label),
         label2id=dict(last.label2id),
         architectures=["StitchedForImageClassification"],
@@ -142,6 +169,11 @@ def common_size(configs: Sequence[PreTrainedConfig], size: int | tuple[int, int]
 def check_pair(first: PreTrainedConfig, last: PreTrainedConfig, size: tuple[int, int]) -> None:
     """Raise ValueError unless the two classifiers know the same classes and the source is the cheaper one."""
     check_labels(first, last)
+    check_order(first, last, size)
+
+
+def check_order(first: PreTrainedConfig, last: PreTrainedConfig, size: tuple[int, int]) -> None:
+    """Raise ValueError unless the source is the cheaper of two anchors for images."""
     macs = [measure_costs(config, image_size=size).macs for config in (first, last)]
     if macs[0] > macs[1]:
         raise ValueError(
@@ -183,7 +215,7 @@ def usable_images(calibration: Iterable[Any], *configs: PreTrainedConfig) -> Ite
 
 
 def _fit(
-    model: StitchedForImageClassification, anchors: Mapping[int, ClassifierCheckpoint],
+    model: Any, anchors: Mapping[int, ClassifierCheckpoint],
     calibration: Iterable[ImageBatch], ridge: float | None, joint: Joint, **loading: Any,
 ) -> None:  # fmt: skip
     """Fit the joints, over all positions of all images; `loading` is `dtype` of the anchors' first blocks."""
@@ -197,7 +229,7 @@ def _fit(
 
 
 def _merge(
-    model: StitchedForImageClassification, anchors: Mapping[int, ClassifierCheckpoint],
+    model: Any, anchors: Mapping[int, ClassifierCheckpoint],
     calibration: Iterable[ImageBatch], ridge: float | None, **loading: Any,
 ) -> None:  # fmt: skip
     """Merge the joints into the blocks before; `loading` as for `_fit`."""
@@ -227,7 +259,7 @@ def _kinds(config: StitchedVisionConfig) -> list[VisionKind]:
 
 
 def _wanted(
-    model: StitchedForImageClassification, anchors: Mapping[int, ClassifierCheckpoint], layers: Sequence[nn.Module],
+    model: Any, anchors: Mapping[int, ClassifierCheckpoint], layers: Sequence[nn.Module],
     loading: Mapping[str, Any], number: int,
 ) -> Callable[[ImageBatch], Tensor]:  # fmt: skip
     """What makes of a batch the rows that the next slice of a joint has in its own anchor."""
@@ -250,7 +282,7 @@ def _prefix(anchor: ClassifierCheckpoint, stop: int, config: StitchedVisionConfi
     alone = StitchedVisionConfig(
         anchor_configs=[copy.deepcopy(anchor.config)], slices=[[0, 0, stop]], image_size=config.image_size
     )
-    return load_parts(StitchedBackbone, alone, _slice_state(anchor, 0), **loading)
+    return load_parts(StitchedBackbone, alone, slice_state(anchor, 0), **loading)
 
 
 def _device(layer: nn.Module) -> torch.device:
@@ -259,11 +291,11 @@ def _device(layer: nn.Module) -> torch.device:
     return torch.device(layer._hf_hook.execution_device) if weight.is_meta else weight.device
 
 
-def _state(anchors: Mapping[int, ClassifierCheckpoint], config: StitchedVisionConfig) -> dict[str, Any]:
+def slices_state(anchors: Mapping[int, ClassifierCheckpoint], config: StitchedVisionConfig) -> dict[str, Any]:
     """Name in the stitched model → tensor; the stitching layers' are random."""
     state: dict[str, Any] = {}
     for number, (place, _, _) in enumerate(config.slices):
-        state |= _slice_state(anchors[place], number)
+        state |= slice_state(anchors[place], number)
     kinds = [vision_kind(anchors[place].config) for place, _, _ in config.slices]
     joints = zip(pairwise(kinds), () if config.identity_joints else config.joint_channels, strict=False)
     for number, ((one, other), channels) in enumerate(joints):
@@ -272,7 +304,7 @@ def _state(anchors: Mapping[int, ClassifierCheckpoint], config: StitchedVisionCo
     return state
 
 
-def _slice_state(anchor: ClassifierCheckpoint, number: int) -> dict[str, Any]:
+def slice_state(anchor: ClassifierCheckpoint, number: int) -> dict[str, Any]:
     # What is used is for transformers to say, which renames the tensors of some families.
     return {f"slices.{number}.{key}": UnreadTensor(anchor, key) for key in sorted(anchor.keys)}
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from klas_hf.training.config import Augmentation
 
+_UNMASKED = ("randaugment", "erasing", "mixup", "cutmix", "label_smoothing")  # what masks cannot have
+
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Images as models take them: `(pixels / 255 − mean) / std`, per channel, in float32.
@@ -65,6 +67,30 @@ def augment(
     images, targets = _mixed(images, labels, targets, settings)
     smoothing = settings.label_smoothing
     return images, targets * (1 - smoothing) + smoothing / num_labels if smoothing else targets
+
+
+@torch.no_grad()
+def augment_masks(pixel_values: Tensor, masks: Tensor, settings: Augmentation) -> tuple[Tensor, Tensor]:
+    """Flip and crop images and their masks alike.
+
+    Args:
+        pixel_values: `(batch, channels, height, width)`, floats, normalised: what a crop leaves empty is the mean.
+        masks: `(batch, height, width)`, class numbers; what a crop leaves empty is 255.
+
+    Raises:
+        ImportError: kornia is missing and something is switched on that needs it.
+        ValueError: augmentation that masks cannot have.
+    """
+    wrong = [name for name in _UNMASKED if getattr(settings, name)]
+    if wrong:
+        raise ValueError(f"got {wrong} for images with masks; expected crop_padding, crop_scale or horizontal_flip")
+    transforms = _pixel_transforms(settings, *pixel_values.shape[-2:])
+    if not len(transforms):
+        return pixel_values, masks
+    both = _kornia().AugmentationSequential(*transforms, data_keys=["input", "mask"])  # masks by the nearest pixel
+    pixels, moved = both(pixel_values, (masks + 1.0)[:, None])  # 0 is what lies outside
+    moved = moved[:, 0].round().long() - 1
+    return pixels, moved.where(moved >= 0, 255)
 
 
 def _check(pixel_values: Tensor, labels: Tensor, settings: Augmentation, num_labels: int) -> None:

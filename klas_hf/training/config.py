@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-TRAINABLE = ("stitch", "lora", "head", "full")
+TRAINABLE = ("stitch", "lora", "head", "backbone", "full")
 PRECISIONS = ("auto", "no", "bf16")
 OPTIMIZERS = ("adamw", "sgd")
 DISTILLATIONS = ("soft", "hard")
@@ -95,7 +95,7 @@ class TrainingConfig:
         default="lora",
         metadata={
             "help": "what learns: 'stitch' the stitching layers alone, 'lora' these and LoRA on the anchors, 'head' a "
-            "KAN head alone, 'full'"
+            "KAN head alone, 'backbone' all but a dense model's head, 'full'"
         },
     )
     epochs: float = field(default=10.0, metadata={"help": "passes over the data"})

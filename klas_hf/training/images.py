@@ -14,6 +14,7 @@ from klas_hf.training.augmentation import Augmentation, augment, normalise
 from klas_hf.training.batch_norm import batch_norms
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import FILLER, EpochOrder
+from klas_hf.training.losses import cross_entropy_sum
 from klas_hf.training.objectives import Objective
 
 
@@ -61,14 +62,7 @@ class ImageObjective(Objective):
         self.among = torch.tensor(sorted(data.classes.ids) if mapped else range(model.config.num_labels))
 
     def batches(self, multiple: int) -> tuple[DataLoader, EpochOrder]:
-        batch_size = self.config.per_device_batch_size
-        order = EpochOrder(len(self.data), batch_size * multiple, self.config.seed)
-        sampler = BatchSampler(order, batch_size, drop_last=False)
-        workers = self.config.num_workers
-        loader = DataLoader(
-            _Filled(self.data), batch_sampler=sampler, collate_fn=collate_images, num_workers=workers
-        )  # fmt: skip
-        return loader, order
+        return image_loader(self.data, self.config, multiple)
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
@@ -83,36 +77,50 @@ class ImageObjective(Objective):
         pixels, targets = augment(pixels.float(), places, self.augmentation, config.mean, config.std, len(self.among))
         return {"pixel_values": pixels}, targets
 
-    def labelled(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        return logits[: len(batch["labels"])]  # none of a blank image
+    def labelled(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
+        return output.logits[: len(batch["labels"])]  # none of a blank image
 
-    def told_apart(self, logits: Tensor) -> Tensor:
-        return logits if len(self.among) == logits.shape[-1] else logits[:, self.among.to(logits.device)]
+    def own_loss_sum(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        few = len(self.among) < logits.shape[-1]
+        return cross_entropy_sum(logits[:, self.among.to(logits.device)] if few else logits, targets)
 
     def classes(self, model: PreTrainedModel) -> int:
         return model.config.num_labels
 
 
-def collate_images(examples: Sequence[tuple[Tensor, int | None]]) -> dict[str, Tensor]:
-    """Stack images: `pixel_values` `(batch, channels, height, width)` and `labels` `(batch,)`.
+def image_loader(data: Any, config: TrainingConfig, multiple: int) -> tuple[DataLoader, EpochOrder]:
+    """A loader of shuffled batches of images, whose number is a multiple of `multiple`, and the order it follows."""
+    batch_size = config.per_device_batch_size
+    order = EpochOrder(len(data), batch_size * multiple, config.seed)
+    sampler = BatchSampler(order, batch_size, drop_last=False)
+    loader = DataLoader(
+        _Filled(data), batch_sampler=sampler, collate_fn=collate_images, num_workers=config.num_workers
+    )  # fmt: skip
+    return loader, order
+
+
+def collate_images(examples: Sequence[tuple[Tensor, Any]]) -> dict[str, Tensor]:
+    """Stack images: `pixel_values` `(batch, channels, height, width)` and `labels`, `(batch,)` or, of masks, with two
+    dimensions more.
 
     Fillers are left out, so that BatchNorm does not see them; of a batch of fillers one blank image remains, with
-    `labels` `(0,)`.
+    no labels.
     """
     kept = [example for example in examples if example[1] is not None]
     pixels = torch.stack([pixels for pixels, _ in kept or examples[:1]])
-    return {"pixel_values": pixels, "labels": torch.tensor([label for _, label in kept], dtype=torch.long)}
+    labels = [torch.as_tensor(label, dtype=torch.long) for _, label in kept]
+    return {"pixel_values": pixels, "labels": torch.stack(labels) if labels else torch.empty(0, dtype=torch.long)}
 
 
 class _Filled(Dataset):
-    def __init__(self, data: ImageData):
+    def __init__(self, data: Any):
         self.data = data
         self.blank = torch.zeros_like(data[0][0])
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int | None]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return (self.blank, None) if index == FILLER else self.data[index]
 
 

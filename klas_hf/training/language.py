@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import IGNORED, EpochOrder, batches_of
+from klas_hf.training.losses import cross_entropy_sum
 from klas_hf.training.objectives import Objective
 
 
@@ -48,8 +49,11 @@ class LanguageObjective(Objective):
         following = batch["labels"][:, 1:]
         return forward, following[following != IGNORED]
 
-    def labelled(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        return logits[:, :-1][batch["labels"][:, 1:] != IGNORED]
+    def labelled(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
+        return output.logits[:, :-1][batch["labels"][:, 1:] != IGNORED]
+
+    def own_loss_sum(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy_sum(logits, targets)
 
     def classes(self, model: PreTrainedModel) -> int:
         return model.config.get_text_config().vocab_size

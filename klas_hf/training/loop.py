@@ -19,12 +19,14 @@ from accelerate.utils import is_bf16_available
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from klas_hf.anchors.dense import is_dense
 from klas_hf.errors import TrainingDiverged
 from klas_hf.files import claim
 from klas_hf.processes import ProgressBar, process_state
 from klas_hf.training.checkpoints import Checkpoints, Progress
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import EpochOrder
+from klas_hf.training.dense import DenseObjective
 from klas_hf.training.held_out import HeldOut
 from klas_hf.training.images import ImageData, ImageObjective
 from klas_hf.training.language import LanguageObjective
@@ -72,7 +74,7 @@ def train_stitches(
     validation: Sequence[Mapping[str, Any]] | ImageData | None = None,
     output_dir: str | Path | None = None,
 ) -> TrainingResult:
-    """Train a stitched model or a supernet in place. With trainable="full", any language model or image classifier.
+    """Train a stitched model or a supernet in place. With trainable="full", any language, image or dense model.
 
     A supernet runs one of its paths per forward and process, drawn at random (SN-Net). For the losses see KLAS Sec. 5.5
     and App. H. What was done is kept in the model's config as `training`, for its model card: the settings, the amount
@@ -82,7 +84,8 @@ def train_stitches(
         model: the model; LoRA updates are merged into it at the end.
         data: of a language model, examples with `input_ids` and `labels` (lists of one length; -100 where no loss is
             taken); of an image model, a map-style dataset of `(pixels (channels, height, width), label)` with
-            `labels`, the list of all labels. Pixels are uint8, or float and normalised.
+            `labels`, the list of all labels; of a dense model, of `(pixels, mask (height, width))`, where 255 in a mask
+            is void. Pixels are uint8, or float and normalised.
         config: settings; None takes the defaults.
         teacher: for distillation, usually the dearest anchor.
         validation: held-out examples of the form of `data`; their loss (of the labels, not distilled) is measured at
@@ -180,6 +183,8 @@ def with_precision(config: TrainingConfig, device: torch.device) -> TrainingConf
 
 def _objective(model: PreTrainedModel, data: Any, config: TrainingConfig, teacher: PreTrainedModel | None) -> Objective:
     """The loss of this kind of model."""
+    if is_dense(model):
+        return DenseObjective(model, data, config, teacher)
     kind = ImageObjective if model.main_input_name == "pixel_values" else LanguageObjective
     return kind(model, data, config, teacher)
 

@@ -17,7 +17,7 @@ from klas_hf.processes import process_state
 from klas_hf.training.batch_norm import batch_norms
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import EpochOrder
-from klas_hf.training.losses import cross_entropy_sum, hard_distillation_sum, soft_distillation_sum
+from klas_hf.training.losses import hard_distillation_sum, soft_distillation_sum
 from klas_hf.training.paths import path_sampler, takes
 
 # The older name warns where there is the newer one.
@@ -71,15 +71,21 @@ class Objective(ABC):
 
     @abstractmethod
     def inputs(self, batch: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-        """What the forward takes, and the targets: numbers `(labels,)` or probabilities of what is `told_apart`."""
+        """What the forward takes, and the targets: numbers `(labels,)` of classes, or their probabilities."""
 
     @abstractmethod
-    def labelled(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def labelled(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
         """The logits that have a label, `(labels, classes)`, of those that the forward gives."""
 
-    def told_apart(self, logits: Tensor) -> Tensor:
-        """Of `(labels, classes)` the classes that the targets number: all, but for images of fewer classes."""
-        return logits
+    @abstractmethod
+    def own_loss_sum(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of the labels, undistilled, as a sum.
+
+        Args:
+            output: of the forward.
+            logits: those that have a label.
+            targets: as `inputs` gives them.
+        """
 
     @abstractmethod
     def classes(self, model: PreTrainedModel) -> int:
@@ -99,16 +105,18 @@ class Objective(ABC):
         autocast = torch.autocast(targets.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
         # Of fillers alone statistics must not be taken; other processes wait for this one's forward all the same.
         with autocast, nullcontext() if batch["labels"].numel() else evaluating(model):
-            logits = self.labelled(model(**inputs, **self._options(seed)).logits, batch).float()
-        loss = cross_entropy_sum(self.told_apart(logits), targets)
+            output = model(**inputs, **self._options(seed))
+            logits = self.labelled(output, batch).float()
+        loss = self.own_loss_sum(output, logits, targets)
         if self.teacher is None:
             return loss
         with torch.no_grad():
-            teacher_logits = self.labelled(self.teacher(**self._teachers(inputs)).logits, batch).float()
+            teacher_logits = self.labelled(self.teacher(**self._teachers(inputs)), batch).float()
         if config.distillation == "hard":
             distance = hard_distillation_sum(logits, teacher_logits)
         else:
             distance = soft_distillation_sum(logits, teacher_logits, config.distillation_temperature)
+        distance = distance * (self.count(batch) / max(len(logits), 1))  # pixels are more than labels are counted
         return (1 - config.distillation_weight) * loss + config.distillation_weight * distance
 
     @contextmanager
@@ -128,6 +136,7 @@ class Objective(ABC):
     def description(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be resumed, beside the settings and the number of examples."""
         known = self.model.config.to_dict()
+        known = known.get("backbone_config", known)
         made_of = {name: known[name] for name in _MADE_OF if name in known}
         paths = None if self.paths is None else [str(path) for path in self.model.paths]
         return made_of | {"model": self.model.config.model_type, "parameters": self.size, "paths": paths}
@@ -144,12 +153,13 @@ class Objective(ABC):
         return options if self.paths is None else options | {"path": self.model.paths[self.paths.draw(seed)]}
 
     def _teachers(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs with floats in the teacher's dtype."""
+        """The inputs without labels, with floats in the teacher's dtype."""
         assert self.teacher is not None
         dtype = self.teacher.dtype
         return {
             name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in inputs.items()
+            if not name.endswith("labels")
         }
 
     def _check_teacher(self, teacher: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""What learns: the stitching layers alone, these with LoRA on the anchors, a KAN head alone, or everything.
+"""What learns: the stitching layers alone, these with LoRA on the anchors, a head or all but a head, or everything.
 
 A stitching layer that learns at a low rank (SN-Net v2) stays at its least-squares start, W, and trains as W + B A.
 """
@@ -11,9 +11,11 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
 from transformers import PreTrainedModel
 
+from klas_hf.anchors.dense import dense_head, is_dense
 from klas_hf.training.config import TrainingConfig
 
 # Matrices by their shape, but positions, tokens and offsets by what they are: DeiT and Swin do not decay them.
@@ -39,6 +41,11 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
             f"got {asked} for {type(model).__name__}, which has no stitching layer; expected a stitched model, or "
             "trainable='lora' or 'full' without low_rank_stitches"
         )
+    if config.trainable == "backbone" and not is_dense(model):
+        raise ValueError(
+            f"got trainable='backbone' for {type(model).__name__}, which is no dense model; expected a segmentation "
+            "model, or trainable='full'"
+        )
     dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     was_training = model.training
@@ -51,7 +58,12 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
         for parameter in prepared.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        yield prepared.train()
+        prepared.train()
+        if config.trainable == "backbone":  # a head that is frozen keeps its statistics too
+            for name, layer in model.named_modules():
+                if isinstance(layer, _BatchNorm) and not name.startswith(_backbone(model)):
+                    layer.eval()
+        yield prepared
     finally:
         if isinstance(prepared, PeftModel):
             prepared.merge_and_unload()
@@ -68,7 +80,7 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
 
 def is_stitching(name: str) -> bool:
     """Whether a module or parameter of this name belongs to a stitching layer."""
-    return "joints" in name.split(".")
+    return not {"joints", "lateral_joints"}.isdisjoint(name.split("."))
 
 
 def is_head(name: str) -> bool:
@@ -91,12 +103,14 @@ def lora_config(model: PreTrainedModel, config: TrainingConfig) -> LoraConfig:
     The stitching layers are trained whole, or at their own low rank (scale 1: their rate is the learning rate's
     business).
     """
+    within = _backbone(model)
     heads = [one.get_output_embeddings() for one in model.modules() if isinstance(one, PreTrainedModel)]
     stitches, rank = stitching_layers(model), config.low_rank_stitches
     targets = [
         name
         for name, module in model.named_modules()
         if _takes_lora(module) and module not in heads and not is_stitching(name) and config.trainable == "lora"
+        if name.startswith(within)
     ]
     low = [name for name, module in stitches.items() if rank and _takes_lora(module)]
     return LoraConfig(
@@ -143,12 +157,18 @@ def _prepared(model: PreTrainedModel, config: TrainingConfig) -> nn.Module:
             prepared = get_peft_model(model, lora_config(model, config))
     if config.trainable == "lora":
         return prepared
+    backbone = _backbone(model) if config.trainable == "backbone" else ""
     for name, parameter in prepared.named_parameters():
         if ".lora_" in name:
             continue
-        learns = not rank if is_stitching(name) else config.trainable == "full"
+        learns = not rank if is_stitching(name) else config.trainable == "full" or (bool(backbone) and backbone in name)
         parameter.requires_grad_(is_head(name) if config.trainable == "head" else learns)
     return prepared
+
+
+def _backbone(model: PreTrainedModel) -> str:
+    """What the names of a dense model's backbone begin with; of other models, all names."""
+    return f"{dense_head(model.config).backbone}." if is_dense(model) else ""
 
 
 def _takes_lora(module: nn.Module) -> bool:
