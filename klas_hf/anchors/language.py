@@ -15,7 +15,7 @@ from klas_hf.anchors.decoder_parts import decoder_part
 from klas_hf.anchors.families import DECODER_FAMILIES, decoder_family
 from klas_hf.anchors.vocabularies import check_vocabularies
 from klas_hf.anchors.weights import evaluating
-from klas_hf.models.checkpoint_files import check_whole
+from klas_hf.models.checkpoint_files import check_whole, senseless
 from klas_hf.models.modeling_stitched import scale_logits
 from klas_hf.models.vision_kinds import VISION_KINDS
 from klas_hf.processes import others_bars, process_state
@@ -207,16 +207,14 @@ def explained_access(anchor: str | Path) -> Iterator[None]:
     """Say, when an anchor cannot be reached, how to pass a local one; and whose files it is that make no sense."""
     try:
         yield
-    except (ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
     except OSError as error:
         raise OSError(
             f"could not load the anchor {str(anchor)!r}: {error}\nIt is neither a local folder with config.json and "
             "safetensors weights nor to be had from the Hub. Pass the path of a local folder, or check the id, the "
             "network (HF_HUB_OFFLINE), and for gated models your login (hf auth login)"
         ) from error
-    except Exception as error:  # a damaged configuration gives nearly any
-        if "unexpected keyword argument" in str(error):
+    except Exception as error:
+        if not senseless(error):
             raise
         raise ValueError(
             f"got the anchor {str(anchor)!r}, of which no model can be made ({type(error).__name__}: {error}); "

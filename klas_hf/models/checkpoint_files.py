@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
@@ -32,8 +33,10 @@ _PROCESSORS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "input_ids": (AutoTokenizer, VOCABULARY_FILES),
     "pixel_values": (AutoImageProcessor, ("preprocessor_config.json", "processor_config.json")),
 }
-# Errors that say all by themselves, or are no fault of a checkpoint's.
-_CLEAR = (ValueError, ImportError, MemoryError, torch.OutOfMemoryError)
+# What libraries raise at files that make no sense.
+_SENSELESS = (
+    ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -154,9 +157,9 @@ def explained_damage(name: str | os.PathLike, hub: dict[str, Any], files: list[s
         yield
     except _Explained:
         raise
-    except Exception as error:  # a damaged index or configuration gives nearly any
+    except (OSError, ValueError, *_SENSELESS) as error:
         damage = _damage(name, {option: hub[option] for option in _PLACES if option in hub}, files)
-        if damage is None and (isinstance(error, _CLEAR) or "unexpected keyword argument" in str(error)):
+        if damage is None and (isinstance(error, ValueError) or not (isinstance(error, OSError) or senseless(error))):
             raise
         said = str(error) if isinstance(error, OSError | SafetensorError) else f"{type(error).__name__}: {error}"
         raise _Explained(
@@ -169,18 +172,22 @@ class _Explained(OSError):
     """What `explained_damage` has said already, within another."""
 
 
+def senseless(error: Exception) -> bool:
+    """Whether an error may come of files that make no sense, and not of a caller's slip or too little memory."""
+    slip = isinstance(error, torch.OutOfMemoryError) or "unexpected keyword argument" in str(error)
+    return isinstance(error, _SENSELESS) and not slip
+
+
 @contextmanager
 def sensible(kind: str) -> Iterator[None]:
     """Say of which configuration it is that makes no sense, while it is read.
 
     Raises:
-        ValueError: in place of nearly any error.
+        ValueError: in place of what libraries raise.
     """
     try:
         yield
-    except (OSError, *_CLEAR):
-        raise
-    except Exception as error:
+    except _SENSELESS as error:
         raise ValueError(
             f"got a configuration of {kind!r} that makes no sense ({type(error).__name__}: {error}); expected a "
             "config.json as klas_hf writes it. Download or save it again"

@@ -198,10 +198,9 @@ class PathScores:
             ValueError: a file of something else.
             OSError: no file.
         """
-        with understood(path, "a whole file of PathScores.save"):
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in {"divergence", "error"} & set(file.keys())}
+        with understood(path, "a whole file of PathScores.save"), safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in {"divergence", "error"} & set(file.keys())}
         if "klas_hf_paths" not in metadata:
             raise ValueError(f"got {path}, a file without path scores; expected one of PathScores.save")
         with understood(path, "a whole file of PathScores.save"):

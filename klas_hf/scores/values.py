@@ -239,9 +239,8 @@ class StitchScores(Publishable):
         """
         from safetensors import safe_open
 
-        with understood(path, "a whole file of StitchScores.save"):
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
+        with understood(path, "a whole file of StitchScores.save"), safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
         if "klas_hf" not in metadata:
             raise ValueError(f"got {path}, a safetensors file without stitch scores; expected one of StitchScores.save")
         with understood(path, "a whole file of StitchScores.save"):

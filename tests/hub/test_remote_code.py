@@ -210,7 +210,7 @@ class _NoProcessor:
 
 
 def test_carried_code_needs_what_transformers_needs(saved: Path) -> None:
-    known = sys.stdlib_module_names | {"torch", "transformers", "safetensors"}
+    known = sys.stdlib_module_names | {"torch", "transformers", "safetensors", "huggingface_hub"}
     for name in ("text", "delta", *IMAGES):
         code = list((saved / name).glob("*.py"))
         assert len(code) >= 3
