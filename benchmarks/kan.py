@@ -4,8 +4,8 @@
 
 Beside our dense head stands one in the form of efficient-kan, written here: the basis by Cox and de Boor's recursion
 over all functions at all knots, which are a buffer, then one matrix product, and a SiLU base with weights. What is
-compared runs in turns, and medians count, so that a busy machine slows both. The MLP has the head's widths, and one more of as
-many bytes as the compressed head. Memory is the bytes of the tensors, and the largest that a forward makes beside them.
+compared runs in turns, and medians count, so that a busy machine slows both. One MLP has the head's widths, another as
+many bytes as the last look-up. Memory is the bytes of the tensors, and the largest that a forward makes beside them.
 """
 
 import time
