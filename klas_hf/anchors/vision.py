@@ -221,7 +221,13 @@ class VisionAnchor(Anchor[ImageBatch, Any]):
         """The state of this anchor that lies where another's does that its head takes: the last on that grid."""
         size = image_size(self.config)
         wanted = head.shapes(size)[state].grid
-        return max(number for number, shape in enumerate(self.shapes(size)) if shape.grid == wanted)
+        found = [number for number, shape in enumerate(self.shapes(size)) if shape.grid == wanted]
+        if not found:
+            raise ValueError(
+                f"got {self.name} without a map of stride {size[0] / wanted[0]:.0f}, which the head of {head.name} "
+                "takes; expected anchors whose backbones have maps of the same strides"
+            )
+        return found[-1]
 
     def _normed(self, hidden: Tensor, grid: tuple[int, int], batch: ImageBatch) -> Tensor:
         """A map as this anchor's backbone gives it, `(batch, channels, height, width)`."""

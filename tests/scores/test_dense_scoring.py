@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_dense import CLASSES, dense_images, tiny_dense, tiny_dense_pair
+from tiny_dense import CLASSES, dense_images, head_config, tiny_backbone, tiny_dense, tiny_dense_pair
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -98,6 +98,15 @@ def test_search_finds_paths_within_a_budget() -> None:
     assert 0.5 <= about["share"] <= 0.85
     assert about["budget"] == "85%"
     assert about["paths"] > 2
+
+
+def test_an_anchor_without_a_stride_that_the_head_takes_is_named() -> None:
+    coarse = type(tiny_dense("upernet"))(
+        head_config("upernet", backbone_config=tiny_backbone("convnext", patch_size=8))
+    )
+    anchor, calibration = VisionAnchor(tiny_dense("upernet")), []
+    with pytest.raises(ValueError, match="without a map of stride 4, which the head"):
+        anchor.meet([VisionAnchor(coarse)], calibration)
 
 
 def test_the_anchor_is_read_as_it_is() -> None:
