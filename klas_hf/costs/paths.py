@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from klas_hf.budgets import Cost
+from klas_hf.costs.measured import PathTimes, joints_between
 from klas_hf.paths import Path, Stitch, StitchCosts
 
 
@@ -22,6 +23,7 @@ class AnchorCosts:
         widths: n + 1 widths, at the input of each block and after the last.
         positions: n + 1 numbers of positions there, class tokens included. A joint runs at those of what it maps to.
         block_kv_bytes: bytes that a cached token takes in each block; nothing for images.
+        block_linears: weights of each block's linear layers, which quantisers change.
         merges: whether a joint behind a block, to another block of the anchor, can be merged into the block.
     """
 
@@ -34,6 +36,7 @@ class AnchorCosts:
     widths: Sequence[int]
     positions: Sequence[int]
     block_kv_bytes: Sequence[int] = ()
+    block_linears: Sequence[int] = ()
     merges: bool = False
 
     @property
@@ -72,6 +75,7 @@ class PathCosts:
         anchors: what the parts of each cost.
         tokens: length of the sequence that the MACs are for; 0 for images.
         image_height, image_width: pixels of the image that they are for; 0 for sequences.
+        times: what the anchors' parts take on a device, where that was measured.
 
     Example:
         >>> costs = measure_path_costs([source, target], tokens=16)
@@ -84,6 +88,7 @@ class PathCosts:
     tokens: int = 0
     image_height: int = 0
     image_width: int = 0
+    times: PathTimes | None = None
 
     def mergeable(self, path: Path | Stitch | str | Sequence[int]) -> bool:
         """Whether all joints of a path lie within anchors that merge them (`joint="merged"`), and so cost nothing."""
@@ -114,4 +119,10 @@ class PathCosts:
             parameters += sum(anchor.block_parameters[start:stop])
             kv_bytes += sum(anchor.block_kv_bytes[start:stop])
             width = anchor.widths[stop]
-        return Cost(macs, parameters, kv_bytes, self.tokens, self.image_height, self.image_width)
+        cost = Cost(macs, parameters, kv_bytes, self.tokens, self.image_height, self.image_width)
+        if self.times is None:
+            return cost
+        positions = [one.positions if self.image_height else [self.times.usage.prompt] * 10**4 for one in self.anchors]
+        joints = [] if identity else joints_between(bounds, [one.widths for one in self.anchors], positions)
+        linears = sum(sum(self.anchors[place].block_linears[start:stop]) for place, start, stop in bounds)
+        return self.times.add(cost, bounds, joints, linears)

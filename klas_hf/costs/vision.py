@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.budgets import Cost
 from klas_hf.costs.counting import macs_by_module, parameter_count
+from klas_hf.costs.measured import linear_weights
 from klas_hf.costs.paths import AnchorCosts, stitch_costs
 from klas_hf.models import StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import dropped_prefix
@@ -89,6 +90,7 @@ def anchor_costs(config: PreTrainedConfig, size: tuple[int, int]) -> AnchorCosts
         head_parameters=parameters(head),
         widths=[shape.channels for shape in shapes],
         positions=[shape.height * shape.width + kind.prefix_tokens for shape in shapes],
+        block_linears=[sum(linear_weights(model.get_submodule(name)) for name in block.modules) for block in blocks],
         merges=kind.writer is not None,
     )
 
