@@ -157,36 +157,6 @@ def _layer_types(config: PreTrainedConfig) -> list[str]:
     return ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
 
 
-def kv_shapes(self) -> set[tuple[int, int]]:
-    """The (KV heads, head width) that occur among the layers."""
-    return {kv_shape(layer) for layer in self.per_layer_config}
-
-
-def _enter_lora_targets(model_type: str) -> None:
-    """Give PEFT the modules that LoRA adapts by default.
-
-    PEFT reads a model's configuration as a dict just before it looks the model type up. Done then, nothing imports PEFT
-    early, and the order of imports does not matter.
-    """
-    table = sys.modules.get("peft.utils.constants")
-    if table is not None:
-        table.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, _LORA_TARGETS)
-
-
-def _layer_types(config: PreTrainedConfig) -> list[str]:
-    """Attention type of each block; without an explicit list every block is of one type."""
-    given = getattr(config, "layer_types", None)
-    if given is not None:
-        return list(given)
-    windowed = getattr(config, "sliding_window", None) is not None
-    return ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
-
-
-def _layers(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The configuration as each block sees it (alike for all blocks of a slice)."""
-    return [config] * config.num_hidden_layers
-
-
 def kv_shape(layer: PreTrainedConfig) -> tuple[int, int]:
     """(KV heads, head width) of a block; families that have no field for one of them take it from the heads."""
     heads = layer.num_attention_heads

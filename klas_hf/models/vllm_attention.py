@@ -72,7 +72,7 @@ def _listen() -> None:
 
 def _given(module: nn.Module, name: str, attention: Any) -> None:
     """Rename an attention layer of vLLM, and make its kernel with its module's window and soft cap."""
-    if module not in _owned or name != sys.modules[_BACKEND].VLLM_ATTN_ATTR:  # type: ignore[attr-defined]
+    if module not in _owned or name != sys.modules[_BACKEND].VLLM_ATTN_ATTR:
         return
     number, window, cap = _owned[module]
     layers = _vllm().compilation_config.static_forward_context
@@ -95,4 +95,4 @@ def _given(module: nn.Module, name: str, attention: Any) -> None:
 
 def _vllm() -> Any:
     """The settings of the vLLM that is making a model."""
-    return sys.modules["vllm.config"].get_current_vllm_config()  # type: ignore[attr-defined]
+    return sys.modules["vllm.config"].get_current_vllm_config()
