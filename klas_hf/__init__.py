@@ -17,7 +17,7 @@ from klas_hf.actions import ACTIONS
 if TYPE_CHECKING:
     from klas_hf.cli.examination import examine_anchors
     from klas_hf.cli.findings import Examination, Finding
-    from klas_hf.costs import Cost, PathCosts, measure_costs, measure_path_costs, measure_stitch_costs
+    from klas_hf.costs import Cost, PathCosts, Usage, measure_costs, measure_path_costs, measure_stitch_costs
     from klas_hf.curves.tradeoff import TradeoffCurve, common_interval, correlation_report, plot_curves
     from klas_hf.errors import TrainingDiverged
     from klas_hf.evaluation import (
@@ -85,7 +85,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "klas_hf.cli.examination": ("examine_anchors",),
     "klas_hf.cli.findings": ("Examination", "Finding"),
-    "klas_hf.costs": ("Cost", "PathCosts", "measure_costs", "measure_path_costs", "measure_stitch_costs"),
+    "klas_hf.costs": ("Cost", "PathCosts", "Usage", "measure_costs", "measure_path_costs", "measure_stitch_costs"),
     "klas_hf.curves.tradeoff": ("TradeoffCurve", "common_interval", "correlation_report", "plot_curves"),
     "klas_hf.errors": ("TrainingDiverged",),
     "klas_hf.evaluation": (

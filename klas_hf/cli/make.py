@@ -46,7 +46,7 @@ def _run(options: MakeOptions, output: Path) -> int:
         return 0
     shapes = unallocated_anchors(options.anchors)
     data = read_data(options)
-    plan = SearchPlan(shapes, data.searched, search_within(budget), options.length)
+    plan = SearchPlan(shapes, data.searched, search_within(budget), options.length, options.usage(budget))
     plan.check(budget)
     if options.dry_run:
         say(_foretold(plan, budget, data, options))

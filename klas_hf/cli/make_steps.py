@@ -12,6 +12,7 @@ from klas_hf.rows import ResultRow, RowFile
 
 if TYPE_CHECKING:
     from klas_hf.budgets import Budget
+    from klas_hf.costs import Usage
     from klas_hf.scores.path_scores import PathScores
 
 WORK = "making"  # what is only there to go on with
@@ -27,13 +28,23 @@ class MakeOptions(DataOptions):
     budget: str = field(
         metadata={
             "metavar": "SIZE",
-            "help": "share of the dearest anchor's MACs (60%%), parameters (2B), bytes (4GB)",
+            "help": "share of the dearest anchor's MACs (60%%), parameters (2B), bytes (4GB), time per token (20ms), "
+            "or several ('4GB, 20ms')",
         }
     )
     output: str = field(metadata={"metavar": "FOLDER", "help": "where the model goes, with its card and rows.jsonl"})
     steps: int = field(default=300, metadata={"metavar": "N", "help": "of healing; 0: none"})
     contenders: int = field(
         default=3, metadata={"metavar": "N", "help": "paths to heal, of which the best on held-out data is kept"}
+    )
+    prompt: int = field(
+        default=128, metadata={"metavar": "N", "help": "tokens before the first answer, for a budget in seconds"}
+    )
+    at_once: int = field(
+        default=1, metadata={"metavar": "N", "help": "sequences or images that run at once, for a budget in seconds"}
+    )
+    weight_bits: float | None = field(
+        default=None, metadata={"metavar": "BITS", "help": "of a weight that will be quantised, its scale included"}
     )
     batch_size: int = field(default=8, metadata={"metavar": "N", "help": "sequences or images at once"})
     split: str = field(default="train", metadata={"help": "images to search on and to learn from"})
@@ -46,6 +57,14 @@ class MakeOptions(DataOptions):
         for name, least in (("steps", 0), ("contenders", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"got {name}={getattr(self, name)}; expected {least} or more")
+
+    def usage(self, budget: "Budget") -> "Usage | None":
+        """How the model will be run, where the budget depends on it."""
+        from klas_hf.costs import Usage
+
+        if not budget.timed and self.weight_bits is None:
+            return None
+        return Usage(prompt=self.prompt, batch=self.at_once, weight_bits=self.weight_bits)
 
 
 @dataclass(frozen=True)
@@ -95,7 +114,9 @@ def searched(options: MakeOptions, budget: "Budget", data: MakeData, output: Pat
         return PathScores.load(file)
     anchors = [load_model(anchor) for anchor in options.anchors]
     file_of_rows, config = output / WORK / "search.jsonl", search_within(budget)
-    found = search_paths(anchors, data.searched, config, tokens=options.length, output=file_of_rows)
+    found = search_paths(
+        anchors, data.searched, config, tokens=options.length, usage=options.usage(budget), output=file_of_rows
+    )
     if is_main_process():
         found.save(file)
     return found

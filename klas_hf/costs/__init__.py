@@ -1,6 +1,7 @@
 """What models cost, counted, not estimated."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -10,18 +11,26 @@ from klas_hf.anchors.vision import is_vision
 from klas_hf.budgets import Cost
 from klas_hf.costs.dense import dense_anchor_costs, dense_costs
 from klas_hf.costs.language import decoder_costs, decoder_part_costs, decoder_stitch_costs
+from klas_hf.costs.measured import measure_times, measure_whole
 from klas_hf.costs.paths import AnchorCosts, PathCosts
+from klas_hf.costs.usage import Usage
 from klas_hf.costs.vision import anchor_costs, classifier_costs, vision_stitch_costs
 from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
 from klas_hf.models.vision_features import image_size as size_of
 from klas_hf.paths import StitchCosts
 
-__all__ = ["Cost", "PathCosts", "measure_costs", "measure_path_costs", "measure_stitch_costs"]
+__all__ = ["Cost", "PathCosts", "Usage", "measure_costs", "measure_path_costs", "measure_stitch_costs"]
 
 Size = int | tuple[int, int] | None
 
 
-def measure_costs(model: PreTrainedModel | PreTrainedConfig, *, tokens: int = 128, image_size: Size = None) -> Cost:
+def measure_costs(
+    model: PreTrainedModel | PreTrainedConfig,
+    *,
+    tokens: int = 128,
+    image_size: Size = None,
+    usage: Usage | None = None,
+) -> Cost:
     """MACs, parameters and cache bytes of a causal language model, image classifier or dense model, stitched or not.
 
     Args:
@@ -29,9 +38,11 @@ def measure_costs(model: PreTrainedModel | PreTrainedConfig, *, tokens: int = 12
         tokens: length of the one sequence that is counted.
         image_size: side, or (height, width), of the one image that is counted, in pixels; None takes the
             configuration's.
+        usage: how it will be run; given, the model is timed so (a configuration with random weights).
 
     Returns:
-        MACs of one forward, parameters, and bytes of a cached token.
+        MACs of one forward, parameters, and bytes of a cached token; with a usage also seconds, and bytes of weights
+        and activations.
 
     Raises:
         ValueError: a family is unknown.
@@ -43,12 +54,16 @@ def measure_costs(model: PreTrainedModel | PreTrainedConfig, *, tokens: int = 12
         >>> measure_costs(large.config).image_height
         16
     """
-    config = _config(model)
+    config, size = _config(model), (0, 0)
+    _check_usage(config, usage)
     if is_dense(config):
-        return dense_costs(config, _pair(image_size, config))
-    if isinstance(config, StitchedVisionConfig) or is_vision(config):
-        return classifier_costs(config, _pair(image_size, config))
-    return decoder_costs(config, _dtype(model), tokens)
+        cost = dense_costs(config, _pair(image_size, config))
+    elif isinstance(config, StitchedVisionConfig) or is_vision(config):
+        size = _pair(image_size, config)
+        cost = classifier_costs(config, size)
+    else:
+        cost = decoder_costs(config, _dtype(model), tokens)
+    return cost if usage is None else measure_whole(model, cost, usage, size)
 
 
 def measure_stitch_costs(
@@ -96,12 +111,15 @@ def measure_path_costs(
     *,
     tokens: int = 128,
     image_size: Size = None,
+    usage: Usage | None = None,
 ) -> PathCosts:
     """Costs of every path through some anchors, from one counted forward of each.
 
     Args:
         anchors: models or configurations; no weight is allocated or run.
         tokens, image_size: as for `measure_costs`; None takes the last anchor's image size.
+        usage: how the models will be run; given, each anchor's parts are timed so, with random weights in the last
+            anchor's dtype (once: see `klas_hf.costs.measured`).
 
     Returns:
         `PathCosts`, whose `of(path)` is the `Cost` of one path.
@@ -123,10 +141,25 @@ def measure_path_costs(
         )
     if kinds != {_TEXT}:
         size = _pair(image_size, configs[-1])
-        parts = [_parts(config, size) for config in configs]
-        return PathCosts(parts, image_height=size[0], image_width=size[1])
-    last = anchors[-1]
-    return PathCosts([decoder_part_costs(config, _dtype(last), tokens) for config in configs], tokens)
+        for config in configs:
+            _check_usage(config, usage)
+        costs = PathCosts([_parts(config, size) for config in configs], 0, *size)
+    else:
+        size, dtype = (0, 0), _dtype(anchors[-1])
+        costs = PathCosts([decoder_part_costs(config, dtype, tokens) for config in configs], tokens)
+    if usage is None:
+        return costs
+    layers = [(part.widths, part.positions) for part in costs.anchors]
+    return replace(costs, times=measure_times(configs, layers, _dtype(anchors[-1]), usage, size))
+
+
+def _check_usage(config: PreTrainedConfig, usage: Usage | None) -> None:
+    """Raise ValueError where seconds are asked for of a dense model."""
+    if usage is not None and is_dense(config):
+        raise ValueError(
+            f"got usage={usage} for a {type(config).__name__}, a dense model, whose parts are not timed; leave it out: "
+            "MACs and parameters are counted"
+        )
 
 
 def _config(model: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:

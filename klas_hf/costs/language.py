@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from klas_hf.anchors.families import decoder_family
 from klas_hf.budgets import Cost
 from klas_hf.costs.counting import macs_by_module, parameter_count
+from klas_hf.costs.measured import linear_weights
 from klas_hf.costs.paths import AnchorCosts, stitch_costs
 from klas_hf.models.configuration_stitched import StitchedConfig, kv_shape
 from klas_hf.paths import StitchCosts
@@ -45,6 +46,7 @@ def decoder_part_costs(config: PreTrainedConfig, dtype: torch.dtype, tokens: int
         widths=[config.hidden_size] * (len(blocks) + 1),
         positions=[tokens] * (len(blocks) + 1),
         block_kv_bytes=[2 * heads * width * dtype.itemsize] * len(blocks),
+        block_linears=[linear_weights(block) for block in blocks],
         merges=family.writer is not None,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from klas_hf.budgets import Cost
+from klas_hf.costs.measured import PathTimes, joints_between
 from klas_hf.paths import Path, Stitch, StitchCosts
 
 
@@ -22,6 +23,7 @@ class AnchorCosts:
         widths: n + 1 widths, at the input of each block and after the last.
         positions: n + 1 numbers of positions there, class tokens included. A joint runs at those of what it maps to.
         block_kv_bytes: bytes that a cached token takes in each block; nothing for images.
+        block_linears: weights of each block's linear layers, which quantisers change.
         merges: whether a joint behind a block, to another block of the anchor, can be merged into the block.
         maps: of a dense anchor, the states that its head takes as maps, from 0 at the embedding.
         map_norms: whether maps that lie in a slice of this anchor have a layer norm each.
@@ -36,6 +38,7 @@ class AnchorCosts:
     widths: Sequence[int]
     positions: Sequence[int]
     block_kv_bytes: Sequence[int] = ()
+    block_linears: Sequence[int] = ()
     merges: bool = False
     maps: Sequence[int] = ()
     map_norms: bool = False
@@ -108,6 +111,7 @@ class PathCosts:
         anchors: what the parts of each cost.
         tokens: length of the sequence that the MACs are for; 0 for images.
         image_height, image_width: pixels of the image that they are for; 0 for sequences.
+        times: what the anchors' parts take on a device, where that was measured.
 
     Example:
         >>> costs = measure_path_costs([source, target], tokens=16)
@@ -120,6 +124,7 @@ class PathCosts:
     tokens: int = 0
     image_height: int = 0
     image_width: int = 0
+    times: PathTimes | None = None
 
     def mergeable(self, path: Path | Stitch | str | Sequence[int]) -> bool:
         """Whether all joints of a path lie within anchors that merge them (`joint="merged"`), and so cost nothing."""
@@ -152,4 +157,11 @@ class PathCosts:
             width = anchor.widths[stop]
         beside = map_costs(self.anchors, bounds)
         macs, parameters = macs + beside[0], parameters + beside[1]
-        return Cost(macs, parameters, kv_bytes, self.tokens, self.image_height, self.image_width)
+        cost = Cost(macs, parameters, kv_bytes, self.tokens, self.image_height, self.image_width)
+        if self.times is None:
+            return cost
+        prompt = self.times.usage.prompt
+        positions = [one.positions if self.image_height else [prompt] * len(one.widths) for one in self.anchors]
+        joints = [] if identity else joints_between(bounds, [one.widths for one in self.anchors], positions)
+        linears = sum(sum(self.anchors[place].block_linears[start:stop]) for place, start, stop in bounds)
+        return self.times.add(cost, bounds, joints, linears)

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from klas_hf.budgets import Cost
 from klas_hf.costs.counting import macs_by_module, parameter_count
+from klas_hf.costs.measured import linear_weights
 from klas_hf.costs.paths import AnchorCosts, stitch_costs
 from klas_hf.models import StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import dropped_prefix
@@ -118,6 +119,7 @@ def parts_of(
         block_parameters=[parameters(block.modules) for block in blocks],
         widths=[shape.channels for shape in shapes],
         positions=[shape.height * shape.width + kind.prefix_tokens for shape in shapes],
+        block_linears=[sum(linear_weights(model.get_submodule(name)) for name in block.modules) for block in blocks],
         merges=kind.writer is not None,
         **head,
     )

@@ -4,6 +4,7 @@ Each of `slice_configs` describes an ordinary transformers model of `stop - star
 config's top level (depth, widths, vocabulary, layer types) is derived from them.
 """
 
+import copy
 import sys
 from itertools import chain
 from typing import Any, ClassVar
@@ -60,6 +61,9 @@ class StitchedConfig(PathConfig):
         "num_key_value_heads",
         "head_dim",
         "sliding_window",
+        "logit_scale",
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
     )
     keys_to_ignore_at_inference = ["past_key_values"]
 
@@ -80,6 +84,8 @@ class StitchedConfig(PathConfig):
         self.anchor_blocks = self.anchor_blocks or [self.slices[0][2]]
         self.slice_norms = self.slice_norms or ["norm"] * len(self.slices)
         super().__post_init__(**kwargs)
+        if len(set(map(_attention_shape, self.slice_configs))) > 1:  # what sets is_heterogeneous, as servers ask for it
+            PreTrainedConfig.per_layer_config.fset(self, {})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, with the derived ones; read by PEFT, which then finds the model's LoRA targets."""
@@ -95,8 +101,8 @@ class StitchedConfig(PathConfig):
         for config in self.slice_configs:
             config.vocab_size = value
 
-    per_layer_config = derived(lambda self: list(chain.from_iterable(map(_layers, self.slice_configs))))
-    num_hidden_layers = derived(lambda self: len(self.per_layer_config))
+    per_layer_config = derived(lambda self: list(chain.from_iterable(map(self._layers, self.slice_configs))))
+    num_hidden_layers = derived(lambda self: sum(one.num_hidden_layers for one in self.slice_configs))
     hidden_size = derived(lambda self: self.slice_configs[-1].hidden_size)
     embedding_size = derived(lambda self: self.slice_configs[0].hidden_size)
     max_position_embeddings = derived(lambda self: min(one.max_position_embeddings for one in self.slice_configs))
@@ -107,6 +113,19 @@ class StitchedConfig(PathConfig):
     head_dim = derived(lambda self: _only({kv_shape(layer)[1] for layer in self.per_layer_config}))
     # One number for transformers < 5.19, whose caches read it here: the widest keeps enough for every layer.
     sliding_window = derived(lambda self: max(self.sliding_windows(), default=None))
+    # What a server does to logits: a factor and a cap of its own, beside the head's.
+    logit_scale = derived(lambda self: logit_factor(self.slice_configs[-1]))
+    final_logit_softcapping = derived(lambda self: getattr(self.slice_configs[-1], "final_logit_softcapping", None))
+    attn_logit_softcapping = derived(lambda self: _only(set(map(attention_cap, self.slice_configs))))
+
+    def _layers(self, config: PreTrainedConfig) -> list[PreTrainedConfig]:
+        """The whole model's configuration as each block of a slice sees it: its own attention, the model's rest."""
+        layer = copy.copy(config)
+        _, layer.num_key_value_heads, layer.head_dim = _attention_shape(config)
+        whole = ("architectures", "hidden_size", "max_position_embeddings", "model_type", "num_hidden_layers")
+        for name in whole:
+            setattr(layer, name, getattr(self, name))
+        return [layer] * config.num_hidden_layers
 
     def sliding_windows(self) -> set[int]:
         """The windows, in tokens, of the layers that have one."""
@@ -138,11 +157,6 @@ def _layer_types(config: PreTrainedConfig) -> list[str]:
     return ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
 
 
-def _layers(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The configuration as each block sees it (alike for all blocks of a slice)."""
-    return [config] * config.num_hidden_layers
-
-
 def kv_shape(layer: PreTrainedConfig) -> tuple[int, int]:
     """(KV heads, head width) of a block; families that have no field for one of them take it from the heads."""
     heads = layer.num_attention_heads
@@ -150,6 +164,21 @@ def kv_shape(layer: PreTrainedConfig) -> tuple[int, int]:
         getattr(layer, "num_key_value_heads", None) or heads,
         getattr(layer, "head_dim", None) or layer.hidden_size // heads,
     )
+
+
+def _attention_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Heads, KV heads, head width."""
+    return (config.num_attention_heads, *kv_shape(config))
+
+
+def attention_cap(config: PreTrainedConfig) -> float | None:
+    """What attention's scores are softly capped at (Gemma 2)."""
+    return getattr(config, "attn_logit_softcapping", None)
+
+
+def logit_factor(config: PreTrainedConfig) -> float:
+    """What a family multiplies its logits by: Granite divides, Cohere multiplies."""
+    return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
 
 def _only(values: set[Any]) -> Any:

@@ -59,9 +59,10 @@ class StitchedModel(PreTrainedModel):
             source, target: Hub id, local folder or PreTrainedModel; the source is the cheaper one.
             stitch: `Stitch(i, j)` or `(i, j)`, or any path through the two.
             budget: in its place, what the model may cost: a share of the dearer anchor's MACs (0.6 or "60%"),
-                parameters ("2B"), bytes of weights ("4 GB") or a `Cost`. Paths of every kind are searched on the
-                calibration data (`search_paths`) with the settings `search`, a `SearchConfig`; what was found is in
-                the config, as `search`.
+                parameters ("2B"), bytes of weights ("4 GB"), seconds per token as it will be run ("20 ms", with
+                `usage`, a `Usage`), several of these ("4 GB, 20 ms") or a `Cost`. Paths of every kind are searched on
+                the calibration data (`search_paths`) with the settings `search`, a `SearchConfig`; what was found is
+                in the config, as `search`.
             kwargs: as for `from_path`; `source_revision` and `target_revision` are commits on the Hub.
 
         Raises:

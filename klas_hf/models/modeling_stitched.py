@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .configuration_stitched import StitchedConfig
 from .modeling_base import Slices, StitchedModel
+from .vllm_attention import VLLM, prepare_attention
 
 
 class StitchedTextModel(StitchedModel):
@@ -40,6 +41,8 @@ class StitchedTextModel(StitchedModel):
             for module in part.modules():
                 if isinstance(getattr(module, "layer_idx", None), int):
                     module.layer_idx += first
+        if config._attn_implementation == VLLM:
+            prepare_attention(config, self.slices)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

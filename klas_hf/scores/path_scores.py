@@ -20,6 +20,15 @@ from klas_hf.paths import Path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+AXES = {
+    "macs": "share of the dearest anchor's MACs",
+    "parameters": "parameters",
+    "kv_bytes_per_token": "bytes of a cached token",
+    "weight_bytes": "bytes of weights",
+    "seconds": "seconds to the first token, or of the images",
+    "latency": "seconds per token, or of the images",
+    "peak_bytes": "bytes of activations",
+}
 KINDS = ("anchor", "pruned", "stitch", "mixed")
 
 
@@ -99,9 +108,17 @@ class PathScores:
         """The cost of the dearest anchor."""
         return self.costs[self._dearest]
 
-    def pareto(self) -> tuple[Path, ...]:
-        """The paths that no cheaper or equally dear one, anchors included, is predicted to beat, cheapest first."""
-        order = sorted(range(len(self)), key=lambda n: (self.costs[n].macs, self.divergence[n]))
+    def pareto(self, over: str = "macs") -> tuple[Path, ...]:
+        """The paths that no cheaper or equally dear one, anchors included, is predicted to beat, cheapest first.
+
+        Args:
+            over: the cost; a field of `Cost`, or its `latency`.
+
+        Raises:
+            ValueError: it is unknown, or was not measured.
+        """
+        costs = self._values(over)
+        order = sorted(range(len(self)), key=lambda n: (costs[n], self.divergence[n]))
         best, kept = np.inf, []
         for place in order:
             if self.divergence[place] < best:
@@ -156,13 +173,14 @@ class PathScores:
         turns = zip_longest((ends[found] for found in others), alike)
         return (best, *(path for pair in turns for path in pair if path is not None))[:count]
 
-    def plot(self, path: str | File | None = None) -> "Figure":
+    def plot(self, path: str | File | None = None, *, over: str = "macs") -> "Figure":
         """Divergence over cost: kinds of paths by colour, the best of every size, the line between the anchors.
 
         Args:
             path: where PNG and SVG are written, beside each other; None writes nothing.
+            over: as for `pareto`.
         """
-        shares = np.array([cost.macs for cost in self.costs]) / self.dearest.macs
+        shares = self._values(over) / (self.dearest.macs if over == "macs" else 1)
         series = []
         for kind in KINDS:
             places = [n for n, one in enumerate(self.paths) if kind_of(one) == kind]
@@ -170,11 +188,18 @@ class PathScores:
                 order = sorted(places, key=lambda n: shares[n])
                 xs, ys = (list(values[order]) for values in (shares, self.divergence))
                 series.append(plotting.Series(kind, xs, ys, line=kind == "anchor"))
-        front = [self.place(one) for one in self.pareto()]
+        front = [self.place(one) for one in self.pareto(over)]
         series.append(plotting.Series("best of every size", list(shares[front]), list(self.divergence[front])))
-        return plotting.lines(
-            series, "share of the dearest anchor's MACs", "KL to the dearest anchor, nats", "Paths by cost", path
-        )
+        return plotting.lines(series, AXES[over], "KL to the dearest anchor, nats", "Paths by cost", path)
+
+    def _values(self, over: str) -> np.ndarray:
+        """A cost of every path."""
+        if over not in AXES:
+            raise ValueError(f"got over={over!r}; expected one of {sorted(AXES)}")
+        values = [getattr(cost, over) for cost in self.costs]
+        if None in values or (over == "weight_bytes" and 0 in values):
+            raise ValueError(f"got over={over!r}, which was not measured; expected a search with usage=Usage(…)")
+        return np.array(values, dtype=np.float64)
 
     def save(self, path: str | File) -> File:
         """Write to `path` as one safetensors file, whole or not at all."""

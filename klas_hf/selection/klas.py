@@ -4,11 +4,14 @@ Beside it, other ways to choose by a score. Where several pairs of anchors are s
 pairs, buckets each pair by itself and gives the union, as Alg. 3 does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from klas_hf.budgets import Budget, Cost, described
+from klas_hf.paths import Stitch
 from klas_hf.scores.values import StitchScores
 from klas_hf.selection.choice import Candidates, Spacing, StitchSelection, merge_selections
 
@@ -20,6 +23,8 @@ def select_stitches(
     threshold: float = 0.05,
     spacing: Spacing = "width",
     absolute: bool = False,
+    budget: Budget | Cost | str | float | None = None,
+    costs: Callable[[Stitch], Cost] | None = None,
 ) -> StitchSelection:
     """KLAS selection (Alg. 3): in each cost bucket keep every stitch whose score is near the bucket's lowest.
 
@@ -30,12 +35,15 @@ def select_stitches(
         threshold: τ of Eq. 3. Relative, as the paper's text has it: keep score <= (1 + τ) · lowest.
         spacing: buckets of equal "width" in MACs (the paper), or of equal candidate counts ("quantile").
         absolute: keep score <= lowest + τ instead, as the printed Eq. 3 can be read.
+        budget: of the stitches kept, only those within it (see `Budget.of`); a share is of the target's MACs.
+        costs: of a stitch, where the budget is about more than MACs and parameters: `PathCosts.of`.
 
     Returns:
         The choice, cheapest first; its rule is the name of the score.
 
     Raises:
-        ValueError: fewer than one bucket, a negative threshold, or no candidate between the anchors' costs.
+        ValueError: fewer than one bucket, a negative threshold, no candidate between the anchors' costs, or no stitch
+            within the budget.
 
     Example:
         >>> selection = select_stitches(scores, buckets=2, threshold=0.05)
@@ -45,15 +53,30 @@ def select_stitches(
     if not threshold >= 0:
         raise ValueError(f"got threshold={threshold}; expected 0 or more")
     if not isinstance(scores, StitchScores):
-        each = [
-            select_stitches(one, buckets=buckets, threshold=threshold, spacing=spacing, absolute=absolute)
-            for one in scores
-        ]
-        return merge_selections(each)
+        alike: dict[str, Any] = {"buckets": buckets, "threshold": threshold, "spacing": spacing, "absolute": absolute}
+        return merge_selections([select_stitches(one, budget=budget, costs=costs, **alike) for one in scores])
     every = Candidates.scored(scores)
     bucket = every.buckets(buckets, spacing)
     keep = near_bucket_minimum(every.values, bucket, threshold, absolute)
-    return every.selection(scores.score, keep, bucket[keep])
+    chosen = every.selection(scores.score, keep, bucket[keep])
+    return chosen if budget is None else _within(chosen, scores, Budget.of(budget), costs)
+
+
+def _within(
+    chosen: StitchSelection, scores: StitchScores, budget: Budget, costs: Callable[[Stitch], Cost] | None
+) -> StitchSelection:
+    """The stitches that are within a budget."""
+    each = [Cost(*scores.costs.of(stitch)) if costs is None else costs(stitch) for stitch in chosen.stitches]
+    target = Cost(scores.costs.target_total, 0)
+    size = scores.provenance.get("target", {}).get("bytes_per_parameter", 4)
+    within = [n for n, cost in enumerate(each) if budget.allows(cost, target, size)]
+    if not within:
+        near = min(each, key=lambda cost: budget.excess(cost, target, size))
+        raise ValueError(
+            f"got a budget of {budget.text}, which none of the {len(each)} stitches kept is within; expected more: the "
+            f"nearest takes {described(near, target, size)}"
+        )
+    return chosen.take(within)
 
 
 def match_stitches(scores: StitchScores, reference: StitchSelection, *, tolerance: float = 0.05) -> StitchSelection:

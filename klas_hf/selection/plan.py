@@ -15,7 +15,7 @@ from klas_hf.anchors.language import anchor_config
 from klas_hf.anchors.loading import load_anchors
 from klas_hf.anchors.vision import is_vision
 from klas_hf.budgets import Budget, Cost, check_budget
-from klas_hf.costs import PathCosts, measure_path_costs
+from klas_hf.costs import PathCosts, Usage, measure_path_costs
 from klas_hf.paths import Path
 from klas_hf.scores.functional_settings import FunctionalScoring, calibration_and_scored
 from klas_hf.scores.path_scores import KINDS, kind_of
@@ -90,6 +90,7 @@ class SearchPlan:
         data: batches, as for `search_paths`.
         config: settings of the search.
         tokens: sequence length that a language model's costs are counted for.
+        usage: how the models will be run; given, paths have costs in seconds.
 
     Attributes:
         costs: of every path.
@@ -103,12 +104,21 @@ class SearchPlan:
         ValueError: too little data, or a family whose costs cannot be counted.
     """
 
-    def __init__(self, anchors: Sequence[Anchor], data: Iterable[Any], config: SearchConfig, tokens: int):
+    def __init__(
+        self,
+        anchors: Sequence[Anchor],
+        data: Iterable[Any],
+        config: SearchConfig,
+        tokens: int,
+        usage: Usage | None = None,
+    ):
         self.config, self.anchors = config, anchors
         self.calibration, self.scored = map(list, calibration_and_scored(anchors[0], data, config.scoring))
         first = self.scored[0]
         size = tuple(first.inputs["pixel_values"].shape[-2:]) if "pixel_values" in first.inputs else None
-        self.costs: PathCosts = measure_path_costs([anchor.model for anchor in anchors], tokens=tokens, image_size=size)
+        self.costs: PathCosts = measure_path_costs(
+            [anchor.model for anchor in anchors], tokens=tokens, image_size=size, usage=usage
+        )
         self.wholes = [Path.parse(f"{place}[:]") for place in range(len(anchors))]
         self._macs: dict[Path, int] = {}
         self.reference = max(range(len(anchors)), key=lambda place: self.macs(self.wholes[place]))

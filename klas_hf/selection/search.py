@@ -9,11 +9,13 @@ SN-Net's stitches as further moves.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path as File
 from typing import Any
 
 from klas_hf.anchors.anchor import Anchor, check_anchors
 from klas_hf.anchors.loading import load_anchors
+from klas_hf.costs.usage import Usage
 from klas_hf.paths import Path
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile, library_versions
@@ -32,6 +34,7 @@ def search_paths(
     config: SearchConfig | None = None,
     *,
     tokens: int = 128,
+    usage: Usage | None = None,
     output: str | File | None = None,
     revisions: Sequence[str | None] | None = None,
     **loading: Any,
@@ -43,6 +46,7 @@ def search_paths(
         data: batches of token ids or images; the first half is what joints are fitted to, the second what is scored.
         config: settings; None takes the defaults.
         tokens: sequence length that a language model's costs are counted for.
+        usage: how the models will be run; given, the anchors' parts are timed, and budgets may be in seconds.
         output: JSONL file of all that was measured; a search that was interrupted goes on from it.
         revisions: of the anchors on the Hub.
         loading: of anchors named by Hub id or folder, as for `from_pretrained`: dtype, device_map, attn_implementation,
@@ -59,19 +63,27 @@ def search_paths(
         >>> found.best("60%").joints > 0, found.pareto()[-1] == Path.parse("1[:]")
         (True, True)
     """
-    return _Search(load_anchors(anchors, revisions, **loading), data, config or SearchConfig(), tokens, output).run()
+    return _Search(
+        load_anchors(anchors, revisions, **loading), data, config or SearchConfig(), tokens, output, usage
+    ).run()
 
 
 class _Search:
     """One search: its anchors, what is known of paths, and what has been spent."""
 
     def __init__(
-        self, anchors: list[Anchor], data: Iterable[Any], config: SearchConfig, tokens: int, output: str | File | None
+        self,
+        anchors: list[Anchor],
+        data: Iterable[Any],
+        config: SearchConfig,
+        tokens: int,
+        output: str | File | None,
+        usage: Usage | None,
     ):
-        self.config = config
+        self.config, self.usage = config, usage
         self.anchors = anchors
         check_anchors(self.anchors, least=1)
-        self.plan = SearchPlan(self.anchors, data, config, tokens)
+        self.plan = SearchPlan(self.anchors, data, config, tokens, usage)
         self.scorer = PathScorer(
             self.anchors, self.plan.reference, self.plan.calibration, self.plan.scored,
             temperature=config.scoring.temperature, ridge=config.scoring.ridge,
@@ -130,7 +142,8 @@ class _Search:
             full, costs, names=tuple(anchor.name for anchor in self.anchors),
             bytes_per_parameter=self.plan.bytes_per_parameter, joints=joints, depths=tuple(self.plan.moves.depths),
             provenance=self.settings
-            | {"versions": library_versions(), "spent": self.spent, "limit": self.plan.forwards},
+            | {"versions": library_versions(), "spent": self.spent, "limit": self.plan.forwards}
+            | ({} if self.usage is None else {"usage": asdict(self.usage)}),
         )  # fmt: skip
 
     def _measure(self, paths: Sequence[Path], batches: int | None) -> None:

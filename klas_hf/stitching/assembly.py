@@ -15,6 +15,7 @@ from klas_hf.anchors.dense import is_dense
 from klas_hf.anchors.language import anchor_config, hub_options, on_accelerator
 from klas_hf.anchors.vision import is_vision
 from klas_hf.budgets import Budget, Cost
+from klas_hf.costs import Usage
 from klas_hf.models import StitchedModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.paths import Stitch
@@ -81,6 +82,7 @@ def stitch_anchors(
     *,
     budget: Budget | Cost | str | float | None = None,
     search: SearchConfig | None = None,
+    usage: Usage | None = None,
     source_revision: str | None = None,
     target_revision: str | None = None,
     **kwargs: Any,
@@ -91,6 +93,7 @@ def stitch_anchors(
         stitch: `Stitch(i, j)` or `(i, j)`, or any path through the two.
         budget: in its place, what the model may cost (see `Budget.of`): the best path within it is searched for.
         search: settings of that search; None takes the defaults.
+        usage: how the model will be run, for a budget in seconds; None takes the defaults.
         kwargs: as for `assemble_path`.
 
     Raises:
@@ -99,14 +102,14 @@ def stitch_anchors(
     """
     anchors, revisions = (source, target), (source_revision, target_revision)
     if stitch is None and budget is not None:
-        return _searched(anchors, Budget.of(budget), search, revisions, kwargs)
+        return _searched(anchors, Budget.of(budget), search, usage, revisions, kwargs)
     if stitch is None or budget is not None:
         raise ValueError(
             f"got stitch={stitch} and budget={budget}; expected exactly one of them: a stitch such as (8, 14), or what "
             'the model may cost, such as "60%"'
         )
-    if search is not None:
-        raise ValueError("got search=… with a stitch, which needs none; expected it with budget=… alone")
+    if search is not None or usage is not None:
+        raise ValueError("got search=… or usage=… with a stitch, which needs none; expected them with budget=… alone")
     path = AnchorPath.of(stitch)
     configs = _configs(anchors, path, revisions, kwargs)
     if path.stitch is not None:
@@ -150,6 +153,7 @@ def _searched(
     anchors: Sequence[Anchor],
     budget: Budget,
     search: SearchConfig | None,
+    usage: Usage | None,
     revisions: Sequence[str | None],
     kwargs: dict[str, Any],
 ) -> StitchedModel:
@@ -171,9 +175,10 @@ def _searched(
     ids = batches[0].inputs.get("input_ids") if batches else None
     tokens = 128 if ids is None else ids.shape[1]
     search = search or search_within(budget)
-    SearchPlan(shapes, batches, search, tokens).check(budget)
+    usage = Usage() if usage is None and budget.timed else usage
+    SearchPlan(shapes, batches, search, tokens, usage).check(budget)
     given = {name: value for name, value in kwargs.items() if name not in _OF_ASSEMBLY and value is not None}
-    found = search_paths(anchors, batches, search, tokens=tokens, revisions=revisions, **given)
+    found = search_paths(anchors, batches, search, tokens=tokens, usage=usage, revisions=revisions, **given)
     return assemble_best(anchors, found, budget, revisions=revisions, **kwargs | {"calibration": batches})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from quick_cases import quick
 from transformers import (
     AutoImageProcessor,
@@ -215,12 +215,27 @@ def test_overwriting_makes_it_anew(language: Path, tmp_path: Path, capsys: pytes
     assert [row.rule for row in read_rows(output / "rows.jsonl")] == ["source", "target", "made"]
 
 
+def test_a_budget_may_be_in_seconds_and_bytes(
+    language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    output, words = tmp_path / "between", ("--steps", "0", "--prompt", "5", "--at_once", "2", "--weight_bits", "8")
+    assert _make(language, "text", output, *words, budget="1 GB, 80%, 10 s") == 0
+    assert "for a budget of 1 GB, 80%, 10 s; not healed" in capsys.readouterr().out
+    found = PathScores.load(output / "paths.safetensors")
+    usage = found.provenance["usage"]
+    assert (usage["prompt"], usage["batch"], usage["weight_bits"]) == (5, 2, 8)
+    assert all(cost.latency and cost.weight_bytes < 4 * cost.parameters for cost in found.costs)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (("--budget", "3%"), "below what any path"),
         (("--budget", "9B"), "above the dearest anchor itself; expected at least"),
         (("--budget", "soon"), "got --budget 'soon'; expected a share"),
+        (("--budget", "1 GB, 0.001 ms"), "The nearest: "),
+        (("--budget", "20 ms", "--prompt", "0"), "got --prompt 0; expected at least 1"),
         (("--steps", "-1"), "got --steps -1; expected 0 or more"),
         (("--length", "90"), "expected at least 30, of which some are held out"),
         (("--data", "nowhere"), "got nowhere; expected a text file"),

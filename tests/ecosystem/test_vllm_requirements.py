@@ -1,12 +1,10 @@
-"""What vLLM's transformers backend asks of a model. vLLM itself does not run here: these are its published demands.
+"""What vLLM's transformers backend asks of a model, tested without it.
 
 It makes the model with `AutoModel.from_config`, asks it for hidden states of one flat row of tokens without a cache,
 hands its own attention layers down as a keyword, finds each by `module.layer_idx`, and puts its own head on top.
 
-What cannot be met, as vLLM has one number of heads, one head width and one sliding window for all layers: anchors must
-agree in the first two (Llama 3.2 1B and 3B do not), and in the window where both have one. Its head multiplies logits
-by a top-level `logit_scale` alone and has no bias, so Granite's and Gemma 2's logits come out unscaled (greedy answers
-are the same) and Phi's without their bias.
+Layers may differ: their sizes stand in `per_layer_config`, and `models/vllm_attention.py` does the rest. test_vllm.py
+runs vLLM itself.
 """
 
 import re
@@ -161,6 +159,33 @@ def test_one_head_width_stands_at_the_top_or_none() -> None:
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 8)
     config = stitched("llama", "llama").config
     assert (config.num_key_value_heads, config.head_dim) == (None, None)
+
+
+def test_a_server_sees_each_layer_and_the_whole_model() -> None:
+    """vLLM sizes layer n from `per_layer_config[n]`, and wants all else there alike, or asks for the largest."""
+    config = stitched("mistral", "granite", logits_scaling=4.0).config
+    config = type(config).from_dict(config.to_dict())
+    assert config.is_heterogeneous
+    heads = [(one.num_attention_heads, one.num_key_value_heads, one.head_dim) for one in config.per_layer_config]
+    assert heads == [(2, 1, 8)] * 2 + [(4, 2, 12)] * 3
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings", "model_type"):
+        assert {getattr(one, name) for one in config.per_layer_config} == {getattr(config, name)}, name
+    assert {tuple(one.architectures) for one in config.per_layer_config} == {tuple(config.architectures)}
+    assert [one.num_hidden_layers for one in config.slice_configs] == [2, 2, 1]
+    assert (config.logit_scale, config.final_logit_softcapping) == (0.25, None)
+
+
+def test_models_of_equal_layers_are_not_heterogeneous() -> None:
+    alike = {"head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = stitched("llama", "llama", **alike).config
+    assert not config.is_heterogeneous
+    assert "per_layer_config" not in config.to_dict()
+
+
+def test_what_is_done_to_logits_and_scores_stands_at_the_top() -> None:
+    config = stitched("llama", "gemma2").config
+    assert (config.logit_scale, config.final_logit_softcapping, config.attn_logit_softcapping) == (1.0, 2.0, None)
+    assert stitched("gemma2", "gemma2").config.attn_logit_softcapping == 1.5
 
 
 def test_tensor_parallel_plans_name_the_layers_of_all_slices() -> None:

@@ -1,0 +1,99 @@
+"""What a path takes, foretold from its parts, beside what its model takes: as ratios in one run.
+
+    python benchmarks/budgets.py
+
+Random Llamas of two widths; random paths of one to three slices. Each path is foretold from the anchors' parts, timed
+once at the beginning, and then timed whole. Aim: within 5 % for every path.
+"""
+
+import random
+import tempfile
+from dataclasses import dataclass, field
+from statistics import median
+from typing import cast
+
+import torch
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, PreTrainedModel
+
+from klas_hf import Path, StitchedModel, Usage, measure_costs, measure_path_costs
+from klas_hf.paths import Slice
+
+
+@dataclass
+class Options:
+    widths: list[int] = field(default_factory=lambda: [512, 768], metadata={"help": "of the two anchors"})
+    blocks: list[int] = field(default_factory=lambda: [6, 8], metadata={"help": "of the two anchors"})
+    vocabulary: int = field(default=8_000, metadata={"help": "size of the vocabulary"})
+    prompt: int = field(default=128, metadata={"help": "tokens before the first that is written"})
+    batch: int = field(default=1, metadata={"help": "sequences at once"})
+    paths: int = field(default=20, metadata={"help": "random paths"})
+    dtype: str = field(default="float32", metadata={"help": "of the anchors"})
+    device: str = field(default="cpu", metadata={"help": "where they run"})
+    threads: int = field(default=1, metadata={"help": "torch threads"})
+
+
+def main() -> None:
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    anchors = [make_anchor(options, number) for number in (0, 1)]
+    usage = Usage(prompt=options.prompt, batch=options.batch, device=options.device)
+    with tempfile.TemporaryDirectory() as folder:
+        constants.HF_HOME = folder  # nothing that was measured before
+        costs = measure_path_costs(anchors, usage=usage)
+    print(f"torch {torch.__version__}, {options}\n")
+    print("| path | ms to the first token | foretold / measured | ms per token | foretold / measured |")
+    print("|---|---|---|---|---|", flush=True)
+    ratios: list[tuple[float, float]] = []
+    for path in random_paths(options):
+        model = StitchedModel.from_path(anchors, path)
+        whole, foretold = measure_costs(model, usage=usage), costs.of(path)
+        first, later = (
+            cast(float, getattr(foretold, name)) / cast(float, getattr(whole, name))
+            for name in ("seconds", "token_seconds")
+        )
+        ratios.append((first, later))
+        times = [1e3 * cast(float, one) for one in (whole.seconds, whole.token_seconds)]
+        print(f"| `{path}` | {times[0]:.2f} | {first:.3f} | {times[1]:.2f} | {later:.3f} |", flush=True)
+    for name, of in zip(("to the first token", "per token"), zip(*ratios, strict=True), strict=True):
+        away = [abs(ratio - 1) for ratio in of]
+        within = sum(one <= 0.05 for one in away)
+        print(f"\n{name}: {within} of {len(of)} within 5 %; median {median(away):.1%}, most {max(away):.1%} away")
+
+
+def make_anchor(options: Options, number: int) -> PreTrainedModel:
+    width = options.widths[number]
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=options.blocks[number],
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        head_dim=64,
+        vocab_size=options.vocabulary,
+        tie_word_embeddings=False,
+    )
+    with torch.device(options.device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
+
+
+def random_paths(options: Options) -> list[Path]:
+    """Paths of one to three slices of at least one block, in random anchors; no slice goes on where it was cut."""
+    chosen, found = random.Random(0), []
+    while len(found) < options.paths:
+        places = [chosen.randrange(2) for _ in range(chosen.randint(1, 3))]
+        slices = []
+        for number, place in enumerate(places):
+            depth = options.blocks[place]
+            start = 0 if number == 0 else chosen.randrange(depth)
+            last = number == len(places) - 1
+            slices.append(Slice(place, start, None if last else chosen.randint(start + 1, depth)))
+        pairs = zip(slices, slices[1:], strict=False)
+        if not any(one.anchor == other.anchor and one.stop == other.start for one, other in pairs):
+            found.append(Path(tuple(slices)))
+    return found
+
+
+if __name__ == "__main__":
+    main()
