@@ -58,8 +58,8 @@ class ImageObjective(Objective):
         super().__init__(model, config, teacher)
         self.data = data
         self.augmentation = config.augmentation or Augmentation()
-        mapped = isinstance(data, WithClasses) and data.classes.mapped
-        self.among = torch.tensor(sorted(data.classes.ids) if mapped else range(model.config.num_labels))
+        known = data.classes if isinstance(data, WithClasses) else None
+        self.among = torch.tensor(sorted(known.ids) if known and known.mapped else range(model.config.num_labels))
 
     def batches(self, multiple: int) -> tuple[DataLoader, EpochOrder]:
         return image_loader(self.data, self.config, multiple)
