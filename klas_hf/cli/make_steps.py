@@ -28,24 +28,15 @@ class MakeOptions(DataOptions):
     budget: str = field(
         metadata={
             "metavar": "SIZE",
-            "help": "share of the dearest anchor's MACs (60%%), parameters (2B), bytes (4GB), time per token (20ms), "
-            "or several ('4GB, 20ms')",
+            "help": "60%% of the dearest anchor's, 2B, or '4GB, 20ms'",
         }
     )
     output: str = field(metadata={"metavar": "FOLDER", "help": "where the model goes, with its card and rows.jsonl"})
     steps: int = field(default=300, metadata={"metavar": "N", "help": "of healing; 0: none"})
-    contenders: int = field(
-        default=3, metadata={"metavar": "N", "help": "paths to heal, of which the best on held-out data is kept"}
-    )
-    prompt: int = field(
-        default=128, metadata={"metavar": "N", "help": "tokens before the first answer, for a budget in seconds"}
-    )
-    at_once: int = field(
-        default=1, metadata={"metavar": "N", "help": "sequences or images that run at once, for a budget in seconds"}
-    )
-    weight_bits: float | None = field(
-        default=None, metadata={"metavar": "BITS", "help": "of a weight that will be quantised, its scale included"}
-    )
+    contenders: int = field(default=3, metadata={"metavar": "N", "help": "paths to heal; the best is kept"})
+    prompt: int = field(default=128, metadata={"metavar": "N", "help": "tokens that come first, for 20ms"})
+    at_once: int = field(default=1, metadata={"metavar": "N", "help": "sequences at once, for 20ms"})
+    weight_bits: float | None = field(default=None, metadata={"metavar": "N", "help": "where quantised, for 4GB"})
     batch_size: int = field(default=8, metadata={"metavar": "N", "help": "sequences or images at once"})
     split: str = field(default="train", metadata={"help": "images to search on and to learn from"})
     test_split: str = field(default="validation", metadata={"metavar": "SPLIT", "help": "images to measure on"})
