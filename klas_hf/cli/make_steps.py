@@ -28,7 +28,7 @@ class MakeOptions(DataOptions):
     budget: str = field(
         metadata={
             "metavar": "SIZE",
-            "help": "60%% of the dearest anchor's, 2B, or '4GB, 20ms'",
+            "help": "60%% (of MACs), 2B, 4GB, 20ms, or '4GB, 20ms'",
         }
     )
     output: str = field(metadata={"metavar": "FOLDER", "help": "where the model goes, with its card and rows.jsonl"})

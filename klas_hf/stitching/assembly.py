@@ -109,7 +109,8 @@ def stitch_anchors(
             'the model may cost, such as "60%"'
         )
     if search is not None or usage is not None:
-        raise ValueError("got search=… or usage=… with a stitch, which needs none; expected them with budget=… alone")
+        given = "usage" if search is None else "search"
+        raise ValueError(f"got {given}=… with a stitch, which needs none; expected it with budget=… alone")
     path = AnchorPath.of(stitch)
     configs = _configs(anchors, path, revisions, kwargs)
     if path.stitch is not None:
