@@ -60,7 +60,7 @@ class KANPreTrainedModel(PreTrainedModel):
             for head in model.heads_by_task().values():
                 if isinstance(head, CompressedKANHead):
                     check_compressed(head, model.codebook)
-        except (DamagedHead, RuntimeError) as error:  # transformers' own, of tensors whose shapes are not the config's
+        except DamagedHead as error:
             raise OSError(
                 f"could not load the checkpoint {str(pretrained_model_name_or_path)!r}: {error}. Expected the tensors "
                 "that config.json describes. Download or save it again"

@@ -138,8 +138,9 @@ def load_whole(
     with explained_damage(name, hub, [] if kwargs.get("variant") else None):
         for file in _shards(name, hub) or ():
             check_inside(name, file)
-        model, info = load(name, *args, use_safetensors=True, output_loading_info=True, **kwargs)
-    check_whole(name, info["missing_keys"])
+        told = {"ignore_mismatched_sizes": True} | kwargs  # without, they are refused here, by name
+        model, info = load(name, *args, use_safetensors=True, output_loading_info=True, **told)
+    check_whole(name, info["missing_keys"], () if kwargs.get("ignore_mismatched_sizes") else info["mismatched_keys"])
     return (model, info) if output_loading_info else model
 
 

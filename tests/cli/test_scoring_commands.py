@@ -274,4 +274,4 @@ def test_a_damaged_file_of_scores(scored: Path, tmp_path: Path, capsys: pytest.C
     damaged = tmp_path / "scores.safetensors"
     damaged.write_bytes(scored.read_bytes()[:-50])
     assert main(["select", str(damaged)]) == 2
-    assert "no whole safetensors file" in capsys.readouterr().err
+    assert "expected a whole file of StitchScores.save" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from training_examples import anchors, examples, token_batch_list
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from klas_hf import StitchedModel, TrainingConfig, TrainingDiverged, TrainingResult, train_stitches
-from klas_hf.training import loop, objectives
+from klas_hf.training import language, loop
 from klas_hf.training.data import batches_of, collate
 from klas_hf.training.language import LanguageObjective
 from klas_hf.training.losses import cross_entropy_sum
@@ -254,7 +254,7 @@ def test_nan_stops_and_keeps_the_last_checkpoint(model: PreTrainedModel, tmp_pat
     def poisoned(logits, labels):
         return cross_entropy_sum(logits, labels) * (float("nan") if next(seen) == 4 else 1.0)
 
-    monkeypatch.setattr(objectives, "cross_entropy_sum", poisoned)
+    monkeypatch.setattr(language, "cross_entropy_sum", poisoned)
     with pytest.raises(TrainingDiverged, match=r"nan.*finite.*learning rate"):
         train_stitches(model, examples(), QUICK, output_dir=tmp_path)
     (kept,) = tmp_path.iterdir()
