@@ -2,15 +2,14 @@
 
 import json
 import math
-import resource
 import struct
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path as File
 from typing import Any
 
 import pytest
+from failing_disk import full_disk
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -344,19 +343,6 @@ def test_a_command_says_it_in_one_message(
 
 
 # ---- what is written
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file grows beyond `size` bytes: writing fails in the middle, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # it would be cut short too
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        sys.dont_write_bytecode = writes_bytecode
 
 
 def test_rows_survive_a_full_disk(tmp_path: File) -> None:

@@ -1,17 +1,15 @@
 """Checkpoints that are damaged, hostile or of a newer version, and saves that fail: refused, and nothing is lost."""
 
 import json
-import resource
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_models
 import tiny_vision
 import torch
+from failing_disk import full_disk
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
@@ -272,19 +270,6 @@ def test_an_anchors_own_code_never_runs_unasked(known: bool, tmp_path: Path) -> 
 
 
 # Saving.
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file grows beyond `size` bytes: writing fails in the middle, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # it would be cut short too
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        sys.dont_write_bytecode = writes_bytecode
 
 
 def contents(folder: Path) -> dict[str, bytes]:
