@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -232,10 +232,10 @@ def map_labels(images: ImageSet, mapping: Mapping[str, int] | PreTrainedConfig) 
 
 
 class ImageBatches(WithClasses):
-    """Normalised batches of an `ImageSet`; iterates as often as one likes, with one batch in memory.
+    """Normalised batches of an `ImageSet` or a `SegmentationSet`; iterates as often as one likes, one batch in memory.
 
     Args:
-        images: the set.
+        images: the set, of either kind.
         batch_size: images per batch; the last batch may be smaller.
         mean, std: per channel, of pixels from 0 to 1.
         count: so many images, drawn at random; None: all.
@@ -248,7 +248,7 @@ class ImageBatches(WithClasses):
 
     def __init__(
         self,
-        images: ImageSet,
+        images: Any,
         batch_size: int,
         mean: Sequence[float],
         std: Sequence[float],
@@ -271,13 +271,16 @@ class ImageBatches(WithClasses):
         return self.images.classes
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Mappings with `pixel_values`, `(batch, channels, height, width)` float32, and `labels`, `(batch,)` int64."""
+        """Mappings with `pixel_values`, `(batch, channels, height, width)` float32, and int64 `labels`.
+
+        The labels are `(batch,)`, of masks `(batch, height, width)`.
+        """
         for start in range(0, len(self.images), self.batch_size):
             indices = range(start, min(start + self.batch_size, len(self.images)))
             pixels, labels = zip(*(self.images[index] for index in indices), strict=True)
             yield {
                 "pixel_values": normalise(torch.stack(pixels), self.mean, self.std),
-                "labels": torch.tensor(labels, dtype=torch.int64),
+                "labels": torch.stack([torch.as_tensor(label, dtype=torch.int64) for label in labels]),
             }
 
 

@@ -1,10 +1,11 @@
 """Images with a mask of classes per pixel: from folders or Hub datasets to uint8 tensors and masks of one size.
 
 A folder holds `<split>/images/<name>.jpg` and `<split>/labels/<name>.png`, such as CamVid's; a dataset of the Hub two
-columns of images, such as ADE20K's. Images are resized bilinearly, masks take the nearest pixel's class.
+columns of images, such as ADE20K's. Images are resized bilinearly, masks take the nearest pixel's class. Batches are
+`klas_hf.data.images.ImageBatches`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch.utils.data import Dataset
 
 from klas_hf.anchors.classes import ImageClasses, WithClasses
 from klas_hf.anchors.images import VOID
-from klas_hf.training.augmentation import normalise
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 CACHE_BYTES = 2**30
@@ -143,33 +143,6 @@ def load_segmentation(
 
     rows = datasets.load_dataset(str(data), split=split)
     return SegmentationSet(_Rows(rows, image_column, label_column), names, size, **options)
-
-
-class SegmentationBatches(WithClasses):
-    """Batches of normalised images with their masks, in the set's order; can be read any number of times.
-
-    Args:
-        images: the set.
-        batch_size: images per batch; the last may be smaller.
-        mean, std: per channel, of pixels from 0 to 1.
-    """
-
-    def __init__(self, images: SegmentationSet, batch_size: int, mean: Sequence[float], std: Sequence[float]):
-        self.images, self.batch_size, self.mean, self.std = images, batch_size, tuple(mean), tuple(std)
-
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
-
-    @property
-    def classes(self) -> ImageClasses:
-        return self.images.classes
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Mappings with `pixel_values` `(batch, 3, height, width)` float32, and `labels` `(batch, height, width)`."""
-        for start in range(0, len(self.images), self.batch_size):
-            indices = range(start, min(start + self.batch_size, len(self.images)))
-            pixels, masks = zip(*(self.images[index] for index in indices), strict=True)
-            yield {"pixel_values": normalise(torch.stack(pixels), self.mean, self.std), "labels": torch.stack(masks)}
 
 
 class _Rows(Sequence[tuple[Any, Any]]):

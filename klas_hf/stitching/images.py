@@ -305,6 +305,7 @@ def slices_state(anchors: Mapping[int, ClassifierCheckpoint], config: StitchedVi
 
 
 def slice_state(anchor: ClassifierCheckpoint, number: int) -> dict[str, Any]:
+    """The unread tensors of an anchor, as those of a path's slice of this number are called."""
     # What is used is for transformers to say, which renames the tensors of some families.
     return {f"slices.{number}.{key}": UnreadTensor(anchor, key) for key in sorted(anchor.keys)}
 

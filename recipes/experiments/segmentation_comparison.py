@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from klas_hf.anchors.images import VOID
 from klas_hf.anchors.vision import VisionAnchor, load_vision_anchor
 from klas_hf.costs import measure_costs, measure_path_costs
-from klas_hf.data.segmentation import SegmentationBatches, SegmentationSet
+from klas_hf.data.images import ImageBatches
+from klas_hf.data.segmentation import SegmentationSet
 from klas_hf.evaluation import Measurement, evaluate, evaluate_anchor, evaluate_stitches
 from klas_hf.evaluation.segmentation import segmentation_scores
 from klas_hf.models import StitchedModel
@@ -200,9 +201,9 @@ class SegmentationComparison:
             self.anchors, self.batches(self.task.validation), config, output=self.output / "search.jsonl"
         )
 
-    def batches(self, images: SegmentationSet) -> SegmentationBatches:
+    def batches(self, images: SegmentationSet) -> ImageBatches:
         """Batches of images, as the anchors take them."""
-        return SegmentationBatches(images, self.settings.batch_size, self.training.mean, self.training.std)
+        return ImageBatches(images, self.settings.batch_size, self.training.mean, self.training.std)
 
     @cached_property
     def _costs(self) -> Any:
@@ -265,7 +266,7 @@ class SegmentationComparison:
 
 
 @torch.no_grad()
-def predictions(model: PreTrainedModel, batches: SegmentationBatches) -> np.ndarray:
+def predictions(model: PreTrainedModel, batches: ImageBatches) -> np.ndarray:
     """Classes of the first `SHOWN` images, `(images, height, width)`; void where the label is."""
     first = next(iter(batches))
     masks = first["labels"][:SHOWN]

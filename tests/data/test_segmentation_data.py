@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from klas_hf.data.segmentation import SegmentationBatches, SegmentationSet, load_segmentation
+from klas_hf.data.images import ImageBatches
+from klas_hf.data.segmentation import SegmentationSet, load_segmentation
 
 NAMES = ["road", "sky", "tree"]
 
@@ -30,7 +31,7 @@ def test_a_folder_gives_images_and_masks_of_one_size(tmp_path: Path) -> None:
     assert (pixels.shape, pixels.dtype) == ((3, 4, 6), torch.uint8)
     assert classes.tolist() == [[0] * 3 + [1] * 3] * 2 + [[2] * 3 + [255] * 3] * 2  # the nearest pixel's, none between
     assert torch.equal(found.select([1])[0][0], found[1][0])
-    (batch,) = SegmentationBatches(found, 2, [0.5] * 3, [0.25] * 3)
+    (batch,) = ImageBatches(found, 2, [0.5] * 3, [0.25] * 3)
     assert batch["labels"].shape == (2, 4, 6)
     torch.testing.assert_close(batch["pixel_values"][0], (pixels / 255 - 0.5) / 0.25)
 
