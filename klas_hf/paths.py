@@ -7,11 +7,13 @@ output of the j-th target block (both 1-indexed), so (i, j) is the pair (i, j) o
 feeds the target's first block: SN-Net uses it, KLAS has no score for it.
 """
 
+import math
 import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -189,6 +191,14 @@ class Path:
     def joints(self) -> int:
         """Number of stitching layers."""
         return len(self.slices) - 1
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it runs a block of an anchor twice."""
+        return any(
+            a.anchor == b.anchor and max(a.start, b.start) < min(a.stop or math.inf, b.stop or math.inf)
+            for a, b in combinations(self.slices, 2)
+        )
 
     @property
     def stitch(self) -> Stitch | None:

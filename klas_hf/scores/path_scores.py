@@ -29,7 +29,7 @@ AXES = {
     "latency": "seconds per token, or of the images",
     "peak_bytes": "bytes of activations",
 }
-KINDS = ("anchor", "pruned", "stitch", "mixed")
+KINDS = ("anchor", "pruned", "stitch", "mixed", "repeated")
 
 
 @dataclass(frozen=True)
@@ -247,9 +247,11 @@ class PathScores:
 
 
 def kind_of(path: Path) -> str:
-    """An "anchor" alone, one "pruned", a "stitch" of two, or a "mixed" path."""
+    """An "anchor" alone, one "pruned", a "stitch" of two, a "mixed" path, or one that has a block "repeated"."""
     if not path.joints:
         return "anchor"
+    if path.repeats:
+        return "repeated"
     if len(path.anchors) == 1:
         return "pruned"
     return "stitch" if path.stitch is not None else "mixed"

@@ -16,10 +16,11 @@ class Moves:
         grids: of every state of every anchor.
         joints: joints that a path may have, at most.
         least_slice: blocks that a slice has at least; the last may be empty, where the joint feeds the head.
+        repeated: whether a path may run a block twice.
     """
 
-    def __init__(self, grids: Sequence[Sequence[Grid]], joints: int, least_slice: int):
-        self.grids, self.most, self.least = grids, joints, least_slice
+    def __init__(self, grids: Sequence[Sequence[Grid]], joints: int, least_slice: int, repeated: bool = False):
+        self.grids, self.most, self.least, self.repeated = grids, joints, least_slice, repeated
         self.depths = [len(of_one) - 1 for of_one in grids]
 
     def single(self) -> Iterator[Path]:
@@ -28,12 +29,12 @@ class Moves:
             for other, depth_other in enumerate(self.depths):
                 for stop in range(1, depth + 1):
                     for start in range(depth_other + 1):
-                        if one != other or start > stop:
+                        if one != other or start != stop:
                             yield from self._path([(one, 0, stop), (other, start, depth_other)])
 
     def neighbours(self, path: Path) -> Iterator[tuple[str, Path]]:
         """Paths one move away, with the move's name: a run of one or two blocks cut out, a joint shifted, blocks put
-        back into a gap, another anchor brought in between or in front."""
+        back into a gap, another anchor brought in between or in front, a block beside a joint repeated."""
         bounds = path.bounds(self.depths)
         for place in range(len(bounds)):
             yield from (("cut", one) for one in self._cut(bounds, place))
@@ -41,6 +42,7 @@ class Moves:
             yield from (("shift", one) for one in self._shifted(bounds, joint))
             yield from (("put back", one) for one in self._put_back(bounds, joint))
             yield from (("bring in", one) for one in self._brought_in(bounds, joint))
+            yield from (("repeat", one) for one in self._again(bounds, joint))
         yield from (("other front", one) for one in self._other_front(bounds))
 
     def _cut(self, bounds: list[Bound], place: int) -> Iterator[Path]:
@@ -74,6 +76,11 @@ class Moves:
                     piece = (third, first, first + length)
                     yield from self._path([*bounds[: joint + 1], piece, *bounds[joint + 1 :]])
 
+    def _again(self, bounds: list[Bound], joint: int) -> Iterator[Path]:
+        (one, _, stop), (other, start, _) = bounds[joint], bounds[joint + 1]
+        for piece in ((one, stop - 1, stop), (other, start, start + 1)) if self.repeated else ():
+            yield from self._path([*bounds[: joint + 1], piece, *bounds[joint + 1 :]])
+
     def _other_front(self, bounds: list[Bound]) -> Iterator[Path]:
         anchor, _, stop = bounds[0]
         for other, depth in enumerate(self.depths):
@@ -103,7 +110,9 @@ class Moves:
             for (one, _, stop), (other, start, _) in pairwise(kept)
         ):
             *front, (anchor, start, _) = kept
-            yield Path((*(Slice(*bound) for bound in front), Slice(anchor, start)))
+            path = Path((*(Slice(*bound) for bound in front), Slice(anchor, start)))
+            if self.repeated or not path.repeats:
+                yield path
 
 
 def _joins(one: Grid, other: Grid) -> bool:

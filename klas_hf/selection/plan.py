@@ -33,7 +33,7 @@ class SearchConfig:
         buckets: cost buckets of equal width between `cheapest` and the dearest anchor, each with a best path.
         beam: paths of each bucket that are grown, and measured on all items where no cheaper one is far better.
         joints: that a path may have.
-        kinds: of paths, of "pruned", "stitch" and "mixed".
+        kinds: of paths, of "pruned", "stitch", "mixed", and "repeated" for those that run a block twice.
         least_slice: blocks that a slice has at least.
         cheapest: share of the dearest anchor's MACs below which nothing is searched.
         screened: share of the scored items that candidates are first measured on.
@@ -123,7 +123,8 @@ class SearchPlan:
         self._macs: dict[Path, int] = {}
         self.reference = max(range(len(anchors)), key=lambda place: self.macs(self.wholes[place]))
         self.dearest = self.costs.of(self.wholes[self.reference])
-        self.moves = Moves([anchor.grids(first) for anchor in anchors], config.joints, config.least_slice)
+        grids = [anchor.grids(first) for anchor in anchors]
+        self.moves = Moves(grids, config.joints, config.least_slice, "repeated" in config.kinds)
         self.few = max(1, round(len(self.scored) * config.screened))
         self.fitted = self._enough()
         self.forwards = 3 * self._all_pairs() if config.forwards is None else config.forwards

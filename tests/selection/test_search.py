@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from tiny_models import VOCABULARY, tiny_model, token_ids
 from tiny_vision import images, tiny_classifier, tiny_pair
 
-from klas_hf import Path, PathScores, SearchConfig, measure_path_costs, search_paths
+from klas_hf import FunctionalScoring, Path, PathScores, SearchConfig, measure_path_costs, search_paths
 from klas_hf.budgets import Budget, Cost
+from klas_hf.evaluation import evaluate_divergence
 from klas_hf.rows import read_rows
 from klas_hf.scores.path_scores import ends_of, kind_of
 from klas_hf.selection import search
 from klas_hf.selection.moves import Moves
+from klas_hf.stitching.assembly import assemble_best
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
 WIDE = 10**12  # forwards without a bound
@@ -36,14 +38,16 @@ def grids(*depths: int) -> list[list[tuple[int, int, int]]]:
     return [[(0, 0, 0)] * (depth + 1) for depth in depths]
 
 
-@given(st.integers(1, 6), st.integers(1, 6))
+@given(st.integers(1, 6), st.integers(1, 6), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_paths_of_one_joint_are_all_there_are(m: int, n: int) -> None:
-    found = list(Moves(grids(m, n), joints=3, least_slice=1).single())
+def test_paths_of_one_joint_are_all_there_are(m: int, n: int, repeated: bool) -> None:
+    found = list(Moves(grids(m, n), joints=3, least_slice=1, repeated=repeated).single())
     expected = {f"{a}[:{i}] {b}[{j}:]" for a, b in ((0, 1), (1, 0)) for i in range(1, (m, n)[a] + 1)
                 for j in range((m, n)[b] + 1)}  # fmt: skip
     for a, depth in enumerate((m, n)):
-        expected |= {f"{a}[:{i}] {a}[{j}:]" for i in range(1, depth + 1) for j in range(i + 1, depth + 1)}
+        starts = range(depth + 1) if repeated else range(2, depth + 1)
+        ends = range(1, depth + 1)
+        expected |= {f"{a}[:{i}] {a}[{j}:]" for i in ends for j in starts if i < j or (repeated and j < i)}
     assert sorted(map(str, found)) == sorted(str(Path.parse(text)) for text in expected)
 
 
@@ -53,7 +57,7 @@ def test_moves_lead_to_paths_that_can_be_made(draw: st.DataObject) -> None:
     depths = draw.draw(st.lists(st.integers(2, 7), min_size=1, max_size=3))
     sides = [draw.draw(st.lists(st.sampled_from([4, 8]), min_size=d + 1, max_size=d + 1)) for d in depths]
     laid = [[(side, side, 0) for side in of_one] for of_one in sides]
-    moves = Moves(laid, joints=3, least_slice=draw.draw(st.integers(1, 2)))
+    moves = Moves(laid, 3, draw.draw(st.integers(1, 2)), repeated=draw.draw(st.booleans()))
     front = list(moves.single())
     for _ in range(2):
         if not front:
@@ -64,6 +68,9 @@ def test_moves_lead_to_paths_that_can_be_made(draw: st.DataObject) -> None:
             bounds = one.bounds(depths)
             assert 1 <= one.joints <= 3
             assert all(stop - start >= moves.least for _, start, stop in bounds[:-1])
+            blocks = [(anchor, block) for anchor, start, stop in bounds for block in range(start, stop)]
+            assert one.repeats == (len(blocks) > len(set(blocks)))
+            assert moves.repeated or not one.repeats
             for (a, _, stop), (b, start, _) in pairwise(bounds):
                 assert laid[a][stop] == laid[b][start] and (a, stop) != (b, start)
 
@@ -132,6 +139,20 @@ def test_one_anchor_or_three(count: int) -> None:
     found = search_paths(models, data(), SearchConfig(buckets=5), tokens=12)
     assert {place for path in found.paths for place in path.anchors} == set(range(count))
     assert found.pareto()[-1] == Path.parse("0[:]")
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_blocks_are_repeated_where_that_is_asked_for(merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, scored, models = data(3), data(3), anchors()
+    scoring = FunctionalScoring(calibration=fitted, temperature=1.0)
+    kinds = ("pruned", "repeated")
+    config = SearchConfig(beam=99, joints=2, kinds=kinds, forwards=WIDE, merged=merged, scoring=scoring)
+    monkeypatch.setattr(search, "NEAR", 1e9)  # all that was screened is measured in full
+    found = search_paths(models, scored, config, tokens=12)
+    path = next(path for path in found.paths if kind_of(path) == "repeated")
+    model = assemble_best(models, found, "99%", path, calibration=fitted)
+    divergence = evaluate_divergence(model, models[1], scored)
+    assert divergence == pytest.approx(found.divergence[found.place(path)], rel=1e-4)
 
 
 @pytest.mark.parametrize("pair", [("swin", None), ("resnet", "swin"), ("dinov2", "swin")])
