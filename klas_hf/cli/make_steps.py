@@ -137,8 +137,8 @@ def healed(
         )  # fmt: skip
         model, healing = contest.model, contest.healing
         told = (
-            f"healed in {healing.training.steps:,} steps at the rate {healing.learning_rate:g}, validation loss "
-            f"{healing.start:.4f} → {healing.end:.4f}, the best of {len(contest.contenders)}"
+            f"healed in {healing.training.steps:,} steps at the rate {healing.learning_rate:g}, "
+            f"{healing.distillation_weight:.0%} of the loss distilled, validation loss {healing.start:.4f} → {healing.end:.4f}, the best of {len(contest.contenders)}"
         )
     save_model(model, data.material.processor, output)
     return told

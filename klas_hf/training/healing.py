@@ -18,7 +18,7 @@ from klas_hf.anchors.classes import ImageClasses, WithClasses
 from klas_hf.errors import TrainingDiverged
 from klas_hf.training.checkpoints import Checkpoints
 from klas_hf.training.config import TrainingConfig
-from klas_hf.training.loop import TrainingResult, train_stitches
+from klas_hf.training.loop import TrainingResult, held_out_loss, train_stitches
 
 DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that may be tried
@@ -35,6 +35,7 @@ class HealingResult:
     Attributes:
         training: the run at the rate that was chosen.
         learning_rate: that rate.
+        distillation_weight: the share of the loss that was distillation.
         tried: rate → held-out loss of its short run, in nats per label; infinite where it diverged.
         start, end: held-out loss before and after.
 
@@ -48,6 +49,7 @@ class HealingResult:
 
     training: TrainingResult
     learning_rate: float
+    distillation_weight: float
     tried: Mapping[float, float]
     start: float
     end: float
@@ -69,13 +71,16 @@ def heal(
         model: the model.
         data: examples of text, or a dataset of images, as for `train_stitches`.
         teacher: the dearest anchor; the loss is half the labels' and half soft distillation then, which was best of
-            labels alone, distillation alone and both (LOG.md). None: the labels alone.
+            labels alone, distillation alone and both (LOG.md). But a teacher that does not know these data holds its
+            pupil back: where a short run already does better than the teacher, one on the labels alone is tried, and
+            whichever does better goes on, unless the settings give a `distillation_weight`. None: the labels alone.
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
         rates: learning rates that may be tried, ascending: first the one nearest to 0.128 / width of the head (1e-3 at
             128, 4e-5 at 3072; ten times that for LoRA), then higher ones while they do better; lower ones only until
-            one is better than the start, for in short runs too low a rate looks better than it is (LOG.md).
-        output_dir: where checkpoints of the run at the chosen rate go; it is resumed from there, at that rate.
+            one is better than the start, for in short runs too low a rate looks better than it is (LOG.md). One alone
+            is not tried, nor is what to learn from then.
+        output_dir: where checkpoints of the run that was chosen go; it is resumed from there as it was.
 
     Returns:
         The held-out losses before and after, the rate, and the run.
@@ -92,19 +97,22 @@ def heal(
         ('LlamaForCausalLM', 4)
     """
     config = config or healing_config()
-    if teacher is not None and not config.distillation_weight:
+    choose = teacher is not None and not config.distillation_weight
+    if choose:
         config = replace(config, distillation_weight=DISTILLATION_WEIGHT)
     train, held = (data, validation) if validation is not None else _split(data)
     tried: dict[float, float] = {}
-    if (begun := _rate_of(output_dir)) is not None:
-        rates = (begun,)
-    if len(rates) > 1:
-        tried = _sweep(model, train, held, teacher, config, rates)
-    chosen = min(tried, key=tried.__getitem__) if tried else (rates[0] if rates else config.learning_rate)
-    config = replace(config, learning_rate=chosen)
+    if (begun := _begun(output_dir)) is not None:
+        config = replace(config, **begun)
+    elif len(rates) > 1:
+        bar = held_out_loss(teacher, held, config) if teacher is not None and choose else -math.inf
+        tried, weight = _sweep(model, train, held, teacher, config, rates, bar)
+        config = replace(config, learning_rate=min(tried, key=tried.__getitem__), distillation_weight=weight)
+    elif rates:
+        config = replace(config, learning_rate=rates[0])
     result = train_stitches(model, train, config, teacher=teacher, validation=held, output_dir=output_dir)
     losses = [loss for _, loss in result.validation]
-    return HealingResult(result, chosen, tried, losses[0], min(losses))
+    return HealingResult(result, config.learning_rate, config.distillation_weight, tried, losses[0], min(losses))
 
 
 def healing_config(steps: int = 300, **changes: Any) -> TrainingConfig:
@@ -132,23 +140,37 @@ def healing_config(steps: int = 300, **changes: Any) -> TrainingConfig:
 
 def _sweep(
     model: PreTrainedModel, train: Any, held: Any, teacher: PreTrainedModel | None, config: TrainingConfig,
-    rates: Sequence[float],
-) -> dict[float, float]:  # fmt: skip
-    """Held-out losses of short runs, the model put back after each.
+    rates: Sequence[float], bar: float,
+) -> tuple[dict[float, float], float]:  # fmt: skip
+    """Held-out losses of short runs, the model put back after each, and the share of distillation that does best.
 
-    From one rate upwards while they get better; or, by longer runs, downwards until one is better than the start.
+    From one rate upwards while they get better; or, by longer runs, downwards until one is better than the start. The
+    first run that does better than `bar`, the teacher's own loss, is done on the labels alone too.
     """
     total = config.max_steps if config.max_steps is not None else max(1, len(train) // config.per_device_batch_size)
     start = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     record = model.config.training if hasattr(model.config, "training") else None
     found: dict[float, float] = {}
     diverged: dict[float, TrainingDiverged] = {}
-    before = math.inf
+    before, weight = math.inf, config.distillation_weight
 
     def run(rate: float, share: float = SWEEP_SHARE) -> float:
+        nonlocal weight, bar
+        if once(rate, share, weight) < bar:
+            bar, both = -math.inf, found[rate]
+            if once(rate, share, 0.0) < both:
+                weight = 0.0
+            else:
+                found[rate] = both
+                diverged.pop(rate, None)
+        return found[rate]
+
+    def once(rate: float, share: float, weight: float) -> float:
         nonlocal before
         steps = max(1, round(total * share))
-        trial = replace(config, learning_rate=rate, max_steps=steps, eval_steps=steps, save_steps=10**9)
+        trial = replace(
+            config, learning_rate=rate, max_steps=steps, eval_steps=steps, save_steps=10**9, distillation_weight=weight
+        )
         try:
             result = train_stitches(model, train, trial, teacher=teacher, validation=held)
             before, found[rate] = result.validation[0][1], result.validation[-1][1]
@@ -171,13 +193,16 @@ def _sweep(
         model.config.training = record
     if len(diverged) == len(found):
         raise diverged[min(diverged)]
-    return found
+    return found, weight
 
 
-def _rate_of(folder: str | Path | None) -> float | None:
-    """The rate of a run that was interrupted, which is not looked for again."""
+def _begun(folder: str | Path | None) -> dict[str, float] | None:
+    """What was chosen for a run that was interrupted, and is not looked for again."""
     latest = None if folder is None else Checkpoints(folder, {}).newest()
-    return None if latest is None else float(json.loads((latest / "state.json").read_text())["run"]["learning_rate"])
+    if latest is None:
+        return None
+    run = json.loads((latest / "state.json").read_text())["run"]
+    return {name: float(run[name]) for name in ("learning_rate", "distillation_weight")}
 
 
 def _head_width(model: PreTrainedModel) -> int:

@@ -51,7 +51,7 @@ class HeldOut:
             return
         if any(done == step for done, _ in self.history):
             return  # a resumed run
-        loss = self._loss()
+        loss = self.loss()
         if loss < self.best or not self.history:
             self.best_step = step
             found = get_model_state_dict(self.model, options=_EVERYWHERE)
@@ -73,7 +73,8 @@ class HeldOut:
         self.best_step, self.weights = state["best_step"], dict(weights)
 
     @torch.no_grad()
-    def _loss(self) -> float:
+    def loss(self) -> float:
+        """The model's loss now, in nats per label."""
         sums = torch.zeros(2, device=self.accelerator.device)
         with evaluating(self.model):
             for number, batch in enumerate(self.loader):

@@ -30,7 +30,7 @@ from klas_hf.training.dense import DenseObjective
 from klas_hf.training.held_out import HeldOut
 from klas_hf.training.images import ImageData, ImageObjective
 from klas_hf.training.language import LanguageObjective
-from klas_hf.training.objectives import Objective
+from klas_hf.training.objectives import Objective, on_device
 from klas_hf.training.paths import takes
 from klas_hf.training.trainables import made_trainable, optimizer_of
 
@@ -197,6 +197,15 @@ def _held_objective(model: PreTrainedModel, validation: Any, config: TrainingCon
         raise ValueError("got validation for a supernet, of which each path has a loss of its own; leave it out")
     plain = replace(config, distillation_weight=0.0, augmentation=None, drop_path=None)
     return _objective(model, validation, plain, None)
+
+
+def held_out_loss(model: PreTrainedModel, validation: Any, config: TrainingConfig) -> float:
+    """The loss of a model on held-out examples, in nats per label, as `train_stitches` measures it."""
+    accelerator = Accelerator()
+    objective = _held_objective(model, validation, with_precision(config, accelerator.device))
+    assert objective is not None
+    with on_device(model, accelerator.device):
+        return HeldOut(accelerator, model, objective, 1).loss()
 
 
 class _Run:

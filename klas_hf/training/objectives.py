@@ -122,7 +122,7 @@ class Objective(ABC):
     @contextmanager
     def while_training(self, device: torch.device) -> Iterator[None]:
         """What holds from the first step to the last; the teacher is on `device` meanwhile."""
-        with _on(self.teacher, device), _checkpointing(self.model, self.config.gradient_checkpointing):
+        with on_device(self.teacher, device), _checkpointing(self.model, self.config.gradient_checkpointing):
             if self.config.batch_norm == "frozen":
                 for layer in batch_norms(self.model):
                     layer.eval()
@@ -176,7 +176,7 @@ class Objective(ABC):
 
 
 @contextmanager
-def _on(teacher: PreTrainedModel | None, device: torch.device) -> Iterator[None]:
+def on_device(teacher: PreTrainedModel | None, device: torch.device) -> Iterator[None]:
     """The teacher on a device and in eval mode, and afterwards as it was."""
     if teacher is None:
         yield

@@ -215,7 +215,9 @@ class EverySize:
             if str(choice.path) == "1[:]":
                 beside["quantised"] = quantised(model, self._quality)
             if length:
-                course = {"validation": healed[-1].training.validation, "rate": healed[-1].learning_rate}
+                last = healed[-1]
+                course = {"validation": last.training.validation, "rate": last.learning_rate}
+                course["distillation_weight"] = last.distillation_weight
                 return Measurement(measured.metrics, {**measured.details, **beside, **course})
             divergence = evaluate_divergence(model, self.large, self.family.scored)
             return Measurement({**measured.metrics, "divergence": divergence}, {**measured.details, **beside})

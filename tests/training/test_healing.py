@@ -95,21 +95,43 @@ def test_images_and_their_statistics() -> None:
     assert heal(tiny_vit(), data, config=QUICK, rates=(5e-3,)).end < result.validation[0][1]
 
 
-def test_healing_finds_a_rate_and_is_never_worse() -> None:
+@pytest.mark.parametrize("knows", [True, False])
+def test_healing_finds_a_rate_and_whether_the_teacher_helps_and_is_never_worse(knows: bool) -> None:
     model, dearest = pruned()
+    if knows:
+        train_stitches(dearest, TRAIN, replace(QUICK, max_steps=60))
     start = copy.deepcopy(model.state_dict())
     config = replace(QUICK, max_steps=20, learning_rate=1.0)
     result = heal(model, TRAIN, teacher=dearest, validation=HELD, config=config, rates=(1e-6, 1e-3, 2e-2, 50.0))
     assert result.learning_rate in (1e-3, 2e-2) and result.tried[result.learning_rate] == min(result.tried.values())
     assert result.end < result.start
     assert evaluate(model, batches(HELD)).metrics["loss"] == pytest.approx(result.end, rel=1e-5)
-    assert model.config.training["settings"]["distillation_weight"] == 0.5 and "before" not in model.config.training
+    assert model.config.training["settings"]["distillation_weight"] == result.distillation_weight == knows / 2
+    assert "before" not in model.config.training
     alone = StitchedModel.from_path([dearest], "0[:2] 0[3:]", calibration=[token_ids(32, 12)])
     alone.load_state_dict(start)
-    config = replace(config, learning_rate=result.learning_rate, distillation_weight=0.5)
+    config = replace(config, learning_rate=result.learning_rate, distillation_weight=knows / 2)
     train_stitches(alone, TRAIN, config, teacher=dearest, validation=HELD)
     for name, tensor in alone.state_dict().items():  # the sweep left nothing behind
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_share_of_distillation_that_is_given_stays() -> None:
+    model, dearest = pruned()  # which knows nothing of the data
+    config = replace(QUICK, distillation_weight=0.25)
+    assert heal(model, TRAIN, teacher=dearest, validation=HELD, config=config).distillation_weight == 0.25
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_an_interrupted_healing_goes_on_with_what_was_chosen(distilled: bool, tmp_path: Folder) -> None:
+    model, dearest = pruned()
+    weight = 0.5 if distilled else 0.0
+    config = replace(QUICK, save_steps=4, learning_rate=7e-3, distillation_weight=weight)
+    with interrupted_after(6):
+        train_stitches(model, TRAIN, config, teacher=dearest, validation=HELD, output_dir=tmp_path)
+    config = replace(QUICK, save_steps=4)
+    result = heal(pruned()[0], TRAIN, teacher=dearest, validation=HELD, config=config, output_dir=tmp_path)
+    assert (result.learning_rate, result.distillation_weight, result.tried) == (7e-3, weight, {})
 
 
 @pytest.mark.parametrize(
