@@ -13,17 +13,17 @@ import torch
 from klas_hf.anchors.anchor import Anchor, check_anchors
 from klas_hf.anchors.fitting import fit_stitches, linear, write_fit
 from klas_hf.anchors.weights import evaluating
-from klas_hf.costs import PathCosts, measure_path_costs
+from klas_hf.costs import PathCosts, Usage, measure_path_costs
 from klas_hf.maths.least_squares import LeastSquares, LinearFit
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
 from klas_hf.paths import Path, Stitch
 from klas_hf.processes import progress, shared_out, sum_over_processes
 
 
-def costs_of(config: StitchedSupernetConfig) -> PathCosts:
+def costs_of(config: StitchedSupernetConfig, usage: Usage | None = None) -> PathCosts:
     """Costs of every path through a supernet's anchors."""
     size = None if config.image_size is None else (config.image_size[0], config.image_size[1])
-    return measure_path_costs(config.anchor_configs, image_size=size, tokens=config.tokens)
+    return measure_path_costs(config.anchor_configs, image_size=size, tokens=config.tokens, usage=usage)
 
 
 def check_paths(anchors: Sequence[Anchor], paths: Sequence[Path]) -> None:
