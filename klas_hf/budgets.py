@@ -43,6 +43,13 @@ class Cost:
     batch: int = 1
 
     @property
+    def details(self) -> dict[str, float]:
+        """What is known beside MACs and parameters, by name: for rows, over which curves are drawn."""
+        known = {name: getattr(self, name) for name in ("kv_bytes_per_token", "weight_bytes", "seconds", "latency",
+                                                        "peak_bytes")}  # fmt: skip
+        return {name: value for name, value in known.items() if value}
+
+    @property
     def per_second(self) -> float | None:
         """Tokens written, or images, in a second, all sequences together; None where not measured."""
         latency = self.latency

@@ -112,9 +112,42 @@ class ResultRow:
             )
         return self.metrics[metric]
 
+    def cost(self, name: str) -> float:
+        """One of the costs: "macs", "parameters", or one that stands among the details, such as "latency".
+
+        Raises:
+            ValueError: the row has no such cost; those that it has are named.
+
+        Example:
+            >>> row = ResultRow("klas", (8, 14), 0, 2_500_000, 30_000, {"loss": 3.1}, {"latency": 0.02})
+            >>> row.cost("macs"), row.cost("latency")
+            (2500000, 0.02)
+        """
+        known = {"macs": self.macs, "parameters": self.parameters} | {
+            one: value for one, value in self.details.items() if one in COSTS and isinstance(value, int | float)
+        }
+        if name not in known:
+            raise ValueError(
+                f"got cost={name!r} and a row that has {sorted(known)}; expected one of these. Seconds, and bytes of "
+                "weights and activations, are in rows that were measured with usage=Usage(…), or --timed"
+            )
+        return known[name]
+
     def is_of(self, path: AnyPath) -> bool:
         """Whether the row measured this path through these anchors."""
         return self.path == str(Path.of(path))
+
+
+# What a model can be compared over: its name on an axis, and the unit there.
+COSTS = {
+    "macs": ("MACs (millions)", 1e6),
+    "parameters": ("parameters (millions)", 1e6),
+    "kv_bytes_per_token": ("KB of a cached token", 1e3),
+    "weight_bytes": ("MB of weights", 1e6),
+    "seconds": ("ms to the first token, or of the images", 1e-3),
+    "latency": ("ms per token, or of the images", 1e-3),
+    "peak_bytes": ("MB of activations", 1e6),
+}
 
 
 def by_model(rows: Iterable[ResultRow]) -> list[list[ResultRow]]:

@@ -29,6 +29,7 @@ _COMMANDS = {
     "evaluate": "measure models: loss on text, accuracy on images",
     "plot": "draw the heatmap of scores, or the curve of measured models",
     "card": "write the model card of a stitched model",
+    "draft": "say which paths of a supernet pay as drafts for another",
     "serve": "serve a supernet by the OpenAI protocol, each request within its budget",
     "push": "publish a stitched model on the Hugging Face Hub",
 }

@@ -1,4 +1,4 @@
-"""`klas-hf serve`: a language supernet behind the OpenAI protocol, each request on the path that its budget asks for."""
+"""`klas-hf serve`: a language supernet by the OpenAI protocol, each request on the path that its budget asks for."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ class ServeOptions:
 
 def run(options: ServeOptions) -> int:
     try:
-        from klas_hf.serving import ServedSupernet, build_app, run_app
+        from klas_hf.serving.app import build_app, run_app
     except ImportError as error:
         raise ImportError(f'serving needs further packages ({error}): pip install "klas_hf[serve]"') from error
     from klas_hf.anchors.language import on_accelerator
@@ -41,6 +41,7 @@ def run(options: ServeOptions) -> int:
     from klas_hf.costs import Usage
     from klas_hf.curves.tradeoff import higher_is_better, measured_models
     from klas_hf.rows import read_rows
+    from klas_hf.serving.paths import ServedSupernet
     from klas_hf.stitching import StitchedSupernet, StitchedSupernetForCausalLM
 
     size = Budget.of(options.prefixes).weight_bytes

@@ -15,15 +15,15 @@ import pytest
 pytest.importorskip("fastapi", reason="klas_hf[serve]")
 pytest.importorskip("openai", reason="klas_hf[serve]")
 
-import openai  # noqa: E402
-import torch  # noqa: E402
-import uvicorn  # noqa: E402
-from saved_models import ascii_tokenizer  # noqa: E402
-from tiny_models import tiny_model, token_ids  # noqa: E402
+import openai
+import torch
+import uvicorn
+from saved_models import ascii_tokenizer
+from tiny_models import tiny_model, token_ids
 
-from klas_hf import ResultRow, RowFile, StitchedSupernet, StitchedSupernetForCausalLM, Usage  # noqa: E402
-from klas_hf.cli import main  # noqa: E402
-from klas_hf.serving import ServedSupernet, build_app  # noqa: E402
+from klas_hf import ResultRow, RowFile, StitchedSupernet, StitchedSupernetForCausalLM, Usage
+from klas_hf.cli import main
+from klas_hf.serving import ServedSupernet, build_app
 
 pytestmark = pytest.mark.filterwarnings("ignore:the stitching layer", "ignore:.*do not determine")
 
@@ -33,10 +33,12 @@ TOKENS = 6
 
 
 def supernet_of() -> StitchedSupernetForCausalLM:
-    """Whose anchors read up to 60 and 100 tokens."""
-    sizes = {"vocab_size": len(ascii_tokenizer()), "eos_token_id": None}
-    small = tiny_model(seed=1, max_position_embeddings=60, **sizes)
-    large = tiny_model(seed=2, large=True, max_position_embeddings=100, **sizes)
+    """Whose anchors read up to 60 and 100 tokens, and never end by themselves."""
+    words = len(ascii_tokenizer())
+    small = tiny_model(seed=1, vocab_size=words, max_position_embeddings=60)
+    large = tiny_model(seed=2, large=True, vocab_size=words, max_position_embeddings=100)
+    for anchor in (small, large):
+        anchor.generation_config.eos_token_id = None
     return StitchedSupernet.from_anchors([small, large], PATHS, calibration=[token_ids(16, 12, seed=3)]).double()
 
 

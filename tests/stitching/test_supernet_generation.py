@@ -23,6 +23,8 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8}
 
 def supernet_of(family: str = "llama", **changes: Any) -> StitchedSupernetForCausalLM:
     anchors = [tiny_model(family, large=large, seed=1 + large, **changes) for large in (False, True)]
+    for anchor in anchors:
+        anchor.generation_config.eos_token_id = None
     return StitchedSupernet.from_anchors(anchors, PATHS, calibration=[token_ids(16, 12, seed=3)])
 
 
@@ -119,7 +121,7 @@ def test_a_prompt_is_not_read_anew(llamas: StitchedSupernetForCausalLM) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "granite", "gpt_neox"])
 def test_paths_that_share_a_cache_say_what_they_say_alone(family: str) -> None:
     """Conversations that go on, part and change their path, beyond every sliding window."""
-    supernet, chance, cache = supernet_of(family, eos_token_id=None).double(), random.Random(4), PrefixCache()
+    supernet, chance, cache = supernet_of(family).double(), random.Random(4), PrefixCache()
     turns = [token_ids(1, 9, seed=seed) for seed in (1, 2)]
     for seed in range(10):
         ids = chance.choice(turns)
