@@ -2,8 +2,8 @@
 
 A draft writes γ tokens, the target reads them in one run and keeps them up to the first that it refuses, in whose
 place it writes its own. α is the share of the draft's tokens that are accepted, taken as independent from token to
-token; c is what one token of the draft takes, in tokens of the target. That the target reads γ + 1 tokens in the time of
-one is the paper's assumption, which holds where weights are waited for; `checking` says what it really takes.
+token; c is what one token of the draft takes, in tokens of the target. The paper assumes that the target reads γ + 1
+tokens in the time of one, which holds where weights are waited for; `checking` says what it really takes.
 """
 
 from collections.abc import Sequence

@@ -58,7 +58,8 @@ def generate_with_prefixes(
     cache = cache_of(known)
     states = _catch_up(supernet, path, known, cache, [number for number, step in enumerate(own) if step in parted])
     with _states_behind(model, [number for number, step in enumerate(own) if step in parted]) as further:
-        output = model.generate(ids, past_key_values=cache, **options)
+        # Unasked, transformers takes pad tokens within a prompt for padding.
+        output = model.generate(ids, past_key_values=cache, **{"attention_mask": torch.ones_like(ids)} | options)
     sequences = output if isinstance(output, Tensor) else output.sequences
     seen = sequences[0, : cache.get_seq_length()].tolist()
     found = {number: joined([states.get(number), *parts]) for number, parts in further.items()}
