@@ -144,8 +144,8 @@ def under_load(options: Options, url: str) -> None:
         lines.append([name, paths[name], *cells])
     print(markdown_table(lines))
     print(
-        f"\n{len(answers)} of {options.requests} requests answered whole in {taken:.1f} s by {options.clients} clients, "
-        f"{options.requests * options.tokens / taken:.0f} tokens/s; refused and sent again: {sum(refused.values())}"
+        f"\n{len(answers)} of {options.requests} requests answered whole in {taken:.1f} s by {options.clients} clients,"
+        f" {options.requests * options.tokens / taken:.0f} tokens/s; refused and sent again: {sum(refused.values())}"
     )
 
 

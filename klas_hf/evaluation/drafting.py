@@ -150,7 +150,7 @@ def measure_draft(
         sampling: at temperature 1; else greedily.
 
     Raises:
-        ValueError: no token was drafted.
+        ValueError: no token was drafted, or a path that is to draft for itself.
 
     Example:
         >>> supernet = StitchedSupernet.from_anchors([source, target], [(1, 2), (2, 3)], calibration=batches)
@@ -159,6 +159,8 @@ def measure_draft(
         >>> 0 <= draft.measured <= 1
         True
     """
+    if supernet.check_path(target) == draft.path:
+        raise ValueError(f"got {draft.path} as draft and target; expected two paths")
     model, assistant = supernet.path_model(target), supernet.path_model(draft.path)
     taken = refused = 0
     for prompt in prompts:
@@ -220,7 +222,7 @@ def draft_table(drafts: Sequence[Draft], *, sampling: bool = False) -> str:
         >>> print(draft_table([pays, replace(pays, cost_ratio=0.9)]))
         | draft | of the target's time | accepted, foretold | measured | drafted at a time | times as fast |
         |-------|----------------------|--------------------|----------|-------------------|---------------|
-        | 0[:]  | 0.100                | 0.800              | –        | 5                 | 2.46          |
+        | 0[:]  | 0.100                | 0.800              | –        | 6                 | 2.47          |
         | 0[:]  | 0.900                | 0.800              | –        | 0: does not pay   | 1.00          |
     """
     lines = [["draft", "of the target's time", "accepted, foretold", "measured", "drafted at a time", "times as fast"]]

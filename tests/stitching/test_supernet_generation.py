@@ -39,7 +39,7 @@ def storages(*modules: nn.Module) -> dict[int, int]:
     return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_every_path_says_what_the_extracted_model_says(family: str) -> None:
     supernet = supernet_of(family)
     prompts = left_padded(token_ids(2, 7), [7, 4])
@@ -118,7 +118,13 @@ def test_a_prompt_is_not_read_anew(llamas: StitchedSupernetForCausalLM) -> None:
     assert (held > 0, shared, cache.nbytes) == (True, 0, 0)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "granite", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma3_text",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("llama", "mistral", "gemma2", "granite", "gpt_neox")),
+    ],
+)
 def test_paths_that_share_a_cache_say_what_they_say_alone(family: str) -> None:
     """Conversations that go on, part and change their path, beyond every sliding window."""
     supernet, chance, cache = supernet_of(family).double(), random.Random(4), PrefixCache()
