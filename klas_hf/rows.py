@@ -10,6 +10,7 @@ from pathlib import Path as File
 from statistics import fmean, stdev
 from typing import Any
 
+from klas_hf.budgets import COSTS
 from klas_hf.files import Claim, claim, write_atomically
 from klas_hf.paths import Path, Stitch
 
@@ -136,18 +137,6 @@ class ResultRow:
     def is_of(self, path: AnyPath) -> bool:
         """Whether the row measured this path through these anchors."""
         return self.path == str(Path.of(path))
-
-
-# What a model can be compared over: its name on an axis, and the unit there.
-COSTS = {
-    "macs": ("MACs (millions)", 1e6),
-    "parameters": ("parameters (millions)", 1e6),
-    "kv_bytes_per_token": ("KB of a cached token", 1e3),
-    "weight_bytes": ("MB of weights", 1e6),
-    "seconds": ("ms to the first token, or of the images", 1e-3),
-    "latency": ("ms per token, or of the images", 1e-3),
-    "peak_bytes": ("MB of activations", 1e6),
-}
 
 
 def by_model(rows: Iterable[ResultRow]) -> list[list[ResultRow]]:

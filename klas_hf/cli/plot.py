@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from klas_hf import plotting
+from klas_hf.budgets import COSTS
 from klas_hf.cli.output import OVERWRITE, check_output, say
 from klas_hf.cli.parsing import Command, flag, positional
 from klas_hf.cli.select import load_scores
 from klas_hf.curves.tradeoff import curves_by_rule, plot_curves
-from klas_hf.rows import COSTS, read_rows
+from klas_hf.rows import read_rows
 from klas_hf.scores.values import StitchScores
 
 

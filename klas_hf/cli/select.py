@@ -115,7 +115,7 @@ def recommended(
     if "parameters" not in target:
         raise ValueError(f"got {options.scores}, which does not say how large the target is; score again")
     every, size = choose(scores, replace(options, threshold=EVERY)), target["bytes_per_parameter"]
-    costs, whole = _costs(every, scores, options.usage(budget))
+    costs, whole = _costs(every, scores, budget, options.usage(budget))
     check_budget(budget, costs, whole, size)
     within = [n for n, cost in enumerate(costs) if budget.allows(cost, whole, size)]
     scored = not math.isnan(every.values[within[0]])
@@ -126,23 +126,22 @@ def recommended(
     return replace(both, candidates=chosen.candidates, outside=chosen.outside), every[place], why
 
 
-def _costs(every: StitchSelection, scores: StitchScores, usage: "Usage | None") -> tuple[list[Cost], Cost]:
-    """Of all stitches, and of the target: as they were counted, or timed by the anchors' configurations."""
-    if usage is None:
-        whole = Cost(scores.costs.target_total, scores.provenance["target"]["parameters"])
-        return [Cost(*scores.costs.of(stitch)) for stitch in every], whole
-    from klas_hf.anchors.language import anchor_config
+def _costs(
+    every: StitchSelection, scores: StitchScores, budget: Budget, usage: "Usage | None"
+) -> tuple[list[Cost], Cost]:
+    """Of all stitches, and of the target: as they were counted, or anew from the anchors' configurations."""
+    counted = scores.costs
+    if usage is None and budget.kv_bytes_per_token is None:
+        whole = Cost(counted.target_total, scores.provenance["target"]["parameters"])
+        return [Cost(*counted.of(stitch)) for stitch in every], whole
+    from klas_hf.anchors.language import anchor_config, hub_options
     from klas_hf.costs import measure_path_costs
 
     anchors = [scores.provenance[side] for side in ("source", "target")]
-    configs = [
-        anchor_config(one["name"], **({"revision": one["revision"]} if one["revision"] else {})) for one in anchors
-    ]
-    size = (scores.costs.image_height, scores.costs.image_width) if scores.costs.image_height else None
-    found = measure_path_costs(configs, tokens=scores.costs.tokens, image_size=size, usage=usage)
-    ends = (scores.costs.source, scores.costs.target)
-    local = [Stitch(one.source_stop, one.target_start) for one in every if (one.source, one.target) == ends]
-    return [found.of(stitch) for stitch in local], found.of("1[:]")
+    configs = [anchor_config(one["name"], **hub_options({}, one["revision"])) for one in anchors]
+    size = (counted.image_height, counted.image_width) if counted.image_height else None
+    found = measure_path_costs(configs, tokens=counted.tokens, image_size=size, usage=usage)
+    return [found.of(Stitch(one.source_stop, one.target_start)) for one in every], found.of("1[:]")
 
 
 def described(chosen: StitchSelection, scores: StitchScores) -> list[dict[str, Any]]:

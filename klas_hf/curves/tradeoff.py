@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from klas_hf import plotting
+from klas_hf.budgets import COSTS
 from klas_hf.maths.correlations import pearson, spearman
 from klas_hf.paths import Stitch
-from klas_hf.rows import COSTS, ResultRow, by_model, untuned_beside_tuned
+from klas_hf.rows import ResultRow, by_model, untuned_beside_tuned
 from klas_hf.scores.values import StitchScores
 
 if TYPE_CHECKING:

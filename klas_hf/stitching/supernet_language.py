@@ -24,8 +24,9 @@ from klas_hf.paths import Path
 from klas_hf.stitching.language import generation_config_of, stitched_config, stitched_state, usable_batches
 from klas_hf.stitching.loading import load_parts
 from klas_hf.stitching.prefixes import PrefixCache
-from klas_hf.stitching.supernet import AnyPath, StitchedSupernet, note_origin
+from klas_hf.stitching.supernet import AnyPath, StitchedSupernet
 from klas_hf.stitching.supernet_generation import check_length, generate_with_prefixes
+from klas_hf.stitching.supernet_joints import note_origin
 
 _MAKING = Lock()  # while it makes a model, transformers changes settings that are the process's
 

@@ -50,6 +50,8 @@ def test_a_stitch_is_recommended_for_seconds_and_bytes(
     timed = json.loads(capsys.readouterr().out)["recommended"]
     assert main(["select", str(scores), "--budget", "60%", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recommended"]["macs"] == timed["macs"]
+    cached = 4 * 2 * 8  # bytes of K and V of one block of the small anchor, of one head
+    assert main(["select", str(scores), "--budget", f"{3 * cached / 1e3} KB per token"]) == 2
     assert main(["select", str(scores), "--budget", "0.0001 ms", "--prompt", "4"]) == 2
     assert "The nearest: " in capsys.readouterr().err
 

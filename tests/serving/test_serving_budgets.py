@@ -23,7 +23,8 @@ from tiny_models import tiny_model, token_ids
 
 from klas_hf import ResultRow, RowFile, StitchedSupernet, StitchedSupernetForCausalLM, Usage
 from klas_hf.cli import main
-from klas_hf.serving import ServedSupernet, build_app
+from klas_hf.serving.app import build_app
+from klas_hf.serving.paths import ServedSupernet
 
 pytestmark = pytest.mark.filterwarnings("ignore:the stitching layer", "ignore:.*do not determine")
 
