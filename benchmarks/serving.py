@@ -94,10 +94,10 @@ def served(options: Options, folder: str, prefixes: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["serve", folder, "--host", "127.0.0.1", "--port", str(port), "--most", str(options.most)]
+    arguments = ["serve", folder, "--host", "127.0.0.1", "--port", str(port), "--most", str(options.most)]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "klas_hf.cli", *words, "--prefixes", prefixes], env=environment,
+        [sys.executable, "-m", "klas_hf.cli", *arguments, "--prefixes", prefixes], env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -108,6 +108,8 @@ def served(options: Options, folder: str, prefixes: str) -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(0.2)
+        else:
+            raise RuntimeError(f"klas-hf {' '.join(arguments)} ended with code {process.returncode}")
         yield url
     finally:
         process.terminate()

@@ -91,7 +91,7 @@ class _Manager(ModelManager):
             progress_callback({"status": "ready", "model": model_id_and_revision, "cached": True})
         return self.served.models[path], self.served.tokenizer
 
-    def get_gen_models(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def get_gen_models(self) -> list[dict[str, Any]]:
         return self.served.listed()
 
 

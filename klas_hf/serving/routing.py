@@ -54,14 +54,13 @@ def route_paths(
     one, other = supernet.check_path(first), supernet.check_path(second)
     batches = list(batches)
     weights = {w.data_ptr(): w.numel() for path in (one, other) for w in supernet.path_model(path).parameters()}
-    members = [
-        _member(supernet, path, batches, costs[path].macs, held)
-        for path, held in ((one, sum(weights.values())), (other, 0))  # what both use is held once
-    ]
+    # What both use is held once.
+    cheap = _member(supernet, one, batches, costs[one].macs, sum(weights.values()))
+    dear = _member(supernet, other, batches, costs[other].macs, 0)
     if thresholds is None:
-        confidence = np.unique(members[0].confidence)
+        confidence = np.unique(cheap.confidence)
         thresholds = [0.0, *((confidence[1:] + confidence[:-1]) / 2).tolist(), 2.0]
-    points = cascade_curve(*members, thresholds, shared=shared_macs(supernet, one, other))
+    points = cascade_curve(cheap, dear, thresholds, shared=shared_macs(supernet, one, other))
     return to_rows(best_per_bucket(points, buckets=buckets), metric="loss", rule="routing")
 
 

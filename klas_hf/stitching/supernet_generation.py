@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from transformers import Cache, GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 from klas_hf.anchors.families import decoder_family
+from klas_hf.anchors.language import LanguageAnchor
 from klas_hf.anchors.weights import evaluating
 from klas_hf.models import StitchedForCausalLM
 from klas_hf.paths import Path
@@ -109,10 +110,8 @@ def _catch_up(
                 begin = max(first, known.front)
                 cuts = [one + 1 for one in parted if begin < one + 1 < last]
                 for one, other in zip([begin, *cuts], [*cuts, last], strict=True):
-                    layers = cache.layers[one:other]
-                    state = supernet.read_anchors[place].go_on(
-                        state, layers, start + one - first, start + other - first
-                    )
+                    anchor, layers = cast(LanguageAnchor, supernet.anchor(place)), cache.layers[one:other]
+                    state = anchor.go_on(state, layers, start + one - first, start + other - first)
                     if other - 1 in parted:
                         states[other - 1] = joined([known.states.get(other - 1), state])
             first = last

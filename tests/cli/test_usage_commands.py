@@ -56,6 +56,7 @@ def test_a_stitch_is_recommended_for_seconds_and_bytes(
     assert "The nearest: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_drafts_are_told_with_their_arithmetic(
     language: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

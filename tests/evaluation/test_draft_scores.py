@@ -72,7 +72,7 @@ def by_hand(
     return taken, refused
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [PATHS[0], pytest.param(PATHS[1], marks=pytest.mark.slow)])
 def test_what_is_measured_is_what_a_loop_counts(supernet: StitchedSupernetForCausalLM, path: str) -> None:
     prompts = token_ids(3, 6, seed=9)
     draft = Draft(Path.parse(path), 0.5, 0.1, 0.5, 0.5)

@@ -218,6 +218,7 @@ def test_too_many_are_told_to_come_again_and_none_is_lost(
             assert answer.result(60) == expected(served, path, "a cat")
 
 
+@pytest.mark.slow
 def test_budgets_in_seconds_where_they_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     timed = ServedSupernet(supernet_of(), ascii_tokenizer(), "tiny", usage=Usage(prompt=4))
