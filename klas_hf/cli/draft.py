@@ -21,7 +21,7 @@ class DraftOptions(UsageOptions, DataOptions):
     )
     drafted: int = field(default=4, metadata={"metavar": "N", "help": "tokens at a time there"})
     sampling: bool = flag("draft and target sample at temperature 1; else they take the most likely token")
-    timed: bool = flag("time the paths: what is saved is seconds, and MACs flatter drafts")
+    timed: bool = flag("time drafts and target: what is saved is seconds, and MACs flatter drafts")
 
 
 def run(options: DraftOptions) -> int:
@@ -55,8 +55,8 @@ def run(options: DraftOptions) -> int:
 
 
 _told = """
-Times as fast = (1 - a^(n+1)) / ((1 - a) (n c + 1)), with a the share accepted, n tokens drafted at a time and c the
-draft's part of the target's time (Leviathan et al. 2023, Theorem 3.8): it takes the target to read n + 1 tokens in the
-time of one, which holds where weights are waited for. A draft pays only where a > c."""
+Times as fast = (1 - a^(n+1)) / ((1 - a) (n c + r)), with a the share accepted, n tokens drafted at a time, c the
+draft's part of the target's time for one token, and r how many times longer the target reads n + 1 tokens than one
+(Leviathan et al. 2023, Theorem 3.8, where r is 1; so it is here without --timed). Where a <= c no draft pays."""
 
 COMMAND = Command("Say which paths of a supernet pay as drafts for another, and what they save.", DraftOptions, run)

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from klas_hf.anchors.weights import evaluating
 from klas_hf.costs import Cost, Usage
+from klas_hf.costs.timing import time_checking
 from klas_hf.maths.divergences import acceptance
 from klas_hf.maths.drafting import best_drafted, speed_up
 from klas_hf.maths.estimates import RatioSums
@@ -25,6 +26,8 @@ from klas_hf.processes import progress, shared_out, sum_array_over_processes
 from klas_hf.rows import AnyPath, markdown_table
 from klas_hf.stitching import StitchedSupernetForCausalLM
 from klas_hf.stitching.supernet_budgets import path_costs
+
+MOST = 8  # tokens drafted at a time, where reading them is timed
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Draft:
         sampled, error: share of its tokens that the target accepts when both sample, foretold, and its standard error.
         greedy: the same where both take the most likely token.
         cost_ratio: time of one token of the draft over one of the target; without a usage, MACs.
+        checking: how many times longer the target takes to read 1 + n tokens than one, for n from 0; where it was not
+            timed, 1, as in the paper.
         measured: the share that was accepted in assisted generation, or None.
     """
 
@@ -44,6 +49,7 @@ class Draft:
     error: float
     greedy: float
     cost_ratio: float
+    checking: tuple[float, ...] = (1.0,) * 17
     measured: float | None = None
 
     def acceptance(self, sampling: bool = False) -> float:
@@ -53,11 +59,12 @@ class Draft:
 
     def drafted(self, sampling: bool = False) -> int:
         """Tokens to draft at a time; 0: it does not pay."""
-        return best_drafted(self.acceptance(sampling), self.cost_ratio)
+        return best_drafted(self.acceptance(sampling), self.cost_ratio, self.checking)
 
     def speed_up(self, sampling: bool = False) -> float:
         """How many times faster the target is with so many; at least 1."""
-        return speed_up(self.acceptance(sampling), self.cost_ratio, self.drafted(sampling))
+        drafted = self.drafted(sampling)
+        return speed_up(self.acceptance(sampling), self.cost_ratio, drafted, self.checking[drafted])
 
 
 def score_drafts(
@@ -73,8 +80,8 @@ def score_drafts(
         supernet: its anchors run once per batch for all paths that begin with them.
         batches: token ids.
         target: one of its paths; None takes the dearest.
-        usage: how it is run; given, costs are seconds per token, which is what counts. MACs make drafts look cheaper
-            than they are where the weights of each block are what is waited for.
+        usage: how it is run; given, costs are seconds per token, which is what counts, and it is timed how much longer
+            the target reads several tokens than one. MACs leave both out.
 
     Returns:
         All other paths, the greatest speed-up of greedy decoding first.
@@ -99,8 +106,9 @@ def score_drafts(
         one.set_moments(sum_array_over_processes(one.moments()))
     if not np.isfinite(sums[0].value).all():
         raise ValueError("got no tokens to compare drafts on; expected text. Check the attention masks")
+    timed = {} if usage is None else {"checking": time_checking(supernet.path_model(goal), usage.prompt, MOST)}
     found = [
-        Draft(path, float(share[0]), float(error[0]), float(greedy[0]), _ratio(costs[path], costs[goal]))
+        Draft(path, float(share[0]), float(error[0]), float(greedy[0]), _ratio(costs[path], costs[goal]), **timed)
         for path, share, error, greedy in zip(paths, sums[0].value, sums[0].standard_error, sums[1].value, strict=True)
     ]
     return sorted(found, key=lambda draft: (-draft.speed_up(), draft.cost_ratio))

@@ -49,20 +49,19 @@ def speed_up(acceptance: float, cost_ratio: float, drafted: int, checking: float
     return expected_tokens(acceptance, drafted) / (drafted * cost_ratio + checking)
 
 
-def best_drafted(acceptance: float, cost_ratio: float, checking: Sequence[float] | None = None, most: int = 16) -> int:
-    """How many tokens to draft at a time, 0 to `most`, for the greatest speed-up; 0: the draft does not pay.
+def best_drafted(acceptance: float, cost_ratio: float, checking: Sequence[float] = (1.0,) * 17) -> int:
+    """How many tokens to draft at a time, of 0 or more, for the greatest speed-up; 0: the draft does not pay.
 
     Args:
         acceptance, cost_ratio: as for `speed_up`.
-        checking: of 0 to `most` drafted tokens; None takes 1 for all, as the paper does, by which some number pays
-            just where α > c (Corollary 3.9).
+        checking: of 0 and more drafted tokens. By the paper's 1 for all of them, some number pays just where α > c
+            (Corollary 3.9).
 
     Example:
         >>> best_drafted(0.8, 0.05), best_drafted(0.4, 0.5)
         (8, 0)
     """
-    taken = [1.0] * (most + 1) if checking is None else checking
-    return max(range(most + 1), key=lambda drafted: speed_up(acceptance, cost_ratio, drafted, taken[drafted]))
+    return max(range(len(checking)), key=lambda drafted: speed_up(acceptance, cost_ratio, drafted, checking[drafted]))
 
 
 def break_even(cost_ratio: float, drafted: int, checking: float = 1.0) -> float | None:

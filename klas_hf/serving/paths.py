@@ -64,7 +64,7 @@ class ServedSupernet:
             UnknownModel: another name.
             ValueError: two budgets, one that no path meets, or a path that there is not; what is served is listed.
         """
-        name, _, asked = (model or self.name).partition("@")
+        name, _, asked = str(model or self.name).partition("@")
         if name != self.name:
             raise UnknownModel(f"got the model {model!r}; expected one of {self._list()}")
         if asked and budget is not None:

@@ -185,6 +185,9 @@ class StitchedSupernetForCausalLM(StitchedSupernet):
             layer = {f"model.joints.{number}.{name}": tensor.detach() for name, tensor in joint.state_dict().items()}
             state |= layer if shared else {name: tensor.clone() for name, tensor in layer.items()}
         device_map = None if self.device.type == "cpu" else {"": self.device}
-        model = load_parts(StitchedForCausalLM, config, state, dtype=self.dtype, device_map=device_map)
+        model = load_parts(StitchedForCausalLM, config, dict(state), dtype=self.dtype, device_map=device_map)
+        if shared:  # whatever transformers has made of them
+            for name, parameter in model.named_parameters():
+                parameter.data = state[name]
         model.generation_config = generation_config_of(anchors[path.slices[-1].anchor])
         return model.eval()

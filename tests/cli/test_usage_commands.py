@@ -67,5 +67,5 @@ def test_drafts_are_told_with_their_arithmetic(
     told = ["--data", str(language / "text"), "--length", "16", "--measure", "1"]
     assert main(["draft", str(tmp_path / "net"), *told]) == 0
     said = capsys.readouterr().out
-    assert "Drafts for 1[:], by MACs, not seconds" in said and "A draft pays only where a > c" in said
+    assert "Drafts for 1[:], by MACs, not seconds" in said and "Where a <= c no draft pays" in said
     assert "| 0[:] " in said and "| 0[:2] 1[2:] " in said

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from klas_hf import Path, StitchedSupernet, StitchedSupernetForCausalLM, Usage
 from klas_hf.evaluation.drafting import Draft, draft_table, measure_draft, score_drafts
+from klas_hf.maths.drafting import speed_up
 
 pytestmark = pytest.mark.filterwarnings("ignore:the stitching layer", "ignore:.*do not determine")
 
@@ -104,5 +105,7 @@ def test_seconds_count_where_they_are_known(
     for draft in found:
         costs, _ = supernet.kept_costs[usage]
         assert draft.cost_ratio == costs[draft.path].latency / costs[Path.parse("1[:]")].latency
+        assert len(draft.checking) == 9 and draft.checking[0] == 1 and min(draft.checking) > 0
+        assert draft.speed_up() == max(speed_up(draft.greedy, draft.cost_ratio, n, draft.checking[n]) for n in range(9))
     assert [one.speed_up() for one in found] == sorted((one.speed_up() for one in found), reverse=True)
     assert draft_table(found).count("\n") == 1 + len(found)
