@@ -29,12 +29,14 @@ def run(options: DraftOptions) -> int:
     from klas_hf.data.text import TextBatches, text_sequences
     from klas_hf.evaluation.drafting import draft_table, measure_draft, score_drafts
     from klas_hf.paths import Path
+    from klas_hf.processes import others_bars
     from klas_hf.stitching import StitchedSupernet, StitchedSupernetForCausalLM
     from klas_hf.stitching.supernet_budgets import path_costs
 
     tokenizer = tokenizer_of(options.supernet)
     sequences = text_sequences(read_texts(options.data), tokenizer, options.length)
-    supernet = StitchedSupernet.from_pretrained(options.supernet, device_map=on_accelerator())
+    with others_bars():
+        supernet = StitchedSupernet.from_pretrained(options.supernet, device_map=on_accelerator())
     if not isinstance(supernet, StitchedSupernetForCausalLM):
         raise ValueError(f"got {options.supernet}, a supernet of image classifiers; expected one of language models")
     usage = options.usage() if options.timed else None

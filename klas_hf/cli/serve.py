@@ -40,6 +40,7 @@ def run(options: ServeOptions) -> int:
     from klas_hf.budgets import Budget
     from klas_hf.costs import Usage
     from klas_hf.curves.tradeoff import higher_is_better, measured_models
+    from klas_hf.processes import others_bars
     from klas_hf.rows import read_rows
     from klas_hf.serving.paths import ServedSupernet
     from klas_hf.stitching import StitchedSupernet, StitchedSupernetForCausalLM
@@ -48,7 +49,8 @@ def run(options: ServeOptions) -> int:
     if size is None:
         raise ValueError(f"got prefixes={options.prefixes!r}; expected bytes, such as 1GB")
     tokenizer = tokenizer_of(options.supernet)
-    supernet = StitchedSupernet.from_pretrained(options.supernet, dtype=options.dtype, device_map=on_accelerator())
+    with others_bars():
+        supernet = StitchedSupernet.from_pretrained(options.supernet, dtype=options.dtype, device_map=on_accelerator())
     if not isinstance(supernet, StitchedSupernetForCausalLM):
         raise ValueError(f"got {options.supernet}, a supernet of image classifiers; expected one of language models")
     if options.rows is not None:
