@@ -143,7 +143,9 @@ class StitchedSupernetForCausalLM(StitchedSupernet):
             chosen = self.best_path(budget, usage=usage)
         else:
             chosen = self.check_path(f"{len(self.anchors) - 1}[:]" if path is None else path)
-        ids = options.pop("input_ids") if inputs is None else inputs
+        ids = options.pop("input_ids", inputs)
+        if ids is None:
+            raise ValueError("got no prompt; expected token ids (batch, tokens), as inputs or input_ids")
         model = self.path_model(chosen)
         check_length(model, ids.shape[1])
         if prefixes is None:

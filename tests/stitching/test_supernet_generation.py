@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import PAD, VOCABULARY, left_padded, tiny_model, token_ids
+from tiny_supernets import alone
+from tiny_supernets import supernet_of as image_supernet_of
 from torch import Tensor, nn
 
 from klas_hf import PrefixCache, StitchedSupernet, StitchedSupernetForCausalLM, Usage, measure_costs
@@ -213,6 +215,13 @@ def test_a_budget_takes_the_best_path_that_it_allows(llamas: StitchedSupernetFor
     llamas.config.ranking = None
 
 
+def test_paths_of_images_have_budgets_too() -> None:
+    supernet, _ = image_supernet_of("vit")
+    whole = supernet.path_costs[supernet.paths.index(alone(1))].macs
+    chosen = supernet.path_costs[supernet.paths.index(supernet.best_path("70%"))]
+    assert chosen.macs == max(cost.macs for cost in supernet.path_costs if cost.macs <= 0.7 * whole)
+
+
 def test_seconds_are_measured_once(
     llamas: StitchedSupernetForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +240,8 @@ def test_budgets_and_paths_that_cannot_be_had_are_refused(llamas: StitchedSupern
         llamas.generate(ids, path="0[:1] 1[4:]")
     with pytest.raises(ValueError, match="got path=0.* and budget='60%'; expected one of them"):
         llamas.generate(ids, path="0[:]", budget="60%")
+    with pytest.raises(ValueError, match="got no prompt; expected token ids"):
+        llamas.generate(path="0[:]")
     with pytest.raises(ValueError, match="not measured on a device; expected a search with usage"):
         llamas.generate(ids, budget="20 ms")
     with pytest.raises(ValueError, match="device='meta', which runs nothing and has no clock"):
