@@ -114,7 +114,10 @@ class ResultRow:
         return self.metrics[metric]
 
     def cost(self, name: str) -> float:
-        """One of the costs: "macs", "parameters", or one that stands among the details, such as "latency".
+        """One of the costs.
+
+        Args:
+            name: "macs", "parameters", or one that stands among the details, such as "latency".
 
         Raises:
             ValueError: the row has no such cost; those that it has are named.

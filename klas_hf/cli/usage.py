@@ -18,8 +18,8 @@ class UsageOptions:
 
     def usage(self, budget: "Budget | None" = None) -> "Usage | None":
         """How the model will be run; None where a budget does not depend on it."""
-        from klas_hf.costs import Usage
-
         if budget is not None and not budget.timed and self.weight_bits is None:
             return None
+        from klas_hf.costs import Usage
+
         return Usage(prompt=self.prompt, batch=self.at_once, weight_bits=self.weight_bits)

@@ -126,8 +126,10 @@ class PrefixCache:
 
         Args:
             ids: of the tokens that it has seen.
+            steps: of every block of the path, itself and what comes before it.
             cache: of the path's model.
             states: behind blocks where paths part, by the block's number.
+            weights: as for `find`.
         """
         with self._lock:
             if weights != self._weights:

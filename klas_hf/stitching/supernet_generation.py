@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from klas_hf.models import StitchedForCausalLM
 from klas_hf.paths import Path
 from klas_hf.stitching.prefixes import Known, PrefixCache, Steps, cache_of, joined, partings, steps_of
 
-if TYPE_CHECKING:
-    from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
-
 
 def check_length(model: StitchedForCausalLM, tokens: int) -> None:
     """Raise ValueError for a prompt that leaves no room for a token within what every slice's anchor can read."""
@@ -33,12 +30,12 @@ def check_length(model: StitchedForCausalLM, tokens: int) -> None:
         )
 
 
-def generate_with_prefixes(
-    supernet: "StitchedSupernetForCausalLM", path: Path, ids: Tensor, prefixes: PrefixCache, **options: Any
-) -> Any:
+def generate_with_prefixes(supernet: Any, path: Path, ids: Tensor, prefixes: PrefixCache, **options: Any) -> Any:
     """What `generate` of the path's model gives, without reading what `prefixes` knows of the tokens.
 
     Args:
+        supernet: of language models.
+        path: one of its.
         ids: `(1, tokens)`.
         options: of `generate`.
 
@@ -73,7 +70,7 @@ def weights_of(module: nn.Module) -> tuple[tuple[int, int], ...]:
     return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in module.parameters())
 
 
-def _steps(supernet: "StitchedSupernetForCausalLM", path: Path) -> list[Steps]:
+def _steps(supernet: Any, path: Path) -> list[Steps]:
     joints = supernet.config.joint_of[supernet.numbers[path]] if path.joints else []
     return steps_of(supernet.bounds(path), joints)
 
@@ -93,9 +90,7 @@ def is_single(model: StitchedForCausalLM, ids: Tensor, options: dict[str, Any]) 
 
 
 @torch.no_grad()
-def _catch_up(
-    supernet: "StitchedSupernetForCausalLM", path: Path, known: Known, cache: Cache, parted: Sequence[int]
-) -> dict[int, Tensor]:
+def _catch_up(supernet: Any, path: Path, known: Known, cache: Cache, parted: Sequence[int]) -> dict[int, Tensor]:
     """Run the blocks behind the front on the tokens that only the front has seen; the states at partings, whole."""
     states = dict(known.states)
     if known.front == len(known.layers) or known.tokens == known.behind:
