@@ -134,6 +134,13 @@ def test_answers_are_streamed(served: ServedSupernet, client: openai.OpenAI) -> 
     assert chunks[-1].choices[0].finish_reason == "length" and chunks[-1].model == f"tiny@{PATHS[0]}"
 
 
+def test_the_responses_protocol_has_budgets_too(served: ServedSupernet, client: openai.OpenAI) -> None:
+    answer = client.responses.create(
+        model=f"tiny@{PATHS[1]}", input="the lazy dog", max_output_tokens=TOKENS, temperature=0, stream=False
+    )
+    assert answer.output_text == expected(served, PATHS[1], chat_prompt(served))
+
+
 def test_requests_of_different_budgets_at_the_same_time(served: ServedSupernet, client: openai.OpenAI) -> None:
     prompts = ["the quick brown fox", "the quick brown bird sang", "one big cat"]
     asked = [(path, prompt) for prompt in prompts for path in ("0[:]", "1[:]", *PATHS)]
