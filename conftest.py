@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported; set it to 0 to run the hub tests
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+from importlib.util import find_spec
 from typing import Any
 
 import hypothesis
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+collect_ignore = [] if find_spec("fastapi") else ["klas_hf/serving/app.py"]  # the extra `serve`
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")

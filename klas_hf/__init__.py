@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         StitchedSupernetForCausalLM,
         StitchedSupernetForImageClassification,
     )
+    from klas_hf.stitching.prefixes import PrefixCache
     from klas_hf.training import (
         Augmentation,
         HealingResult,
@@ -138,6 +139,7 @@ _PLACES = {
         "StitchedSupernetForCausalLM",
         "StitchedSupernetForImageClassification",
     ),
+    "klas_hf.stitching.prefixes": ("PrefixCache",),
     "klas_hf.training": (
         "Augmentation",
         "HealingResult",

@@ -5,6 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# What a model can be compared over: its name on an axis, and the unit there.
+COSTS = {
+    "macs": ("MACs (millions)", 1e6),
+    "parameters": ("parameters (millions)", 1e6),
+    "kv_bytes_per_token": ("KB of a cached token", 1e3),
+    "weight_bytes": ("MB of weights", 1e6),
+    "seconds": ("ms to the first token, or of the images", 1e-3),
+    "latency": ("ms per token, or of the images", 1e-3),
+    "peak_bytes": ("MB of activations", 1e6),
+}
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -41,6 +52,12 @@ class Cost:
     token_seconds: float | None = None
     peak_bytes: int | None = None
     batch: int = 1
+
+    @property
+    def details(self) -> dict[str, float]:
+        """What is known beside MACs and parameters, by name: for rows, over which curves are drawn."""
+        known = {name: getattr(self, name) for name in COSTS if name not in ("macs", "parameters")}
+        return {name: value for name, value in known.items() if value}
 
     @property
     def per_second(self) -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path as File
 from statistics import fmean, stdev
 from typing import Any
 
+from klas_hf.budgets import COSTS
 from klas_hf.files import Claim, claim, write_atomically
 from klas_hf.paths import Path, Stitch
 
@@ -111,6 +112,30 @@ class ResultRow:
                 "these names"
             )
         return self.metrics[metric]
+
+    def cost(self, name: str) -> float:
+        """One of the costs.
+
+        Args:
+            name: "macs", "parameters", or one that stands among the details, such as "latency".
+
+        Raises:
+            ValueError: the row has no such cost; those that it has are named.
+
+        Example:
+            >>> row = ResultRow("klas", (8, 14), 0, 2_500_000, 30_000, {"loss": 3.1}, {"latency": 0.02})
+            >>> row.cost("macs"), row.cost("latency")
+            (2500000, 0.02)
+        """
+        known = {"macs": self.macs, "parameters": self.parameters} | {
+            one: value for one, value in self.details.items() if one in COSTS and isinstance(value, int | float)
+        }
+        if name not in known:
+            raise ValueError(
+                f"got cost={name!r} and a row that has {sorted(known)}; expected one of these. Seconds, and bytes of "
+                "weights and activations, are in rows that were measured with usage=Usage(…), or --timed"
+            )
+        return known[name]
 
     def is_of(self, path: AnyPath) -> bool:
         """Whether the row measured this path through these anchors."""

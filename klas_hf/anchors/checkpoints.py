@@ -27,16 +27,17 @@ class AnchorCheckpoint:
 
     Args:
         anchor: Hub id, local folder or model.
+        shared: give the tensors of a model in memory themselves, not copies of them.
         hub: revision, token, cache_dir, local_files_only … for the Hub.
 
     Raises:
         OSError: not to be reached, damaged, or without safetensors weights (pickled ones are not read).
     """
 
-    def __init__(self, anchor: str | Path | PreTrainedModel, **hub: Any):
+    def __init__(self, anchor: str | Path | PreTrainedModel, *, shared: bool = False, **hub: Any):
         self._open_files = ExitStack()
         self._files: dict[str, Any] = {}
-        self.hub = hub
+        self.hub, self.shared = hub, shared
         self._anchor = anchor
         self._opening = Lock()  # transformers reads in several threads
         self.names: dict[str, str] = {}  # key → name in the files, where that is another
@@ -75,7 +76,8 @@ class AnchorCheckpoint:
         """A tensor, or the slice of a safetensors file that becomes one when it is read."""
         key = self.names.get(key, key)
         if key in self._tensors:
-            return self._tensors[key].detach().clone()  # transformers would share it with the anchor
+            found = self._tensors[key].detach()
+            return found if self.shared else found.clone()  # transformers would share it with the anchor
         shard = self._shards[key]
         with self._opening:
             if shard not in self._files:
@@ -149,10 +151,10 @@ class DecoderCheckpoint(AnchorCheckpoint):
         ValueError: its family cannot be stitched, or it was saved without its head.
     """
 
-    def __init__(self, anchor: str | Path | PreTrainedModel, **hub: Any):
+    def __init__(self, anchor: str | Path | PreTrainedModel, *, shared: bool = False, **hub: Any):
         config = anchor.config if isinstance(anchor, PreTrainedModel) else anchor_config(anchor, **hub)
         self.family = decoder_family(config)
-        super().__init__(anchor, **hub)
+        super().__init__(anchor, shared=shared, **hub)
         if not any(key.startswith(f"{self.family.prefix}.") for key in self.keys):
             raise ValueError(self._headless())
 

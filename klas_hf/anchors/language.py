@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from klas_hf.anchors.anchor import Anchor
 from klas_hf.anchors.batches import TokenBatch, token_batches
@@ -98,6 +99,16 @@ class LanguageAnchor(Anchor[TokenBatch, Tensor]):
         part = self._part(start, stop, fed=True)
         return part(inputs_embeds=state, **given | {"use_cache": False}).last_hidden_state
 
+    def go_on(self, state: Tensor, layers: list[CacheLayerMixin], start: int, stop: int) -> Tensor:
+        """The state after `blocks[start:stop]` of tokens that follow those whose keys and values these blocks have.
+
+        Args:
+            state: `(1, tokens, width)` before these blocks.
+            layers: a cache's, one for each of the blocks; they grow by the tokens.
+        """
+        cache = _CacheFrom(start, layers)
+        return self._part(start, stop, fed=True)(inputs_embeds=state, past_key_values=cache).last_hidden_state
+
     @torch.no_grad()
     def states(self, batch: TokenBatch, stop: int | None = None) -> list[Tensor]:
         stop = self.num_blocks if stop is None else stop
@@ -145,6 +156,17 @@ class LanguageAnchor(Anchor[TokenBatch, Tensor]):
         part = self._parts[start, stop, fed]
         part.training = self.model.training  # its blocks are the model's, and have the model's modes
         return part
+
+
+class _CacheFrom(Cache):
+    """The cache of some blocks, which number their layers from the anchor's first block."""
+
+    def __init__(self, first: int, layers: list[CacheLayerMixin]):
+        super().__init__(layers=layers)
+        self.first = first
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return super().update(keys, values, layer_idx - self.first, *args, **kwargs)
 
 
 def load_anchor(anchor: str | Path | PreTrainedModel | LanguageAnchor, **kwargs: Any) -> LanguageAnchor:

@@ -29,6 +29,8 @@ _COMMANDS = {
     "evaluate": "measure models: loss on text, accuracy on images",
     "plot": "draw the heatmap of scores, or the curve of measured models",
     "card": "write the model card of a stitched model",
+    "draft": "say which paths of a supernet pay as drafts for another",
+    "serve": "serve a supernet, each request within its budget",
     "push": "publish a stitched model on the Hugging Face Hub",
 }
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of a failing machine, not of bad input

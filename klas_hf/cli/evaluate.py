@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 from klas_hf.cli.data import DataOptions, load_material, load_model, place
 from klas_hf.cli.output import check_writable, is_main_process, say, say_json
 from klas_hf.cli.parsing import Command, flag, positional
+from klas_hf.cli.usage import UsageOptions
 from klas_hf.rows import ResultRow, RowFile, format_table, untuned_beside_tuned
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(DataOptions):
+class EvaluateOptions(UsageOptions, DataOptions):
     """Options of `klas-hf evaluate`."""
 
     folders: list[str] = positional("models, stitched or not: folders or Hub ids", metavar="FOLDER")
@@ -27,6 +28,7 @@ class EvaluateOptions(DataOptions):
     rows: str | None = field(
         default=None, metadata={"metavar": "FILE", "help": "JSONL that rows are added to; those in it are not repeated"}
     )
+    timed: bool = flag("also time the models, for `plot --cost latency`")
     json: bool = flag("print JSON")
 
 
@@ -62,7 +64,8 @@ def run(options: EvaluateOptions) -> int:
 def _shared(options: EvaluateOptions) -> dict[str, Any]:
     """What all rows of a file have in common."""
     names = ("data", "split", "length", "samples", "labels")
-    return {"command": "evaluate"} | {name: getattr(options, name) for name in names}
+    timed = ("prompt", "at_once", "weight_bits") if options.timed else ()
+    return {"command": "evaluate"} | {name: getattr(options, name) for name in (*names, *timed)}
 
 
 def _anchors(folders: list[str]) -> dict[str, tuple[str, str]]:
@@ -90,14 +93,14 @@ def _identity(
     from klas_hf.costs import measure_costs
     from klas_hf.models import StitchedConfig, StitchedVisionConfig
 
-    cost = measure_costs(model, tokens=options.length)
+    cost = measure_costs(model, tokens=options.length, usage=options.usage() if options.timed else None)
     rule, path = anchors.get(place(folder), (Path(folder).name, None))
     if isinstance(model.config, StitchedConfig | StitchedVisionConfig):
         rule, path = options.rule, model.config.path
     training, seed = _training(model.config.to_dict().get("training"))
     return ResultRow(
         rule, path, seed, cost.macs, cost.parameters, {},
-        {"folder": folder, "kv_bytes_per_token": cost.kv_bytes_per_token},
+        {"folder": folder, "kv_bytes_per_token": cost.kv_bytes_per_token} | cost.details,
         training=training, made_from=[fingerprint(model)],
     )  # fmt: skip
 

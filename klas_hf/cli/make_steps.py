@@ -8,11 +8,11 @@ from warnings import warn
 from klas_hf.cli.data import DataOptions, Material, load_material, load_model
 from klas_hf.cli.output import OVERWRITE, is_main_process, save_model
 from klas_hf.cli.parsing import flag, positional
+from klas_hf.cli.usage import UsageOptions
 from klas_hf.rows import ResultRow, RowFile
 
 if TYPE_CHECKING:
     from klas_hf.budgets import Budget
-    from klas_hf.costs import Usage
     from klas_hf.scores.path_scores import PathScores
 
 WORK = "making"  # what is only there to go on with
@@ -21,7 +21,7 @@ HELD_OUT = 10  # every tenth sequence of a text is measured on and never learnt 
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeOptions(DataOptions):
+class MakeOptions(UsageOptions, DataOptions):
     """Options of `klas-hf make`."""
 
     anchors: list[str] = positional("one or more anchors: Hub ids or folders", metavar="ANCHOR")
@@ -34,9 +34,6 @@ class MakeOptions(DataOptions):
     output: str = field(metadata={"metavar": "FOLDER", "help": "where the model goes, with its card and rows.jsonl"})
     steps: int = field(default=300, metadata={"metavar": "N", "help": "of healing; 0: none"})
     contenders: int = field(default=3, metadata={"metavar": "N", "help": "paths to heal; the best is kept"})
-    prompt: int = field(default=128, metadata={"metavar": "N", "help": "tokens that come first, for 20ms"})
-    at_once: int = field(default=1, metadata={"metavar": "N", "help": "sequences at once, for 20ms"})
-    weight_bits: float | None = field(default=None, metadata={"metavar": "N", "help": "where quantised, for 4GB"})
     batch_size: int = field(default=8, metadata={"metavar": "N", "help": "sequences or images at once"})
     split: str = field(default="train", metadata={"help": "images to search on and to learn from"})
     test_split: str = field(default="validation", metadata={"metavar": "SPLIT", "help": "images to measure on"})
@@ -48,14 +45,6 @@ class MakeOptions(DataOptions):
         for name, least in (("steps", 0), ("contenders", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"got {name}={getattr(self, name)}; expected {least} or more")
-
-    def usage(self, budget: "Budget") -> "Usage | None":
-        """How the model will be run, where the budget depends on it."""
-        from klas_hf.costs import Usage
-
-        if not budget.timed and self.weight_bits is None:
-            return None
-        return Usage(prompt=self.prompt, batch=self.at_once, weight_bits=self.weight_bits)
 
 
 @dataclass(frozen=True)

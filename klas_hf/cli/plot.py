@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from klas_hf import plotting
+from klas_hf.budgets import COSTS
 from klas_hf.cli.output import OVERWRITE, check_output, say
 from klas_hf.cli.parsing import Command, flag, positional
 from klas_hf.cli.select import load_scores
@@ -19,6 +20,7 @@ class PlotOptions:
     file: str = positional("scores (.safetensors) of `score`, or rows (.jsonl) of `evaluate` or a recipe")
     output: str = field(metadata={"metavar": "PICTURE", "help": "where PNG and SVG go, with or without an ending"})
     metric: str | None = field(default=None, metadata={"help": "of the rows, or score; without it, the first"})
+    cost: str = field(default="macs", metadata={"help": f"over which rows are drawn: {', '.join(COSTS)}"})
     overwrite: bool = flag(OVERWRITE)
 
 
@@ -27,11 +29,14 @@ def run(options: PlotOptions) -> int:
     stem = stem.with_suffix("") if stem.suffix in (".png", ".svg") else stem
     for suffix in (".png", ".svg"):
         check_output(stem.with_name(stem.name + suffix), options.overwrite)
+    if options.cost not in COSTS:
+        raise ValueError(f"got cost={options.cost!r}; expected one of {', '.join(COSTS)}")
     if Path(options.file).suffix == ".safetensors":
         _heatmap(load_scores(options.file), options.metric, stem)
     else:
         rows = read_rows(options.file)
-        plot_curves(curves_by_rule(rows, options.metric or next(iter(rows[0].metrics))), path=stem)
+        metric = options.metric or next(iter(rows[0].metrics))
+        plot_curves(curves_by_rule(rows, metric, options.cost), path=stem)
     say(f"Made {stem}.png and {stem}.svg")
     return 0
 
@@ -45,4 +50,4 @@ def _heatmap(scores: StitchScores, metric: str | None, stem: Path) -> None:
         plotting.heatmaps({chosen.score: chosen.values[:, 1:]}, "target block j", "source block i", stem)
 
 
-COMMAND = Command("Draw the heatmap of scores, or quality against MACs of measured models.", PlotOptions, run)
+COMMAND = Command("Draw the heatmap of scores, or quality against cost of measured models.", PlotOptions, run)

@@ -6,13 +6,14 @@ With a budget, one of them is recommended.
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from klas_hf.budgets import Budget, Cost, check_budget
 from klas_hf.cli.output import say, say_json
 from klas_hf.cli.parsing import Command, flag, positional
+from klas_hf.cli.usage import UsageOptions
 from klas_hf.paths import Stitch
 from klas_hf.rows import markdown_table
 from klas_hf.scores.values import SCORES, StitchScores
@@ -21,12 +22,15 @@ from klas_hf.selection.klas import select_stitches
 from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stitches
 from klas_hf.selection.snnet import snnet_stitches
 
+if TYPE_CHECKING:
+    from klas_hf.costs import Usage
+
 EVERY = 1e12  # a threshold that all stitches of a bucket are within
 RULES = (*SCORES, "min_kl", "esta", "snnet", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectOptions:
+class SelectOptions(UsageOptions):
     """Options of `klas-hf select`."""
 
     scores: str = positional("what `klas-hf score` wrote")
@@ -40,7 +44,7 @@ class SelectOptions:
         default=None,
         metadata={
             "metavar": "SIZE",
-            "help": "recommend one: share of the target's MACs (60%%), parameters (2B), bytes (4GB)",
+            "help": "recommend one: 60%% (of the target's MACs), 2B, 4GB, 20ms, or '4GB, 20ms'",
         },
     )
     json: bool = flag("print JSON")
@@ -110,9 +114,8 @@ def recommended(
     budget, target = Budget.of(str(options.budget)), scores.provenance.get("target", {})
     if "parameters" not in target:
         raise ValueError(f"got {options.scores}, which does not say how large the target is; score again")
-    whole, size = Cost(scores.costs.target_total, target["parameters"]), target["bytes_per_parameter"]
-    every = choose(scores, replace(options, threshold=EVERY))
-    costs = [Cost(*scores.costs.of(stitch)) for stitch in every]
+    every, size = choose(scores, replace(options, threshold=EVERY)), target["bytes_per_parameter"]
+    costs, whole = _costs(every, scores, budget, options.usage(budget))
     check_budget(budget, costs, whole, size)
     within = [n for n, cost in enumerate(costs) if budget.allows(cost, whole, size)]
     scored = not math.isnan(every.values[within[0]])
@@ -121,6 +124,24 @@ def recommended(
     reason = f"has the lowest {every.rule}, {every.values[place]:.4g}," if scored else "is the dearest"
     why = f"{every[place]} {reason} of the {len(within)} stitches within the budget of {budget.text}."
     return replace(both, candidates=chosen.candidates, outside=chosen.outside), every[place], why
+
+
+def _costs(
+    every: StitchSelection, scores: StitchScores, budget: Budget, usage: "Usage | None"
+) -> tuple[list[Cost], Cost]:
+    """Of all stitches, and of the target: as they were counted, or anew from the anchors' configurations."""
+    counted = scores.costs
+    if usage is None and budget.kv_bytes_per_token is None:
+        whole = Cost(counted.target_total, scores.provenance["target"]["parameters"])
+        return [Cost(*counted.of(stitch)) for stitch in every], whole
+    from klas_hf.anchors.language import anchor_config, hub_options
+    from klas_hf.costs import measure_path_costs
+
+    anchors = [scores.provenance[side] for side in ("source", "target")]
+    configs = [anchor_config(one["name"], **hub_options({}, one["revision"])) for one in anchors]
+    size = (counted.image_height, counted.image_width) if counted.image_height else None
+    found = measure_path_costs(configs, tokens=counted.tokens, image_size=size, usage=usage)
+    return [found.of(Stitch(one.source_stop, one.target_start)) for one in every], found.of("1[:]")
 
 
 def described(chosen: StitchSelection, scores: StitchScores) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 WARM, ROUNDS, STEPS = 2, 7, 8  # runs that do not count, runs that do, tokens written in each
 
@@ -155,6 +156,27 @@ def _peak(memory: LiveBytes, peaks: list[int]) -> None:
 
 def _medians(rounds: Sequence[Sequence[float]]) -> list[float]:
     return [median(part) for part in zip(*rounds, strict=True)]
+
+
+@torch.no_grad()
+def time_checking(model: PreTrainedModel, prompt: int, most: int) -> tuple[float, ...]:
+    """How many times longer reading 1 + n tokens takes than reading one, behind a prompt, for n from 0 to `most`."""
+    clock, ids = _Clock(model.device), torch.ones(1, max(prompt, most + 1), dtype=torch.long, device=model.device)
+    cache = DynamicCache()
+    cache.layers.extend(DynamicLayer() for _ in range(model.config.num_hidden_layers))  # such as can be cropped
+    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    rounds = []
+    for _ in range(WARM + ROUNDS):
+        seconds = []
+        for count in range(1, most + 2):
+            clock.mark()
+            model(input_ids=ids[:, :count], past_key_values=cache)
+            clock.mark()
+            seconds += clock.read()
+            cache.crop(-count)
+        rounds.append(seconds)
+    medians = _medians(rounds[WARM:])
+    return tuple(one / medians[0] for one in medians)
 
 
 @torch.no_grad()

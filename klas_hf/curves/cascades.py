@@ -107,18 +107,21 @@ class CascadePoint:
     parameters: int
 
 
-def cascade_curve(first: CascadeMember, second: CascadeMember, thresholds: Sequence[float]) -> list[CascadePoint]:
+def cascade_curve(
+    first: CascadeMember, second: CascadeMember, thresholds: Sequence[float], *, shared: int = 0
+) -> list[CascadePoint]:
     """Cost and quality of the cascade at every threshold.
 
     Args:
         first, second: the small and the large model on the same items, in the same order.
         thresholds: an item is sent on where the first model's confidence is below.
+        shared: MACs of the second that the first has already done: where two paths begin alike.
 
     Returns:
         A point per threshold, in their order.
 
     Raises:
-        ValueError: other items, or a first model dearer than the second.
+        ValueError: other items, a first model dearer than the second, or more shared than the first costs.
 
     Example:
         >>> quick = CascadeMember.of_probabilities(np.array([[0.9, 0.1], [0.6, 0.4]]), np.array([0, 1]), macs=10)
@@ -131,13 +134,15 @@ def cascade_curve(first: CascadeMember, second: CascadeMember, thresholds: Seque
         raise ValueError(f"got {len(first.quality)} and {len(second.quality)} items; expected the same for both models")
     if first.macs > second.macs:
         raise ValueError(f"got a first model of {first.macs:,} MACs and a second of {second.macs:,}; swap them")
+    if not 0 <= shared <= first.macs:
+        raise ValueError(f"got shared={shared:,} of {first.macs:,} MACs; expected no more than the first model's")
     weights = np.ones(len(first.quality)) if first.weights is None else first.weights
     points = []
     for threshold in thresholds:
         sent = first.confidence < threshold
         share = float(np.average(sent, weights=weights))
         quality = float(np.average(np.where(sent, second.quality, first.quality), weights=weights))
-        macs = first.macs + share * second.macs
+        macs = first.macs + share * (second.macs - shared)
         points.append(CascadePoint(threshold, macs, quality, share, first.parameters + second.parameters))
     return points
 
@@ -173,16 +178,19 @@ def best_per_bucket(points: Sequence[CascadePoint], *, buckets: int = 20) -> lis
     return [best[bucket] for bucket in sorted(best)]
 
 
-def to_rows(points: Sequence[CascadePoint], *, metric: str = "accuracy", seed: int = 0) -> list[ResultRow]:
+def to_rows(
+    points: Sequence[CascadePoint], *, metric: str = "accuracy", seed: int = 0, rule: str = "cascade"
+) -> list[ResultRow]:
     """Points as rows, for curves and tables; MACs are rounded.
 
     Args:
         points: of one cascade.
         metric: name that the quality gets, that of the rows it is compared with.
         seed: of those rows.
+        rule: their name.
 
     Returns:
-        A row of rule "cascade" per point, with its threshold as setting and the share sent on among its details.
+        A row of this rule per point, with its threshold as setting and the share sent on among its details.
 
     Example:
         >>> (row,) = to_rows([CascadePoint(threshold=0.8, macs=60.0, quality=0.7, sent=0.5, parameters=0)])
@@ -191,7 +199,7 @@ def to_rows(points: Sequence[CascadePoint], *, metric: str = "accuracy", seed: i
     """
     return [
         ResultRow(
-            rule="cascade",
+            rule=rule,
             path=None,
             seed=seed,
             macs=round(point.macs),

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from klas_hf import plotting
+from klas_hf.budgets import COSTS
 from klas_hf.maths.correlations import pearson, spearman
 from klas_hf.paths import Stitch
 from klas_hf.rows import ResultRow, by_model, untuned_beside_tuned
@@ -34,6 +35,11 @@ class MeasuredModel:
     def macs(self) -> int:
         """MACs, the same for all seeds."""
         return self.rows[0].macs
+
+    def cost(self, name: str) -> float:
+        """A cost by name (see `ResultRow.cost`); of seconds, the mean over seeds."""
+        costs = [row.cost(name) for row in self.rows]
+        return costs[0] if min(costs) == max(costs) else fmean(costs)
 
 
 def measured_models(rows: Iterable[ResultRow], metric: str) -> list[MeasuredModel]:
@@ -61,20 +67,23 @@ def higher_is_better(metric: str) -> bool:
 
 
 class TradeoffCurve:
-    """Quality of several models against their MACs (the curves of KLAS and SN-Net, and their AUC).
+    """Quality of several models against their MACs (the curves of KLAS and SN-Net, and their AUC), or another cost.
 
     Args:
         rows: measured models; a model counts with its mean over seeds, and of several models of one cost the best.
         metric: key of `ResultRow.metrics`.
         higher_is_better: False for losses.
         label: name in plots.
+        cost: what models are compared over: "macs", "parameters", "kv_bytes_per_token", and where rows were measured
+            with a usage "weight_bytes", "seconds", "latency" or "peak_bytes".
 
     Attributes:
-        macs, values: cost and quality of the points, by cost.
+        costs, values: cost and quality of the points, by cost.
+        macs: MACs of the points.
         rows: all rows, by cost.
 
     Raises:
-        ValueError: no rows, or a row that lacks the metric.
+        ValueError: no rows, or a row that lacks the metric or the cost.
 
     Example:
         >>> points = [(10, 0.5), (20, 0.4), (30, 0.9)]
@@ -84,72 +93,87 @@ class TradeoffCurve:
         (0.55, 0.45, [10, 30])
     """
 
-    def __init__(self, rows: Iterable[ResultRow], metric: str, *, higher_is_better: bool = True, label: str = ""):
-        self.rows = tuple(sorted(rows, key=lambda row: row.macs))
-        self.metric, self.higher_is_better, self.label = metric, higher_is_better, label
+    def __init__(
+        self,
+        rows: Iterable[ResultRow],
+        metric: str,
+        *,
+        higher_is_better: bool = True,
+        label: str = "",
+        cost: str = "macs",
+    ):
+        self.rows = tuple(sorted(rows, key=lambda row: row.cost(cost)))
+        self.metric, self.higher_is_better, self.label, self.cost = metric, higher_is_better, label, cost
         if not self.rows:
             raise ValueError("got no rows; expected at least one measured model")
-        best: dict[int, MeasuredModel] = {}
-        for model in measured_models(self.rows, metric):
-            there = best.setdefault(model.macs, model)
+        best: dict[float, MeasuredModel] = {}
+        for model in sorted(measured_models(self.rows, metric), key=lambda model: model.cost(cost)):
+            there = best.setdefault(model.cost(cost), model)
             if (model.value > there.value) == higher_is_better and model.value != there.value:
-                best[model.macs] = model
+                best[model.cost(cost)] = model
         self._best = list(best.values())
         self.macs = np.array([model.macs for model in self._best])
+        self.costs = np.array(list(best))
         self.values = np.array([model.value for model in self._best])
 
     def auc(self, interval: tuple[float, float] | None = None) -> float:
-        """Area under the curve over normalised MACs, which is the mean quality over the interval of costs.
+        """Area under the curve over normalised costs, which is the mean quality over the interval of costs.
 
         Args:
-            interval: MACs from and to; None takes the curve's own span. Compare curves on a common interval
+            interval: costs from and to; None takes the curve's own span. Compare curves on a common interval
                 (`common_interval`) only: the paper does not say which one its figures are over.
 
         Raises:
             ValueError: the interval reaches outside the measured costs, or is empty.
         """
-        low, high = interval or (self.macs[0], self.macs[-1])
-        if not self.macs[0] <= low < high <= self.macs[-1]:
+        low, high = interval or (self.costs[0], self.costs[-1])
+        if not self.costs[0] <= low < high <= self.costs[-1]:
+            name = "MACs" if self.cost == "macs" else self.cost
             raise ValueError(
-                f"got the interval {low:,} to {high:,} MACs; expected a non-empty one within the measured "
-                f"costs {self.macs[0]:,} to {self.macs[-1]:,}"
+                f"got the interval {low:,} to {high:,} {name}; expected a non-empty one within the measured "
+                f"costs {self.costs[0]:,} to {self.costs[-1]:,}"
             )
-        inner = self.macs[(self.macs > low) & (self.macs < high)]
+        inner = self.costs[(self.costs > low) & (self.costs < high)]
         x = np.concatenate([[low], inner, [high]]).astype(float)
-        return float(np.trapezoid(np.interp(x, self.macs, self.values), x) / (high - low))
+        return float(np.trapezoid(np.interp(x, self.costs, self.values), x) / (high - low))
 
     def pareto(self) -> "TradeoffCurve":
         """The Pareto front: models whose mean quality over seeds nothing cheaper reaches; lucky rows do not count."""
         signed = self.values if self.higher_is_better else -self.values
         before = np.concatenate([[-np.inf], np.maximum.accumulate(signed)[:-1]])
         front = [row for model, is_on in zip(self._best, signed > before, strict=True) if is_on for row in model.rows]
-        return TradeoffCurve(front, self.metric, higher_is_better=self.higher_is_better, label=self.label)
+        about: dict[str, Any] = {"higher_is_better": self.higher_is_better, "label": self.label, "cost": self.cost}
+        return TradeoffCurve(front, self.metric, **about)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Draw the curve, quality against millions of MACs; writes PNG and SVG if `path` is given."""
+        """Draw the curve, quality against cost; writes PNG and SVG if `path` is given."""
         return plot_curves([self], path=path)
 
 
 def common_interval(curves: Sequence[TradeoffCurve]) -> tuple[float, float]:
-    """MACs over which all curves are measured: what areas that are compared must be taken over.
+    """Costs over which all curves are measured: what areas that are compared must be taken over.
 
     Args:
-        curves: at least one.
+        curves: at least one, all over one cost.
 
     Returns:
-        The lowest and the highest common cost, in MACs.
+        The lowest and the highest common cost, in MACs or what the curves are over.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or curves over different costs.
 
     Example:
         >>> whole, part = TradeoffCurve(rows, "loss"), TradeoffCurve(rows[1:], "loss")
         >>> common_interval([whole, part]) == (rows[1].macs, rows[-1].macs)
         True
     """
-    low, high = max(float(c.macs[0]) for c in curves), min(float(c.macs[-1]) for c in curves)
+    _check_costs(curves)
+    low, high = max(float(c.costs[0]) for c in curves), min(float(c.costs[-1]) for c in curves)
     if low >= high:
-        raise ValueError(f"got curves with no common costs (from {low:,.0f} to {high:,.0f} MACs); expected an overlap")
+        name = "MACs" if curves[0].cost == "macs" else curves[0].cost
+        raise ValueError(
+            f"got curves with no common costs (from {low:,.6g} to {high:,.6g} {name}); expected an overlap"
+        )
     return low, high
 
 
@@ -160,7 +184,7 @@ def plot_curves(
     title: str = "",
     path: str | Path | None = None,
 ) -> "Figure":
-    """Several curves in one figure, quality against millions of MACs.
+    """Several curves in one figure, quality against millions of MACs, or what else they are over.
 
     Anchors that were not fine-tuned are marked where other models were.
 
@@ -174,7 +198,7 @@ def plot_curves(
         The figure of matplotlib.
 
     Raises:
-        ValueError: no curves.
+        ValueError: no curves, or curves over different costs.
 
     Example:
         >>> curve = TradeoffCurve(rows, "loss", higher_is_better=False, label="all")
@@ -184,23 +208,37 @@ def plot_curves(
     """
     if not curves:
         raise ValueError("got no curves to plot; expected at least one TradeoffCurve")
-    series = [plotting.Series(c.label or c.metric, list(c.macs / 1e6), list(c.values)) for c in curves]
+    cost = _check_costs(curves)
+    axis, unit = COSTS[cost]
+    series = [plotting.Series(c.label or c.metric, list(c.costs / unit), list(c.values)) for c in curves]
     untuned = untuned_beside_tuned(row for curve in curves for row in curve.rows)
     marked = dict(points or {})
     if untuned:
         marked["anchors, not tuned"] = measured_models(untuned, curves[0].metric)
     for name, models in marked.items():
-        macs, values = [model.macs / 1e6 for model in models], [model.value for model in models]
-        series.append(plotting.Series(name, macs, values, line=False))
+        places, values = [model.cost(cost) / unit for model in models], [model.value for model in models]
+        series.append(plotting.Series(name, places, values, line=False))
     title = title or f"{curves[0].metric} of models of every size"
-    return plotting.lines(series, "MACs (millions)", curves[0].metric, title, path)
+    return plotting.lines(series, axis, curves[0].metric, title, path)
 
 
-def curves_by_rule(rows: Sequence[ResultRow], metric: str) -> list[TradeoffCurve]:
+def _check_costs(curves: Sequence[TradeoffCurve]) -> str:
+    """The one cost that all curves are over; ValueError where there are several."""
+    found = sorted({curve.cost for curve in curves})
+    if len(found) > 1:
+        raise ValueError(f"got curves over {' and '.join(found)}; expected one cost for all")
+    return found[0]
+
+
+def curves_by_rule(rows: Sequence[ResultRow], metric: str, cost: str = "macs") -> list[TradeoffCurve]:
     """One curve per rule that chose stitched models, each with all anchors; of anchors alone, one.
 
+    Args:
+        rows: measured models.
+        metric, cost: as for `TradeoffCurve`.
+
     Raises:
-        ValueError: no rows, or a row that lacks the metric.
+        ValueError: no rows, or a row that lacks the metric or the cost.
 
     Example:
         >>> [(curve.label, len(curve.macs) == len(rows)) for curve in curves_by_rule(rows, "loss")]
@@ -211,7 +249,7 @@ def curves_by_rule(rows: Sequence[ResultRow], metric: str) -> list[TradeoffCurve
     chosen = {rule: [row for row in rows if row.rule == rule and row.joints] for rule in rules} or {"anchors": []}
     better = higher_is_better(metric)
     return [
-        TradeoffCurve([*anchors, *of_rule], metric, higher_is_better=better, label=rule)
+        TradeoffCurve([*anchors, *of_rule], metric, higher_is_better=better, label=rule, cost=cost)
         for rule, of_rule in chosen.items()
     ]
 

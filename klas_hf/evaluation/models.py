@@ -1,13 +1,13 @@
 """Rows of whatever is measured, of stitched models one by one, and of anchors."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
 from klas_hf.anchors.weights import fingerprint
-from klas_hf.costs import measure_costs
+from klas_hf.costs import Usage, measure_costs
 from klas_hf.processes import process_state
 from klas_hf.rows import AnyPath, ResultRow, RowFile
 
@@ -43,6 +43,7 @@ def evaluate_stitches(
     training: Mapping[str, Any] | None,
     seed: int = 0,
     tokens: int = 128,
+    usage: Usage | None = None,
     setting: Mapping[str, Any] | None = None,
 ) -> list[ResultRow]:
     """Make and measure each stitch or other path, one row each, leaving out what the file already has.
@@ -60,6 +61,7 @@ def evaluate_stitches(
         training: how `make` trains, as JSON values (`asdict(TrainingConfig(…))`, data, teacher); None: it does not.
         seed: recorded with the rows.
         tokens: sequence length that costs are for.
+        usage: how the models will be run; given, each is timed so, for curves over seconds and bytes.
         setting: what else `make` and `measure` depend on, as JSON values: how slices are joined, say.
 
     Returns:
@@ -83,12 +85,12 @@ def evaluate_stitches(
     """
     done = []
     for path in stitches:
-        like = _wanted(rule, path, seed, tokens, anchors, training, setting or {})
+        like = _wanted(rule, path, seed, tokens, anchors, training, used(usage) | dict(setting or {}))
         row = rows.find(like, any_rule=True)
         if row is None or row.rule != rule:
             if row is None:
                 model = make(path)
-                row = _measured(like, model, measure(model))
+                row = _measured(like, model, measure(model), usage)
             row = replace(row, rule=rule)
             rows.append(row, to_disk=process_state().is_main_process)
         done.append(row)
@@ -105,12 +107,13 @@ def evaluate_anchor(
     training: Mapping[str, Any] | None = None,
     seed: int = 0,
     tokens: int = 128,
+    usage: Usage | None = None,
 ) -> ResultRow:
     """Measure an anchor itself: the ends of a curve.
 
     Args:
         model: the anchor.
-        measure, rows, seed, tokens: as for `evaluate_stitches`.
+        measure, rows, seed, tokens, usage: as for `evaluate_stitches`.
         rule: the name under which the row is kept, such as "source" or "target".
         position: of the anchor among those that paths are made of; None: no path names it.
         training: how it was fine-tuned, as JSON values; None: it was not.
@@ -130,10 +133,10 @@ def evaluate_anchor(
         ('1[:]', True, 1)
     """
     path = None if position is None else f"{position}[:]"
-    like = _wanted(rule, path, seed, tokens, [fingerprint(model)], training, {})
+    like = _wanted(rule, path, seed, tokens, [fingerprint(model)], training, used(usage))
     row = rows.find(like)
     if row is None:
-        row = _measured(like, model, measure(model))
+        row = _measured(like, model, measure(model), usage)
         rows.append(row, to_disk=process_state().is_main_process)
     return row
 
@@ -147,10 +150,15 @@ def _wanted(
     return ResultRow(rule, path, seed, 0, 0, {}, training=training, made_from=anchors, setting=setting)
 
 
-def _measured(row: ResultRow, model: PreTrainedModel, measured: Measurement) -> ResultRow:
-    cost = measure_costs(model, tokens=row.setting["tokens"])
+def used(usage: Usage | None) -> dict[str, Any]:
+    """How models were run, as a setting of rows: nothing where they were not timed."""
+    return {} if usage is None else {"usage": asdict(usage)}
+
+
+def _measured(row: ResultRow, model: PreTrainedModel, measured: Measurement, usage: Usage | None) -> ResultRow:
+    cost = measure_costs(model, tokens=row.setting["tokens"], usage=usage)
     fits = model.config.to_dict().get("joint_fits")
-    details = {"kv_bytes_per_token": cost.kv_bytes_per_token} | ({"joint_fits": fits} if fits else {})
+    details = {"kv_bytes_per_token": cost.kv_bytes_per_token} | cost.details | ({"joint_fits": fits} if fits else {})
     return replace(
         row, macs=cost.macs, parameters=cost.parameters, metrics=dict(measured.metrics),
         details=details | dict(measured.details),

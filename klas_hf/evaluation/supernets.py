@@ -9,13 +9,15 @@ import torch
 
 from klas_hf.anchors.classes import check_classes
 from klas_hf.anchors.weights import evaluating, fingerprint
+from klas_hf.costs import Usage
 from klas_hf.evaluation.images import recalibrated
 from klas_hf.evaluation.measuring import Sums, task_of
-from klas_hf.evaluation.models import Measurement
+from klas_hf.evaluation.models import Measurement, used
 from klas_hf.paths import Path
 from klas_hf.processes import process_state, progress, shared_out
 from klas_hf.rows import AnyPath, ResultRow, RowFile
 from klas_hf.stitching.supernet import StitchedSupernet
+from klas_hf.stitching.supernet_budgets import path_costs
 
 GROUP = 24  # paths that are evaluated in one pass, and written when it ends
 
@@ -30,6 +32,7 @@ def evaluate_supernet(
     seed: int = 0,
     classes: Sequence[int] | None = None,
     recalibration: Iterable[object] | None = None,
+    usage: Usage | None = None,
 ) -> list[ResultRow]:
     """Measure every path of a supernet, one row each, leaving out what the file already has of this very supernet.
 
@@ -43,6 +46,7 @@ def evaluate_supernet(
         classes: of images, measure among these classes only too.
         recalibration: images on which BatchNorm statistics are taken anew for each path, and put back after it; None
             measures with the supernet's own.
+        usage: how the paths will be run; given, their seconds and bytes are foretold, for curves over them.
 
     Returns:
         A row per path, in the order of `supernet.paths`, whether it was measured now or before.
@@ -59,17 +63,20 @@ def evaluate_supernet(
     """
     check_classes(batches, supernet.config)
     setting = {"classes": None if classes is None else list(classes), "recalibrated": recalibration is not None}
-    weights = [fingerprint(supernet)]
+    setting |= used(usage)
+    weights, (costs, _) = [fingerprint(supernet)], path_costs(supernet, usage)
     wanted = {
         path: ResultRow(
-            rule, path, seed, cost.macs, cost.parameters, {}, training=training, made_from=weights, setting=setting,
+            rule, path, seed, cost.macs, cost.parameters, {}, cost.details, training=training, made_from=weights,
+            setting=setting,
         )
-        for path, cost in zip(supernet.paths, supernet.path_costs, strict=True)
+        for path, cost in costs.items()
     }  # fmt: skip
     missing = [path for path, row in wanted.items() if rows.find(row) is None]
     for group, found in _measured(supernet, missing, batches, classes, recalibration):
         for path, measured in zip(group, found, strict=True):
-            row = replace(wanted[path], metrics=dict(measured.metrics), details=dict(measured.details))
+            details = {**wanted[path].details, **measured.details}
+            row = replace(wanted[path], metrics=dict(measured.metrics), details=details)
             rows.append(row, to_disk=process_state().is_main_process)
     return [there for row in wanted.values() if (there := rows.find(row)) is not None]
 

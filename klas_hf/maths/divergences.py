@@ -24,6 +24,19 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def acceptance(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """1 − TV(P, Q) = Σ min(p, q): how likely a target P takes what a draft Q has sampled (Leviathan et al., Cor. 3.6).
+
+    Args:
+        log_p, log_q: `(..., classes)` log-probabilities, fp32 or better.
+
+    Returns:
+        `(...)` probabilities.
+    """
+    _check_precision(log_p, log_q)
+    return torch.minimum(log_p, log_q).exp().sum(-1).clamp_max(1)
+
+
 def pairwise_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(P_i ‖ Q_j) of every pair (i, j) at every token: the terms of KLAS Eq. 1.
 

@@ -25,6 +25,7 @@ class StitchedSupernetConfig(PreTrainedConfig):
         initializer_range: standard deviation of weights that are drawn at random.
         anchor_names, anchor_revisions: Hub ids or folders of the anchors, and their commits, where known.
         training: how the supernet was fine-tuned, or None.
+        ranking: all paths as texts, the best first (`StitchedSupernet.rank`), or None.
 
     Example:
         >>> config = StitchedSupernetConfig(
@@ -50,6 +51,7 @@ class StitchedSupernetConfig(PreTrainedConfig):
     anchor_names: list[Any] | None = None
     anchor_revisions: list[Any] | None = None
     training: dict[str, Any] | None = None
+    ranking: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.anchor_configs = [as_config(config) for config in self.anchor_configs or [None]]

@@ -66,6 +66,11 @@ def _within(
     chosen: StitchSelection, scores: StitchScores, budget: Budget, costs: Callable[[Stitch], Cost] | None
 ) -> StitchSelection:
     """The stitches that are within a budget."""
+    if costs is None and budget.kv_bytes_per_token is not None:
+        raise ValueError(
+            f"got a budget of {budget.text} without costs, and scores that count no cached bytes; expected "
+            "costs=measure_path_costs([source, target]).of"
+        )
     each = [Cost(*scores.costs.of(stitch)) if costs is None else costs(stitch) for stitch in chosen.stitches]
     target = Cost(scores.costs.target_total, 0)
     size = scores.provenance.get("target", {}).get("bytes_per_parameter", 4)

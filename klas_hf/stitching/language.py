@@ -238,7 +238,7 @@ def stitched_state(anchors: Mapping[int, DecoderCheckpoint], config: StitchedCon
     last = anchors[config.slices[-1][0]]
     for name, key in last.head_keys().items():
         # Read twice from a file, a tied tensor would be one in memory, which could not be saved under two names.
-        is_embedding = last is anchors[config.slices[0][0]] and last.config.tie_word_embeddings
+        is_embedding = last is anchors[config.slices[0][0]] and last.config.tie_word_embeddings and not last.shared
         state[f"lm_head.{name}"] = _Copied(last.tensor(key)) if is_embedding else last.tensor(key)
     widths = [one.hidden_size for one in config.slice_configs]
     for number, ends in enumerate(() if config.identity_joints else pairwise(widths)):

@@ -3,6 +3,8 @@
 import warnings
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.processes import others_bars
@@ -45,3 +47,24 @@ def load_parts(
 def prefix_map(device_map: Any) -> Any:
     """Where an anchor's first blocks go, run beside a model whose parts a `device_map` may name."""
     return "auto" if isinstance(device_map, dict) and "" not in device_map else device_map
+
+
+def fill_from(
+    model: PreTrainedModel, like: PreTrainedModel, device: torch.device, dtype: torch.dtype, copied: bool
+) -> None:
+    """Give an unallocated model the tensors of another, or copies of them."""
+    known: dict[int, Tensor] = {}  # tied ones have two names
+
+    def moved(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        if tensor.data_ptr() not in known or not tensor.numel():
+            dtype = dtype if tensor.is_floating_point() else None
+            known[tensor.data_ptr()] = tensor.detach().to(device=device, dtype=dtype, copy=copied)
+        return known[tensor.data_ptr()]
+
+    state = like.state_dict()
+    model.load_state_dict({name: moved(tensor, dtype) for name, tensor in state.items()}, assign=True)
+    for name, buffer in like.named_buffers():
+        if name not in state:  # what no checkpoint keeps, such as rotary frequencies
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, moved(buffer, None))
+    model.tie_weights()

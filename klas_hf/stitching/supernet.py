@@ -15,19 +15,21 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from klas_hf.actions import Publishable
 from klas_hf.anchors.anchor import Anchor
 from klas_hf.anchors.language import hub_options
 from klas_hf.anchors.loading import load_anchors
-from klas_hf.costs import Cost
+from klas_hf.budgets import Budget
+from klas_hf.costs import Cost, Usage
 from klas_hf.models import StitchedModel
 from klas_hf.models.checkpoint_files import HUB_OPTIONS, explained_damage, load_whole, replacing, save_processor
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
 from klas_hf.paths import Path, Stitch
 from klas_hf.stitching.calibration import sampled
-from klas_hf.stitching.loading import RANDOM_STITCH
+from klas_hf.stitching.loading import RANDOM_STITCH, fill_from
+from klas_hf.stitching.supernet_budgets import best_path, path_costs, ranked
 from klas_hf.stitching.supernet_joints import (
     check_directions,
     check_paths,
@@ -137,7 +139,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             supernet = kind(config).eval()
         last = loaded[-1].model
         for model, one, given in zip(supernet.anchors, loaded, anchors, strict=True):
-            _fill(model, one.model, last.device, last.dtype, copied=not isinstance(given, str | os.PathLike))
+            fill_from(model, one.model, last.device, last.dtype, copied=not isinstance(given, str | os.PathLike))
         supernet.joints = supernet._made_joints().to(device=last.device, dtype=last.dtype).eval()
         commits = revisions or [None] * len(anchors)
         supernet.processors_from = [
@@ -208,8 +210,42 @@ class StitchedSupernet(Publishable, PreTrainedModel):
     def path_costs(self) -> tuple[Cost, ...]:
         """What each path costs as a model of its own, in the order of `paths`; MACs are those of one image, or of one
         sequence of `config.tokens`."""
-        costs = costs_of(self.config)
-        return tuple(costs.of(path) for path in self.paths)
+        return tuple(path_costs(self)[0].values())
+
+    @cached_property
+    def kept_costs(self) -> dict[Usage | None, tuple[dict[Path, Cost], Cost]]:
+        """Of each usage that was asked for, the costs of the paths and of the dearest anchor."""
+        return {}
+
+    def best_path(self, budget: Budget | Cost | str | float, *, usage: Usage | None = None) -> Path:
+        """The best of the supernet's paths within a budget: by `rank`, or else the one of most MACs.
+
+        Args:
+            budget: what it may cost (see `Budget.of`); a share is of the dearest anchor's MACs.
+            usage: how it is run, for budgets in seconds or of quantised weights; parts are timed once.
+
+        Raises:
+            ValueError: no path is within it, or it is above the dearest anchor; the nearest are named.
+        """
+        return best_path(self, Budget.of(budget), usage)
+
+    def rank(self, losses: Mapping[AnyPath, float]) -> None:
+        """Keep in the configuration how good the paths are, by which `best_path` chooses.
+
+        Args:
+            losses: of every path, the anchors included: a loss, a functional KL or anything of which less is better.
+
+        Raises:
+            ValueError: a path without a number, or one that is not the supernet's.
+
+        Example:
+            >>> supernet = StitchedSupernet.from_anchors([source, target], [(1, 2), (2, 3)], calibration=batches)
+            >>> rows = evaluate_supernet(supernet, batches, rule="mine", rows=RowFile(folder / "rows.jsonl", {}))
+            >>> supernet.rank({row.path: row.metrics["loss"] for row in rows})
+            >>> supernet.best_path("80%") in supernet.paths, len(supernet.config.ranking)
+            (True, 4)
+        """
+        self.config.ranking = [str(path) for path in ranked(self, losses)]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.anchors[0].get_input_embeddings()
@@ -316,34 +352,3 @@ class StitchedSupernet(Publishable, PreTrainedModel):
     def _made_joints(self) -> nn.ModuleList:
         ends = self._joint_ends()
         return nn.ModuleList(self.anchor(a).joint(stop, self.anchor(b), start) for a, stop, b, start in ends)
-
-
-def _fill(
-    model: PreTrainedModel, like: PreTrainedModel, device: torch.device, dtype: torch.dtype, copied: bool
-) -> None:
-    """Give an unallocated model the tensors of another, or copies of them."""
-    known: dict[int, Tensor] = {}  # tied ones have two names
-
-    def moved(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        if tensor.data_ptr() not in known or not tensor.numel():
-            dtype = dtype if tensor.is_floating_point() else None
-            known[tensor.data_ptr()] = tensor.detach().to(device=device, dtype=dtype, copy=copied)
-        return known[tensor.data_ptr()]
-
-    state = like.state_dict()
-    model.load_state_dict({name: moved(tensor, dtype) for name, tensor in state.items()}, assign=True)
-    for name, buffer in like.named_buffers():
-        if name not in state:  # what no checkpoint keeps, such as rotary frequencies
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, moved(buffer, None))
-    model.tie_weights()
-
-
-def note_origin(config: PreTrainedConfig, supernet: StitchedSupernet, path: Path) -> None:
-    """Write into a stitched model's configuration where its anchors and joints come from, and its training."""
-    given = supernet.config
-    config.training = copy.deepcopy(given.training)
-    if given.anchor_names:
-        config.anchor_names, config.anchor_revisions = list(given.anchor_names), list(given.anchor_revisions)
-    if given.joint_fits and path.joints:
-        config.joint_fits = [given.joint_fits[n] for n in given.joint_of[supernet.numbers[path]]]

@@ -17,7 +17,8 @@ from klas_hf.models.vision_shapes import classifier
 from klas_hf.paths import Path
 from klas_hf.stitching.images import check_grids, common_size, stitched_vision_config, usable_images
 from klas_hf.stitching.loading import load_parts
-from klas_hf.stitching.supernet import AnyPath, StitchedSupernet, note_origin
+from klas_hf.stitching.supernet import AnyPath, StitchedSupernet
+from klas_hf.stitching.supernet_joints import note_origin
 
 
 class StitchedSupernetForImageClassification(StitchedSupernet):

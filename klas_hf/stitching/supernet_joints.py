@@ -4,26 +4,28 @@ One pass over the calibration data serves the first joints of all paths, one mor
 path really gives.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from klas_hf.anchors.anchor import Anchor, check_anchors
 from klas_hf.anchors.fitting import fit_stitches, linear, write_fit
 from klas_hf.anchors.weights import evaluating
-from klas_hf.costs import PathCosts, measure_path_costs
+from klas_hf.costs import PathCosts, Usage, measure_path_costs
 from klas_hf.maths.least_squares import LeastSquares, LinearFit
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
 from klas_hf.paths import Path, Stitch
 from klas_hf.processes import progress, shared_out, sum_over_processes
 
 
-def costs_of(config: StitchedSupernetConfig) -> PathCosts:
+def costs_of(config: StitchedSupernetConfig, usage: Usage | None = None) -> PathCosts:
     """Costs of every path through a supernet's anchors."""
     size = None if config.image_size is None else (config.image_size[0], config.image_size[1])
-    return measure_path_costs(config.anchor_configs, image_size=size, tokens=config.tokens)
+    return measure_path_costs(config.anchor_configs, image_size=size, tokens=config.tokens, usage=usage)
 
 
 def check_paths(anchors: Sequence[Anchor], paths: Sequence[Path]) -> None:
@@ -138,3 +140,13 @@ def _fit_behind(supernet: Any, joints: int, batches: Iterable[Any], ridge: float
         found[layer] = equations.solve(ridge)
         write_fit(linear(supernet.joints[layer]), found[layer])
     return found
+
+
+def note_origin(config: PreTrainedConfig, supernet: Any, path: Path) -> None:
+    """Write into a stitched model's configuration where its anchors and joints come from, and its training."""
+    given = supernet.config
+    config.training = copy.deepcopy(given.training)
+    if given.anchor_names:
+        config.anchor_names, config.anchor_revisions = list(given.anchor_names), list(given.anchor_revisions)
+    if given.joint_fits and path.joints:
+        config.joint_fits = [given.joint_fits[n] for n in given.joint_of[supernet.numbers[path]]]

@@ -126,3 +126,14 @@ def test_what_is_no_cascade_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             CascadeMember(quality, confidence, 1)
+
+
+def test_what_both_models_do_alike_is_done_once() -> None:
+    one, other = (
+        CascadeMember(np.zeros(4), np.array([0.1, 0.2, 0.8, 0.9]), 100),
+        CascadeMember(np.ones(4), np.ones(4), 150),
+    )
+    points = cascade_curve(one, other, [0.0, 0.5, 2.0], shared=60)
+    assert [point.macs for point in points] == [100, 100 + 2 * 90 / 4, 190]
+    with pytest.raises(ValueError, match="got shared=101 of 100 MACs"):
+        cascade_curve(one, other, [0.5], shared=101)

@@ -255,3 +255,30 @@ def test_correlations_are_over_the_rows_of_the_scored_anchors_only() -> None:
 def test_no_curves_cannot_be_plotted() -> None:
     with pytest.raises(ValueError, match="no curves"):
         plot_curves([])
+
+
+def test_curves_are_drawn_over_any_cost(tmp_path: Path) -> None:
+    """The dearer by MACs is the quicker: over seconds the front is another."""
+    timed = [
+        ResultRow("klas", None, seed, macs, 10 * macs, {"accuracy": value}, {"latency": 1 / macs, "peak_bytes": 8e6})
+        for macs, value in ((10, 0.5), (20, 0.4), (40, 0.9))
+        for seed in (0, 1)
+    ]
+    over = {cost: TradeoffCurve(timed, "accuracy", cost=cost) for cost in ("macs", "parameters", "latency")}
+    assert over["latency"].costs.tolist() == [1 / 40, 1 / 20, 1 / 10]
+    assert over["latency"].macs.tolist() == [40, 20, 10]
+    assert over["latency"].pareto().costs.tolist() == [1 / 40] and over["macs"].pareto().costs.tolist() == [10, 40]
+    assert over["parameters"].auc() == pytest.approx(over["macs"].auc())
+    assert over["latency"].auc() == pytest.approx((0.65 * (1 / 20 - 1 / 40) + 0.45 / 20) / (1 / 10 - 1 / 40))
+    assert common_interval([over["latency"]]) == (1 / 40, 1 / 10)
+    figure = plot_curves(curves_by_rule(timed, "accuracy", "latency"), path=tmp_path / "curve")
+    assert figure.axes[0].get_xlabel().startswith("ms per token")
+    assert figure.axes[0].lines[0].get_xdata().tolist() == pytest.approx([25, 50, 100])
+    same = TradeoffCurve(timed, "accuracy", cost="peak_bytes")
+    assert (same.costs.tolist(), same.values.tolist()) == ([8e6], [0.9])
+    with pytest.raises(ValueError, match="got curves over latency and macs; expected one cost for all"):
+        plot_curves([over["latency"], over["macs"]])
+    with pytest.raises(
+        ValueError, match=r"got cost='weight_bytes' and a row that has \['latency', 'macs', .*with usage"
+    ):
+        TradeoffCurve(timed, "accuracy", cost="weight_bytes")

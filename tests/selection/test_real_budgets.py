@@ -131,6 +131,15 @@ def test_stitches_may_be_kept_within_a_budget() -> None:
     assert list(select_stitches([given], buckets=3, budget="250 ms", costs=seconds)) == list(kept)
     with pytest.raises(ValueError, match="none of the .* stitches kept is within.*the nearest takes"):
         select_stitches(given, buckets=3, budget="1 ms", costs=seconds)
+    with pytest.raises(ValueError, match="count no cached bytes; expected costs=measure_path_costs"):
+        select_stitches(given, buckets=3, budget="1 KB per token")
+    kept = select_stitches(
+        given,
+        buckets=3,
+        budget="0.2 KB per token",
+        costs=lambda stitch: Cost(*costs.of(stitch), stitch.target_start * 100),
+    )
+    assert list(kept) == [one for one in every if one.target_start <= 2]
 
 
 def test_a_search_knows_seconds(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
