@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import HfArgumentParser
 
-from klas_hf.kan.compressed import CompressedKANHead, Compression
 from klas_hf.kan.compression import compress_heads
-from klas_hf.kan.layers import KANHead
-from klas_hf.kan.packing import Rows
-from klas_hf.kan.splines import Grid
+from klas_hf.models.kan_compressed import CompressedKANHead, Compression
+from klas_hf.models.kan_layers import KANHead
+from klas_hf.models.kan_packing import Rows
+from klas_hf.models.kan_splines import Grid
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from klas_hf.kan.compressed import Compression
+from klas_hf.models.kan_compressed import Compression
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class HeadSize:
         base: whether edges have a weight for silu.
 
     Example:
-        >>> from klas_hf.kan.compressed import Compression
+        >>> from klas_hf.models.kan_compressed import Compression
         >>> dense = HeadSize((2048, 512), coefficients=14)
         >>> small = HeadSize((2048, 512), 14, Compression(65536, bias="edge"))
         >>> dense.edges, dense.total(), small.head // small.edges, small.codebook

@@ -10,12 +10,12 @@ from sklearn.cluster import KMeans
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from klas_hf import compress_kan, head_bytes
-from klas_hf.kan import compressed
-from klas_hf.kan.compressed import Compression
-from klas_hf.kan.layers import KANHead
 from klas_hf.kan.rivals import pruned_kan, rounded_kan
 from klas_hf.kan.sizes import HeadSize
-from klas_hf.kan.splines import Grid
+from klas_hf.models import kan_compressed as compressed
+from klas_hf.models.kan_compressed import Compression
+from klas_hf.models.kan_layers import KANHead
+from klas_hf.models.kan_splines import Grid
 
 # Few shapes per output, and more than 16 for the second layer, and for both; indices of whole bytes or not.
 FORMS = [(4, 8, "output"), (4, 32, "edge"), (37, 8, "edge"), (37, 32, "output"), (200, 8, "output")]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klas_hf.kan.packing import Rows, index_bits, pack_rows, unpack_rows
+from klas_hf.models.kan_packing import Rows, index_bits, pack_rows, unpack_rows
 
 
 @settings(max_examples=60)

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from klas_hf.kan.layers import KANHead, normed
-from klas_hf.kan.packing import Rows, index_bits, unpack_rows
-from klas_hf.kan.splines import Grid
+from .kan_layers import KANHead, normed
+from .kan_packing import Rows, index_bits, unpack_rows
+from .kan_splines import Grid
 
 BITS = (8, 32)
 BIASES = ("output", "edge")
