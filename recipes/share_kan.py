@@ -304,9 +304,8 @@ class Study:
             )
             sizes, means, errors = zip(*points, strict=True)
             series.append(Series(label, sizes, means, errors if len(groups[0]) > 1 else None))
-        lines(
-            series, "bytes of the head", self.metric, "A KAN head after its training", self.output / "curve", log_x=True
-        )
+        title = f"A KAN head after its training: {'digits' if self.args.data is None else Path(self.args.data).name}"
+        lines(series, "bytes of the head", self.metric, title, self.output / "curve", log_x=True)
 
 
 if __name__ == "__main__":

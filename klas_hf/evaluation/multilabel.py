@@ -51,16 +51,13 @@ def average_precisions(logits: Tensor, labels: Tensor) -> Tensor:
         ImportError: torchmetrics is missing.
     """
     try:
-        from torchmetrics.functional.classification import multilabel_average_precision
+        from torchmetrics.functional.classification import binary_average_precision
     except ImportError as error:
         raise ImportError('average precision needs torchmetrics: pip install "klas_hf[vision]"') from error
-    occurs = labels.any(0)
-    each = torch.full((labels.shape[1],), torch.nan)
-    if occurs.sum() == 1:  # which torchmetrics does not take
-        occurs = occurs | (torch.arange(len(occurs)) == int(not occurs[0]))
-    chosen = multilabel_average_precision(logits[:, occurs].sigmoid(), labels[:, occurs], int(occurs.sum()), "none")
-    each[occurs] = chosen
-    return each.where(labels.any(0), torch.nan)
+    each = torch.full((labels.shape[1],), torch.nan, dtype=torch.float64)
+    for number in labels.any(0).nonzero().flatten().tolist():
+        each[number] = binary_average_precision(logits[:, number].double().sigmoid(), labels[:, number])
+    return each
 
 
 def mean_average_precision(logits: Tensor, labels: Tensor) -> float:
