@@ -69,7 +69,7 @@ def evaluate(model: PreTrainedModel, batches: Iterable[object], *, classes: Sequ
     if is_multilabel(model):
         if classes is not None:
             raise ValueError("got classes for a model of any number of labels per image; leave them out")
-        return evaluate_multilabel(model, batches)  # type: ignore[arg-type]
+        return evaluate_multilabel(model, batches)
     task = task_of(model)
     sums = Sums(task, classes)
     with evaluating(model):

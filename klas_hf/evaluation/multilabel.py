@@ -1,6 +1,6 @@
 """How good a model of images with any number of labels is: mean average precision, by torchmetrics."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from klas_hf.training.multilabel import check_present
 
 
 @torch.no_grad()
-def evaluate_multilabel(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Measurement:
+def evaluate_multilabel(model: PreTrainedModel, batches: Iterable[Any]) -> Measurement:
     """Mean average precision and loss; see `evaluate`. Every process runs all images, as precision needs them sorted.
 
     Raises:
