@@ -84,7 +84,6 @@ class Rows(nn.Module):
             matrix = (matrix / self.scale).round().to(torch.int8)
         self.values = matrix
 
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """The columns from `start` to `stop`, in floats."""
-        values = self.values[:, start:stop]
-        return values if self.scale is None else values.to(self.dtype) * self.scale
+    def read(self) -> Tensor:
+        """The matrix in floats."""
+        return self.values if self.scale is None else self.values.to(self.dtype) * self.scale
