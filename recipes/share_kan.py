@@ -145,7 +145,9 @@ def images_task(args: ShareKANArguments) -> Task:
     processing = common_processing([args.backbone], args.image_size)
     load = partial(load_multilabel_images if args.multi_label else load_images, processing=processing,
                    image_column=args.image_column, label_column=args.label_column)  # fmt: skip
-    train, test = (load(args.data, split) for split in (args.train_split, args.test_split))
+    train = load(args.data, args.train_split)
+    load = partial(load, names=train.names) if args.multi_label else load
+    test = load(args.data, args.test_split)
     other = noisy(test) if args.transfer_data is None else load(args.transfer_data, args.test_split)
     for one, name in ((test, args.test_split), (other, "transfer_data")):
         if one.names != train.names:

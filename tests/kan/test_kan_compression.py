@@ -32,9 +32,7 @@ def test_a_compressed_head_answers_as_the_splines_that_its_tensors_stand_for(
     features = 3 * torch.randn(7, 16) + 1
     ours = small.run_head(small.head, features)
     torch.testing.assert_close(ours, small.head.dense(small.codebook)(features), rtol=0, atol=1e-5)
-    alone = torch.cat(
-        [small.run_head(small.head, row[None]) for row in features]
-    )  # by values
+    alone = torch.cat([small.run_head(small.head, row[None]) for row in features])  # by values
     torch.testing.assert_close(alone, ours, rtol=0, atol=1e-5)
     state, index_bits = small.state_dict(), max(1, int(np.ceil(np.log2(codebook))))
     layers = [
