@@ -4,15 +4,15 @@
 
 Beside our dense head stands one in the form of efficient-kan, written here: the basis by Cox and de Boor's recursion
 over all functions at all knots, which are a buffer, then one matrix product, and a SiLU base with weights. What is
-compared runs in turns, and medians count, so that a busy machine slows both. One MLP has the head's widths, another as
-many bytes as the last look-up. Memory is the bytes of the tensors, and the largest that a forward makes beside them.
+compared runs in turns, and the quickest turn counts: what else a machine does only adds to it. One MLP has the head's
+widths, another as many bytes as the last look-up. Memory is the bytes of the tensors, and the largest that a forward
+makes beside them.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import HfArgumentParser
 
-from klas_hf.kan.compressed import CompressedKANHead, Compression
 from klas_hf.kan.compression import compress_heads
-from klas_hf.kan.layers import KANHead
-from klas_hf.kan.packing import Rows
-from klas_hf.kan.splines import Grid
+from klas_hf.models.kan_compressed import CompressedKANHead, Compression
+from klas_hf.models.kan_layers import KANHead
+from klas_hf.models.kan_packing import Rows
+from klas_hf.models.kan_splines import Grid
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Options:
     intervals: int = field(default=10, metadata={"help": "of the grid of cubic splines"})
     codebooks: list[int] = field(default_factory=lambda: [16, 256, 1024], metadata={"help": "numbers of shapes"})
     batches: list[int] = field(default_factory=lambda: [1, 64], metadata={"help": "images at a time"})
-    repeats: int = field(default=15, metadata={"help": "turns that medians are over, after one to warm up"})
+    repeats: int = field(default=40, metadata={"help": "turns, of which the quickest counts, after one to warm up"})
     threads: int = field(default=1, metadata={"help": "torch threads"})
     smoke: bool = field(default=False, metadata={"help": "tiny heads, one turn: no result"})
 
@@ -147,7 +147,7 @@ def largest(head: nn.Module, features: Tensor) -> int:
 
 @torch.no_grad()
 def in_turns(repeats: int, *runs: Callable[[], object]) -> list[float]:
-    """Median seconds of each of several runs, which take turns after a warm-up of all."""
+    """Least seconds of each of several runs, which take turns after a warm-up of all."""
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(repeats + 1):
         for run, seconds in zip(runs, times, strict=True):
@@ -155,7 +155,7 @@ def in_turns(repeats: int, *runs: Callable[[], object]) -> list[float]:
             run()
             if turn:
                 seconds.append(time.perf_counter() - begun)
-    return [median(seconds) for seconds in times]
+    return [min(seconds) for seconds in times]
 
 
 if __name__ == "__main__":

@@ -159,6 +159,7 @@ __all__ = sorted(_MODULE_OF)
 # What lower rooms do through higher ones: name of the function → its module, imported when it is called.
 _ACTIONS = {
     "assemble_path": "klas_hf.stitching.assembly",
+    "compress_tasks": "klas_hf.kan.compression",
     "load_delta": "klas_hf.hub.delta",
     "publish": "klas_hf.hub",
     "stitch_anchors": "klas_hf.stitching.assembly",

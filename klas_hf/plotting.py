@@ -108,7 +108,12 @@ def lines(
         )
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if log_x:
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep="\N{THIN SPACE}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     if integer_x:
         axes.locator_params(axis="x", integer=True)
     if x_names is not None:

@@ -2,16 +2,19 @@
 
     python recipes/share_kan.py
     python recipes/share_kan.py --data imagenette --test_split val --backbone mobilenet_v1_0.25_128 --steps 150
+    python recipes/share_kan.py --config recipes/share_kan_voc2007.yaml --data VOCdevkit/VOC2007
 
 A KAN head is trained on a frozen backbone under several seeds, then compressed without data: to a codebook of shapes
 (SHARe-KAN, arXiv 2512.15742) of several sizes in float32 and int8, with shapes learnt on another seed's head, by
 rounding of its coefficients, and by magnitude pruning. Beside them stands an MLP of the same widths. Accuracy is
-measured on held-out images and, as a transfer, on the same with noise, or on `--transfer_data`. Without data, the
+measured on held-out images and, as a transfer, on the same with noise, or on `--transfer_data`. Of images with any
+number of labels (`--multi_label`: VOC, COCO) mean average precision stands for accuracy. Without data, the
 backbone is a small ViT trained on scikit-learn's digits: offline, two minutes on one core.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +37,8 @@ from klas_hf.anchors.weights import fingerprint
 from klas_hf.data.digits import load_digits_split
 from klas_hf.data.image_processing import common_processing
 from klas_hf.data.images import ImageSet, image_batches, load_images
+from klas_hf.data.multilabel import MultiLabelSet, load_multilabel_images
+from klas_hf.evaluation.multilabel import mean_average_precision
 from klas_hf.files import write_atomically, write_folder_atomically
 from klas_hf.kan.rivals import pruned_kan, rounded_kan
 from klas_hf.options import input_read, parse_options
@@ -54,6 +59,11 @@ class ShareKANArguments:
         default=None,
         metadata={"help": "images of the same classes to measure on too; None: the test images, with noise"},
     )
+    multi_label: bool = field(
+        default=False, metadata={"help": "an image has any number of labels: VOC's folders, or a column of lists"}
+    )
+    image_column: str = field(default="image", metadata={"help": "of parquet files and the Hub"})
+    label_column: str = field(default="label", metadata={"help": "the same; a dot leads into a column of mappings"})
     image_size: int | None = field(default=None, metadata={"help": "pixels; None: the backbone's own"})
     hidden: int = field(default=64, metadata={"help": "width of the head's hidden layer"})
     intervals: int = field(default=10, metadata={"help": "of the splines' grid, which are cubic"})
@@ -71,10 +81,17 @@ class ShareKANArguments:
     def __post_init__(self) -> None:
         if (self.data is None) != (self.backbone is None):
             raise ValueError(f"got data={self.data} and backbone={self.backbone}; expected both, or none for digits")
+        if self.multi_label and self.data is None:
+            raise ValueError(
+                "got multi_label without data; expected images of any number of labels (the digits have one)"
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"got seeds={self.seeds}; expected at least one, each once")
         if self.smoke:
             self.seeds, self.steps, self.codebooks, self.bits, self.pruned = self.seeds[:1], 2, [16, 64], [4], [0.5]
+
+
+Images = ImageSet | MultiLabelSet
 
 
 @dataclass(frozen=True)
@@ -87,9 +104,9 @@ class Task:
         backbone: a stitched model of the whole classifier, whose own head is left out.
     """
 
-    train: ImageSet
-    test: ImageSet
-    transfer: ImageSet
+    train: Images
+    test: Images
+    transfer: Images
     mean: tuple[float, ...]
     std: tuple[float, ...]
     backbone: PreTrainedModel
@@ -126,8 +143,12 @@ def digits_task(args: ShareKANArguments) -> Task:
 def images_task(args: ShareKANArguments) -> Task:
     """Images processed as the backbone takes them."""
     processing = common_processing([args.backbone], args.image_size)
-    train, test = (load_images(args.data, split, processing) for split in (args.train_split, args.test_split))
-    other = noisy(test) if args.transfer_data is None else load_images(args.transfer_data, args.test_split, processing)
+    load = partial(load_multilabel_images if args.multi_label else load_images, processing=processing,
+                   image_column=args.image_column, label_column=args.label_column)  # fmt: skip
+    train = load(args.data, args.train_split)
+    load = partial(load, names=train.names) if args.multi_label else load
+    test = load(args.data, args.test_split)
+    other = noisy(test) if args.transfer_data is None else load(args.transfer_data, args.test_split)
     for one, name in ((test, args.test_split), (other, "transfer_data")):
         if one.names != train.names:
             raise ValueError(f"got {name} of the classes {one.names[:5]} …; expected those trained on")
@@ -135,11 +156,11 @@ def images_task(args: ShareKANArguments) -> Task:
     return Task(train, test, other, processing.mean, processing.std, backbone)
 
 
-def noisy(images: ImageSet) -> ImageSet:
+def noisy(images: Images) -> Images:
     """The same images with normal noise, of an eighth of the brightness scale, always the same."""
     pixels = torch.stack([images[index][0] for index in range(len(images))])
     noise = 32 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
-    return ImageSet((pixels + noise).round().clamp(0, 255).to(torch.uint8), images.labels, images.names)
+    return type(images)((pixels + noise).round().clamp(0, 255).to(torch.uint8), images.labels, images.names)
 
 
 # ---- the study
@@ -159,22 +180,25 @@ class Study:
         self.args, self.task, self.output = args, task, Path(args.output_dir)
         self.backbone = fingerprint(task.backbone)
         kept = ("hidden", "intervals", "base", "codebooks", "bits", "pruned", "steps", "learning_rate")
-        settings = {name: getattr(args, name) for name in kept}
+        settings = {name: getattr(args, name) for name in kept} | ({"multi_label": True} if args.multi_label else {})
         self.rows = RowFile(self.output / "rows.jsonl", {"recipe": "share_kan", "data": args.data, **settings})
         self.heads: dict[int, KANForImageClassification] = {}
         self.features: dict[str, tuple[Tensor, Tensor]] = {}
+        self.metric = "mean average precision" if args.multi_label else "accuracy"
 
     def run(self, seed: int) -> None:
         """Train a head and an MLP, and measure every form of the head."""
         if self.rows.find(self.row("mlp", seed)):  # the last to be written
             return
         for form, model, size in self.forms(seed):
-            metrics = {"head_bytes": size} | {name: self.accuracy(model, name) for name in ("test", "transfer")}
+            metrics = {"head_bytes": size} | {name: self.score(model, name) for name in ("test", "transfer")}
             row = replace(self.row(form, seed), macs=head_macs(model), metrics=metrics)
             row = replace(row, parameters=sum(one.numel() for one in model.head.parameters()))
             if self.rows.find(row) is None:
                 self.rows.append(row)
-            process_state().print(f"seed {seed}  {form:44} {size:9,} bytes  accuracy {metrics['test']:.4f}", flush=True)
+            process_state().print(
+                f"seed {seed}  {form:44} {size:9,} bytes  {self.metric} {metrics['test']:.4f}", flush=True
+            )
 
     def forms(self, seed: int) -> Iterator[tuple[str, KANForImageClassification, int]]:
         """Name, model and bytes of its head."""
@@ -223,6 +247,7 @@ class Study:
         return KANForImageClassification.from_backbone(
             self.task.backbone, hidden_widths=[args.hidden], grid_intervals=args.intervals, base=args.base,
             id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)},
+            problem_type="multi_label_classification" if args.multi_label else None,
         )  # fmt: skip
 
     def trained(self, model: KANForImageClassification, seed: int) -> KANForImageClassification:
@@ -236,15 +261,17 @@ class Study:
         return model
 
     @torch.no_grad()
-    def accuracy(self, model: KANForImageClassification, name: str) -> float:
-        """On the test or the transfer images, whose features all heads share."""
+    def score(self, model: KANForImageClassification, name: str) -> float:
+        """Accuracy or mean average precision on the test or the transfer images, whose features all heads share."""
         if name not in self.features:
-            images: ImageSet = getattr(self.task, name)
-            batches = image_batches(images, 64, self.task.mean, self.task.std)
-            found = [model.pooled(batch["pixel_values"].to(model.device)) for batch in batches]
-            self.features[name] = torch.cat(found), torch.tensor(images.labels, device=model.device)
+            batches = image_batches(getattr(self.task, name), 64, self.task.mean, self.task.std)
+            found = [(model.pooled(one["pixel_values"].to(model.device)), one["labels"]) for one in batches]
+            features, labels = zip(*found, strict=True)
+            self.features[name] = torch.cat(features), torch.cat(labels).to(model.device)
         features, labels = self.features[name]
         logits = torch.cat([model.run_head(model.head, part) for part in features.split(64)])
+        if self.args.multi_label:
+            return mean_average_precision(logits.float().cpu(), labels.cpu())
         return float((logits.argmax(-1) == labels).double().mean())
 
     def row(self, form: str, seed: int) -> ResultRow:
@@ -255,7 +282,8 @@ class Study:
         """Table and picture of all seeds."""
         groups = by_model(self.rows.rows)
         whole = next(group[0].value("head_bytes") for group in groups if group[0].rule == "dense")
-        cells = [["head", "bytes", "smaller", "accuracy", "on the transfer images"]]
+        other = "with noise" if self.args.transfer_data is None else "on the transfer images"
+        cells = [["head", "bytes", "smaller", self.metric, other]]
         for group in groups:
             size = group[0].value("head_bytes")
             accuracies = [format_mean([row.value(name) for row in group]) for name in ("test", "transfer")]
@@ -278,9 +306,8 @@ class Study:
             )
             sizes, means, errors = zip(*points, strict=True)
             series.append(Series(label, sizes, means, errors if len(groups[0]) > 1 else None))
-        lines(
-            series, "bytes of the head", "accuracy", "A KAN head after its training", self.output / "curve", log_x=True
-        )
+        title = f"A KAN head after its training: {'digits' if self.args.data is None else Path(self.args.data).name}"
+        lines(series, "bytes of the head", self.metric, title, self.output / "curve", log_x=True)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ DENSE_HEADS = {
     ),
     "upernet": DenseHead("UperNetForSemanticSegmentation", "backbone", _of_pixels, by_mask=False),
 }
+DENSE_HEADS |= {f"stitched_{name}": head for name, head in DENSE_HEADS.items()}  # on a `StitchedBackbone`
 
 
 def is_dense(anchor: Any) -> bool:

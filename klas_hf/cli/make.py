@@ -126,7 +126,8 @@ def _foretold(plan: "SearchPlan", budget: "Budget", data: MakeData, options: Mak
         f"weights to be read: {human_bytes(weights)} of {names(options.anchors)}",
         f"dearest anchor: {teacher}, {human_count(dearest.macs)} MACs, {human_count(dearest.parameters)} parameters",
         f"search: {len(first):,} paths of one joint, {within:,} of them within {budget.text}, then their neighbours; "
-        f"at most {plan.forwards:,} runs of a block on one of {items:,} sequences or images, "
+        f"at most {plan.forwards:,} runs of a block on one of {items:,} sequences or images"
+        f"{f' (a run of the head, for every path, counts as {plan.head:,})' if plan.head else ''}, "
         f"{_time(plan.forwards * dearest.macs / plan.anchors[plan.reference].num_blocks, rate)}",
         f"healing: {options.steps:,} steps of up to {options.contenders} paths, and short runs to find their rates, "
         f"{_time(healing, rate)}; "

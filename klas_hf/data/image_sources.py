@@ -88,6 +88,16 @@ def open_split(
     return rows, [place[label] for label in labels], ordered
 
 
+def open_rows(data: str | Path, split: str, image_column: str, label_column: str) -> Any:
+    """Rows of one split of a parquet file, a folder of them, or a Hub dataset, with undecoded images.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_images`.
+    """
+    rows = _table(data, Path(data).expanduser(), split)
+    return _undecoded(rows, f"the split {split!r} of {data}", image_column, label_column)
+
+
 def _image_folder(folder: Path, split: str) -> Any:
     import datasets
 

@@ -20,11 +20,13 @@ from klas_hf.anchors.dense import is_dense
 from klas_hf.anchors.images import ImageBatch, image_batches
 from klas_hf.anchors.weights import evaluating
 from klas_hf.evaluation.models import Measurement
+from klas_hf.evaluation.multilabel import evaluate_multilabel
 from klas_hf.evaluation.segmentation import evaluate_segmentation
 from klas_hf.maths.divergences import kl_divergence
 from klas_hf.maths.estimates import RatioSums
 from klas_hf.processes import progress, shared_out, sum_array_over_processes
 from klas_hf.training.data import IGNORED
+from klas_hf.training.multilabel import is_multilabel
 
 
 @torch.no_grad()
@@ -43,7 +45,9 @@ def evaluate(model: PreTrainedModel, batches: Iterable[object], *, classes: Sequ
         and perhaps `accuracy_among`; in the details the number of `labels` or `images` in all processes, and the
         `standard_errors` of the metrics, None where there is but one sequence or image. Of a dense model `mean_iou`,
         `pixel_accuracy` and `loss` (nats per pixel), and in the details the `iou` of every class, None of those that
-        do not occur, without standard errors.
+        do not occur, without standard errors. Of a classifier whose `problem_type` is "multi_label_classification"
+        `mean_average_precision` and `loss`, and in the details the `average_precision` of every class, likewise; labels
+        are `(batch, classes)`, 1 at the classes of an image and 0 elsewhere.
 
     Raises:
         ValueError, TypeError: nothing to measure on, no labels, labels that the model does not have, or classes for
@@ -62,6 +66,10 @@ def evaluate(model: PreTrainedModel, batches: Iterable[object], *, classes: Sequ
         if classes is not None:
             raise ValueError("got classes for a dense model; leave them out")
         return evaluate_segmentation(model, batches)
+    if is_multilabel(model):
+        if classes is not None:
+            raise ValueError("got classes for a model of any number of labels per image; leave them out")
+        return evaluate_multilabel(model, batches)
     task = task_of(model)
     sums = Sums(task, classes)
     with evaluating(model):

@@ -8,21 +8,89 @@ codebook, the gain is fitted to that by least squares. And a gain may be negativ
 apart up to their sign.
 """
 
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from klas_hf.kan.compressed import CompressedKANHead, Compression, codebook_of
-from klas_hf.kan.layers import KANHead, KANLayer
-from klas_hf.kan.packing import Rows, pack_rows
+from klas_hf.models.configuration_kan import KANConfig
+from klas_hf.models.kan_compressed import CompressedKANHead, Compression, codebook_of
+from klas_hf.models.kan_layers import KANHead, KANLayer
+from klas_hf.models.kan_packing import Rows, pack_rows
+from klas_hf.models.modeling_kan import KANForImageClassification, KANForManyTasks, KANPreTrainedModel
 
 _WHOLE = 2**27  # edges · shapes up to which k-means takes all edges in every iteration, rather than a part
+
+
+def compress_kan(
+    model: KANForImageClassification,
+    codebook: int | Tensor = 256,
+    *,
+    bits: int = 8,
+    bias: str = "output",
+    seed: int = 0,
+) -> KANForImageClassification:
+    """Compress the head of a trained model, without data and without retraining (SHARe-KAN).
+
+    Each spline's coefficients become a bias, a gain and the nearest of a few shapes, which all layers share.
+
+    Args:
+        model: with a dense head; it stays as it is.
+        codebook: number of shapes; or the shapes `(shapes, coefficients)` themselves, as another model's
+            `codebook.read()`.
+        bits: of gains, shapes and what else is stored per edge: 8, or 32 (float32).
+        bias: "output": the biases of an output's edges as their sum, which is exact; "edge": one by one, as the paper
+            has them, a byte per edge more.
+        seed: of k-means.
+
+    Returns:
+        A model with a copy of the backbone; `config.compression["r2"]` is the share of the coefficients' variance kept.
+
+    Raises:
+        ValueError: a head that is compressed already, more shapes than edges, or a setting that there is not.
+        ImportError: scikit-learn is missing.
+
+    Example:
+        >>> backbone = StitchedModel.from_anchors(small, large, stitch=(2, 1), calibration=images)
+        >>> model = KANForImageClassification.from_backbone(backbone, num_labels=3)
+        >>> head_bytes(model), head_bytes(compress_kan(model, codebook=16))
+        (2304, 264)
+    """
+    _check_dense(model)
+    shapes = None if isinstance(codebook, int) else codebook
+    how = Compression(codebook if isinstance(codebook, int) else len(codebook), bits, bias)
+    (head,), found = compress_heads([model.head], how, shapes=shapes, seed=seed)
+    config = copy.deepcopy(model.config)
+    r2 = explained_variance(model.head, head.dense(found))
+    config.compression = {"codebook": how.codebook, "bits": bits, "bias": bias, "r2": r2}
+    return _assembled(KANForImageClassification, config, model, found, head=head)
+
+
+def compress_tasks(
+    models: Mapping[str, KANForImageClassification], codebook: int, *, bits: int, bias: str, seed: int
+) -> KANForManyTasks:
+    """Compress the heads of models that have one backbone; see `KANForManyTasks.from_models`."""
+    if not models or any("." in task or not task for task in models):
+        raise ValueError(f"got the tasks {sorted(models)}; expected at least one, and names without dots")
+    for model in models.values():
+        _check_dense(model)
+    _check_same_backbones(models)
+    first, *others = models.values()
+    form = ("hidden_widths", "base", "grid")
+    if any(getattr(other.config, name) != getattr(first.config, name) for other in others for name in form):
+        raise ValueError(f"got heads that differ in one of {form}; expected heads alike but for their classes")
+    how = Compression(codebook, bits, bias)
+    heads, shapes = compress_heads([model.head for model in models.values()], how, seed=seed)
+    config = copy.deepcopy(first.config)
+    config.tasks = {task: list(model.config.id2label.values()) for task, model in models.items()}
+    config.compression = {"codebook": codebook, "bits": bits, "bias": bias}
+    return _assembled(KANForManyTasks, config, first, shapes, heads=nn.ModuleDict(zip(models, heads, strict=True)))
 
 
 @torch.no_grad()
@@ -136,3 +204,32 @@ def _compressed(head: KANHead, codebook: Rows, compression: Compression) -> Comp
         if whole.base is not None:
             layer.base.store(whole.base.detach().float().cpu())
     return made.eval()
+
+
+def _check_dense(model: Any) -> None:
+    if not isinstance(model, KANForImageClassification) or model.codebook is not None:
+        found = "a compressed model" if isinstance(model, KANForImageClassification) else type(model).__name__
+        raise ValueError(f"got {found} to compress; expected a KANForImageClassification with a dense head")
+
+
+def _check_same_backbones(models: Mapping[str, Any]) -> None:
+    """Raise ValueError unless all models have equal backbones."""
+    (first, reference), *others = models.items()
+    state = reference.backbone.state_dict()
+    for name, model in others:
+        other = model.backbone.state_dict()
+        if state.keys() != other.keys() or any(not torch.equal(state[key].cpu(), other[key].cpu()) for key in state):
+            raise ValueError(
+                f"got tasks {first!r} and {name!r} with different backbones; expected one that all share. Train heads "
+                "with TrainingConfig(trainable='head'), which leaves the backbone as it is"
+            )
+
+
+def _assembled(kind: type, config: KANConfig, model: KANPreTrainedModel, codebook: Rows, **parts: nn.Module) -> Any:
+    """A model of these parts and a copy of another's backbone, on its device."""
+    with torch.device("meta"):
+        made = kind(config)
+    made.backbone, made.codebook = copy.deepcopy(model.backbone), codebook
+    for name, part in parts.items():
+        setattr(made, name, part)
+    return made.to(model.device).eval()

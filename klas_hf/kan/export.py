@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from klas_hf.files import write_atomically
-from klas_hf.kan.modeling_kan import KANForImageClassification
+from klas_hf.models.modeling_kan import KANForImageClassification
 
 
 class _Logits(nn.Module):

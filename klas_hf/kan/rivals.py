@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from klas_hf.kan.layers import KANLayer
-from klas_hf.kan.modeling_kan import KANForImageClassification
+from klas_hf.models.kan_layers import KANLayer
+from klas_hf.models.modeling_kan import KANForImageClassification
 
 
 @dataclass(frozen=True)

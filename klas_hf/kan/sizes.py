@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from klas_hf.kan.compressed import Compression
+from klas_hf.models.kan_compressed import Compression
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class HeadSize:
         base: whether edges have a weight for silu.
 
     Example:
-        >>> from klas_hf.kan.compressed import Compression
+        >>> from klas_hf.models.kan_compressed import Compression
         >>> dense = HeadSize((2048, 512), coefficients=14)
         >>> small = HeadSize((2048, 512), 14, Compression(65536, bias="edge"))
         >>> dense.edges, dense.total(), small.head // small.edges, small.codebook
@@ -60,23 +60,34 @@ class HeadSize:
 
 @dataclass(frozen=True)
 class Chip:
-    """Data caches that one core reaches, in bytes, as the makers give them.
+    """Data caches that one core reaches, in bytes.
 
     Attributes:
         name: of the chip and the kind of core.
         l1, l2: of the core's own level 1, and the level 2 that it has or shares.
+        source: of these sizes, published.
     """
 
     name: str
     l1: int
     l2: int
+    source: str
 
 
 CHIPS = (
-    Chip("Raspberry Pi 5 (BCM2712, Cortex-A76)", l1=64 * 2**10, l2=512 * 2**10),
-    Chip("Jetson Orin NX (Cortex-A78AE)", l1=64 * 2**10, l2=256 * 2**10),
-    Chip("Apple M1 (performance cores)", l1=128 * 2**10, l2=12 * 2**20),
-)
+    Chip(
+        "Raspberry Pi 5 (BCM2712, Cortex-A76)", l1=64 * 2**10, l2=512 * 2**10,
+        source="Arm, Cortex-A76 Technical Reference Manual (100798), A6.1; Raspberry Pi documentation, Processors",
+    ),
+    Chip(
+        "Jetson Orin Nano (Cortex-A78AE)", l1=64 * 2**10, l2=256 * 2**10,
+        source="NVIDIA, Jetson Orin Nano Series data sheet: 128 KB of L1 (half of it for data), 256 KB of L2 per core",
+    ),
+    Chip(
+        "Apple M1 (performance cores)", l1=128 * 2**10, l2=12 * 2**20,
+        source="Wikipedia, Apple M1; no document of Apple's was found",
+    ),
+)  # fmt: skip
 
 
 def cache_level(size: int, chip: Chip) -> str:

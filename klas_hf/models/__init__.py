@@ -4,10 +4,11 @@ The modules are flat and import nothing else of this package, so that a checkpoi
 needs the rest of it comes from its table of actions, handed over here.
 """
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
 from klas_hf.actions import ACTIONS
 from klas_hf.models.configuration_stitched import StitchedConfig
+from klas_hf.models.configuration_stitched_dense import STITCHED_DENSE
 from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
 from klas_hf.models.modeling_base import StitchedModel
 from klas_hf.models.modeling_stitched import StitchedForCausalLM, StitchedTextModel
@@ -28,6 +29,6 @@ StitchedModel.actions = ACTIONS
 AutoConfig.register("stitched", StitchedConfig)
 AutoModel.register(StitchedConfig, StitchedTextModel)
 AutoModelForCausalLM.register(StitchedConfig, StitchedForCausalLM)
-AutoConfig.register("stitched_vision", StitchedVisionConfig)
 AutoModelForImageClassification.register(StitchedVisionConfig, StitchedForImageClassification)
-AutoBackbone.register(StitchedVisionConfig, StitchedBackbone)
+for _dense in STITCHED_DENSE.values():  # which registers stitched backbones
+    AutoConfig.register(_dense.model_type, _dense)

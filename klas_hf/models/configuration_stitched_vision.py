@@ -101,6 +101,13 @@ class StitchedVisionConfig(BackboneConfigMixin, PathConfig):
         return ends
 
 
+def backbone_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -> PreTrainedConfig:
+    """As `as_config`, of stitched backbones too, which transformers does not know where klas_hf is not installed."""
+    if isinstance(config, dict) and config.get("model_type") == StitchedVisionConfig.model_type:
+        return StitchedVisionConfig(**{name: value for name, value in config.items() if name != "model_type"})
+    return as_config(config, default)
+
+
 def _stages(config: PreTrainedConfig) -> list[int]:
     """The stage of each block."""
     return [block.stage for block in vision_kind(config).blocks(config)]

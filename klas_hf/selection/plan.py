@@ -98,6 +98,8 @@ class SearchPlan:
         dearest: its cost.
         calibration, scored: the batches that joints are fitted to, and those that are scored.
         few, fitted: how many of the scored, and of the calibration batches, candidates are screened with.
+        head: runs of a block that a run of a dense head counts as, which every path's score takes; 0 of other heads,
+            which cost little.
         forwards: runs of a block on one sequence or image that may be spent.
 
     Raises:
@@ -127,6 +129,7 @@ class SearchPlan:
         self.moves = Moves(grids, config.joints, config.least_slice, "repeated" in config.kinds)
         self.few = max(1, round(len(self.scored) * config.screened))
         self.fitted = self._enough()
+        self.head = self._head()
         self.forwards = 3 * self._all_pairs() if config.forwards is None else config.forwards
 
     @property
@@ -183,7 +186,8 @@ class SearchPlan:
         fitted = sum(map(len, self.calibration[: None if batches is None else self.fitted]))
         between = sum(stop - start for _, start, stop in bounds[1:-1])
         behind = between + (bounds[-1][2] - bounds[-1][1] if path.joints else 0)
-        return items * behind + fitted * between + sum(self.moves.depths) * (items + fitted * path.joints) // GROUP
+        whole = sum(self.moves.depths) * (items + fitted * path.joints) + self.head * items
+        return items * (behind + self.head) + fitted * between + whole // GROUP
 
     def check(self, budget: Budget) -> None:
         """Raise ValueError, with the range, for a budget that no path will meet or that even the dearest meets."""
@@ -200,6 +204,10 @@ class SearchPlan:
                 if low <= self.macs(path) <= ends[1]:
                     prices += self.price(path, None)
         return prices
+
+    def _head(self) -> int:
+        part = self.costs.anchors[self.reference]
+        return round(part.head_macs * len(part.block_macs) / sum(part.block_macs)) if part.maps else 0
 
     def _enough(self) -> int:
         """How many batches have enough rows for the widest joint."""

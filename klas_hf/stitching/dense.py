@@ -35,6 +35,7 @@ from klas_hf.anchors.vision_states import map_rows
 from klas_hf.anchors.weights import evaluating
 from klas_hf.maths.least_squares import RIDGE, LeastSquares
 from klas_hf.models import StitchedBackbone, StitchedVisionConfig
+from klas_hf.models.configuration_stitched_dense import on_stitched
 from klas_hf.models.vision_features import image_size as size_of
 from klas_hf.models.vision_shapes import trace
 from klas_hf.paths import Path as AnchorPath
@@ -217,7 +218,7 @@ def _with_head(
 ) -> PreTrainedModel:  # fmt: skip
     """The dense model of a backbone, with an anchor's head or a new one."""
     kind = dense_head(config)
-    config.backbone_config = backbone.config
+    config = on_stitched(config, backbone.config)
     state: dict[str, Any] = {f"{kind.backbone}.{name}": tensor for name, tensor in backbone.state_dict().items()}
     if anchor is None:
         state = kind.kind(copy.deepcopy(config)).state_dict() | state

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from klas_hf.actions import Publishable
 from klas_hf.anchors.anchor import Anchor
+from klas_hf.anchors.dense import is_dense
 from klas_hf.anchors.language import hub_options
 from klas_hf.anchors.loading import load_anchors
 from klas_hf.budgets import Budget
@@ -112,12 +113,17 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             The supernet in eval mode.
 
         Raises:
-            ValueError: an anchor listed twice, different classes or vocabularies, anchors for text and for images, no
-                paths, one listed twice, out of range, between different grids or a stitch from a dearer anchor to a
-                cheaper, or layers shared between widths.
+            ValueError: dense models, an anchor listed twice, different classes or vocabularies, anchors for text and
+                for images, no paths, one listed twice, out of range, between different grids or a stitch from a dearer
+                anchor to a cheaper, or layers shared between widths.
         """
         chosen = [Path.of(path) for path in paths]
         loaded = load_anchors(anchors, revisions, **loading)
+        if any(is_dense(one.model) for one in loaded):
+            raise ValueError(
+                "got dense models for a supernet; expected image classifiers or causal language models. Make each path "
+                "by itself: StitchedModel.from_path"
+            )
         kind = next(kind for kind in StitchedSupernet.__subclasses__() if kind.anchor_class is type(loaded[0]))
         check_paths(loaded, chosen)
         layers = shared_layers(loaded, chosen, shared)

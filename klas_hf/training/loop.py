@@ -30,6 +30,7 @@ from klas_hf.training.dense import DenseObjective
 from klas_hf.training.held_out import HeldOut
 from klas_hf.training.images import ImageData, ImageObjective
 from klas_hf.training.language import LanguageObjective
+from klas_hf.training.multilabel import MultiLabelObjective, is_multilabel
 from klas_hf.training.objectives import Objective, on_device
 from klas_hf.training.paths import takes
 from klas_hf.training.trainables import made_trainable, optimizer_of
@@ -185,6 +186,8 @@ def _objective(model: PreTrainedModel, data: Any, config: TrainingConfig, teache
     """The loss of this kind of model."""
     if is_dense(model):
         return DenseObjective(model, data, config, teacher)
+    if is_multilabel(model):
+        return MultiLabelObjective(model, data, config, teacher)
     kind = ImageObjective if model.main_input_name == "pixel_values" else LanguageObjective
     return kind(model, data, config, teacher)
 

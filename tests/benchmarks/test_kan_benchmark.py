@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from klas_hf.kan.layers import KANLayer
-from klas_hf.kan.splines import Grid
+from klas_hf.models.kan_layers import KANLayer
+from klas_hf.models.kan_splines import Grid
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kan.py"
 

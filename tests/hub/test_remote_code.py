@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import tiny_models
 import tiny_vision
 import torch
+import uninstalled
 from hub_client import HubClient
 from hub_server import HubServer
 from transformers import (
@@ -31,17 +30,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:the stitching layer is random")
 PATHS = {"swin": "1[:1] 0[1:3] 1[3:]", "resnet": "0[:1] 1[1:]"}
 IMAGES = list(PATHS)
 
-# Runs where `import klas_hf` fails as if it were not installed; prints what it found as JSON.
+# Prints what it found as JSON.
 WITHOUT_KLAS_HF = """
-import copy, importlib.abc, json, sys
+import copy, json, sys
 from pathlib import Path
 
-class NotInstalled(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "klas_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, NotInstalled())
 import torch
 from transformers import AutoBackbone, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
@@ -120,25 +113,9 @@ def found(saved: Path, hub: HubServer, tmp_path_factory: pytest.TempPathFactory)
     """What a process without klas_hf found in the folders, and on the Hub."""
     for name in ("text", "delta", *IMAGES):
         hub.make(f"me/{name}", {file.name: file.read_bytes() for file in (saved / name).iterdir()})
-    cache = tmp_path_factory.mktemp("cache")
-    settings = {
-        "HF_HOME": str(cache),
-        "HF_MODULES_CACHE": str(cache / "modules"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": hub.url,
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_KLAS_HF, str(saved), f"{saved}/,me/", ",".join(IMAGES)],
-        env=os.environ | settings,
-        cwd=cache,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    settings = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url}
+    names, cache = ",".join(IMAGES), tmp_path_factory.mktemp("cache")
+    return uninstalled.run(WITHOUT_KLAS_HF, str(saved), f"{saved}/,me/", names, cache=cache, **settings)
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["folder", "hub"])

@@ -10,7 +10,7 @@ from tiny_vision import tiny_pair
 from transformers import AutoBackbone, PreTrainedModel, ResNetConfig
 
 from klas_hf import KANForImageClassification, StitchedModel
-from klas_hf.kan.splines import Grid
+from klas_hf.models.kan_splines import Grid
 
 BASES = ("none", "silu")
 

@@ -10,12 +10,12 @@ from sklearn.cluster import KMeans
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from klas_hf import compress_kan, head_bytes
-from klas_hf.kan import compressed
-from klas_hf.kan.compressed import Compression
-from klas_hf.kan.layers import KANHead
 from klas_hf.kan.rivals import pruned_kan, rounded_kan
 from klas_hf.kan.sizes import HeadSize
-from klas_hf.kan.splines import Grid
+from klas_hf.models import kan_compressed as compressed
+from klas_hf.models.kan_compressed import Compression
+from klas_hf.models.kan_layers import KANHead
+from klas_hf.models.kan_splines import Grid
 
 # Few shapes per output, and more than 16 for the second layer, and for both; indices of whole bytes or not.
 FORMS = [(4, 8, "output"), (4, 32, "edge"), (37, 8, "edge"), (37, 32, "output"), (200, 8, "output")]
@@ -32,6 +32,8 @@ def test_a_compressed_head_answers_as_the_splines_that_its_tensors_stand_for(
     features = 3 * torch.randn(7, 16) + 1
     ours = small.run_head(small.head, features)
     torch.testing.assert_close(ours, small.head.dense(small.codebook)(features), rtol=0, atol=1e-5)
+    alone = torch.cat([small.run_head(small.head, row[None]) for row in features])  # by values
+    torch.testing.assert_close(alone, ours, rtol=0, atol=1e-5)
     state, index_bits = small.state_dict(), max(1, int(np.ceil(np.log2(codebook))))
     layers = [
         (
@@ -44,10 +46,13 @@ def test_a_compressed_head_answers_as_the_splines_that_its_tensors_stand_for(
     np.testing.assert_allclose(ours.numpy(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("codebook", [4, 200])
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("codebook", [4, 37, 200])
 @torch.no_grad()
-def test_a_few_inputs_at_a_time_give_the_same(codebook: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    small, features = compress_kan(tiny_kan(), codebook), torch.randn(3, 16)
+def test_a_few_inputs_or_outputs_at_a_time_give_the_same(
+    codebook: int, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, features = compress_kan(tiny_kan(), codebook), torch.randn(images, 16)
     whole = small.run_head(small.head, features)
     monkeypatch.setattr(compressed, "AT_ONCE", 1)
     torch.testing.assert_close(small.run_head(small.head, features), whole, rtol=0, atol=1e-6)

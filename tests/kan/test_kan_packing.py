@@ -1,12 +1,14 @@
 """Indices in the least bits, as numpy packs them; matrices in int8."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klas_hf.kan.packing import Rows, index_bits, pack_rows, unpack_rows
+from klas_hf.models.kan_packing import Rows, index_bits, pack_rows, unpack_rows
 
 
 @settings(max_examples=60)
@@ -18,6 +20,8 @@ def test_rows_of_indices_are_packed_as_numpy_packs_bits(bits: int, rows: int, co
     expected = np.packbits(ones.reshape(rows, -1).astype(np.uint8), axis=1, bitorder="little")
     assert np.array_equal(packed.numpy(), expected)
     assert torch.equal(unpack_rows(packed, bits, count), indices.int())
+    with patch("torch.compiler.is_exporting", return_value=True):  # in ExecuTorch's operations
+        assert torch.equal(unpack_rows(packed, bits, count), indices.int())
 
 
 @pytest.mark.parametrize(
@@ -34,7 +38,6 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_row(scales: int) -> None:
     rows.store(matrix)
     peaks = matrix.abs().amax(1, keepdim=True) if scales == 5 else matrix.abs().max()
     assert rows.values.dtype == torch.int8 and (rows.read() - matrix).abs().le(peaks / 127 * 0.5001).all()
-    assert torch.equal(rows.read(2, 4), rows.read()[:, 2:4])
 
 
 def test_float32_is_kept_as_it_is() -> None:

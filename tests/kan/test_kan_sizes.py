@@ -2,8 +2,8 @@
 
 import pytest
 
-from klas_hf.kan.compressed import Compression
 from klas_hf.kan.sizes import CHIPS, HeadSize, cache_level
+from klas_hf.models.kan_compressed import Compression
 
 PAPER = Compression(65536, bits=8, bias="edge")
 DENSE, SMALL = 58.67e6, 6.32e6  # bytes of one head

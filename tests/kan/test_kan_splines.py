@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kan_examples import BASES, naive_head, naive_layer, splines
 
-from klas_hf.kan.layers import KANHead, KANLayer
-from klas_hf.kan.splines import Grid
+from klas_hf.models.kan_layers import KANHead, KANLayer
+from klas_hf.models.kan_splines import Grid
 
 GRIDS = st.integers(0, 5).flatmap(
     lambda order: st.builds(

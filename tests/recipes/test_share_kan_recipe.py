@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
+from voc_folder import SIDE, write_voc
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "share_kan.py"
 
@@ -42,11 +44,38 @@ def test_smoke_run_measures_every_form_once(tmp_path: Path, capsys: pytest.Captu
     assert (out / "rows.jsonl").read_text() == before
 
 
+@pytest.mark.slow
+def test_images_with_any_number_of_labels_are_measured_by_mean_average_precision(tmp_path: Path) -> None:
+    """VOC's folders, made up."""
+    write_voc(tmp_path / "voc", {"trainval": 24, "test": 16})
+    labels = {"id2label": dict(enumerate("ab")), "label2id": {"a": 0, "b": 1}}
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**sizes | labels)).save_pretrained(tmp_path / "backbone")
+    ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path / "backbone")
+    options = ["--config", str(RECIPE.with_name("share_kan_voc2007.yaml")), "--hidden", "16"]
+    places = ["--data", str(tmp_path / "voc"), "--backbone", str(tmp_path / "backbone"), "--image_size", str(SIDE)]
+    run(tmp_path, *options, *places)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()[1:]]
+    assert len(rows) == 10 and all(0 < row["metrics"]["test"] <= 1 for row in rows)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| mean average precision | with noise |" in report.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", ["share_kan_voc2007", "share_kan_coco"])
+def test_the_files_for_others_data_parse(name: str) -> None:
+    module = runpy.run_path(str(RECIPE))
+    argv = ["--config", str(RECIPE.with_name(f"{name}.yaml")), "--data", "somewhere"]
+    (args,) = module["parse_options"](module["ShareKANArguments"], argv=argv)
+    assert args.multi_label and args.backbone == "microsoft/resnet-50" and args.data == "somewhere"
+    assert args.codebooks[-1] == 65536
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--data", "x"], "data=x and .*backbone=None; expected both"),
         (["--seeds", "1", "1"], "at least one, each once"),
+        (["--multi_label", "true"], "got multi_label without data"),
     ],
 )
 def test_bad_options_are_refused(options: list[str], message: str, tmp_path: Path, capsys) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny_dense import CLASSES, dense_images, head_config, tiny_backbone, tiny_dense, tiny_dense_pair
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from klas_hf import FunctionalScoring, Path, SearchConfig, Stitch, StitchedModel, score_stitches, train_probes
@@ -12,9 +13,11 @@ from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.evaluation.segmentation import segmentation_scores
 from klas_hf.maths.least_squares import RIDGE
 from klas_hf.scores.paths import PathScorer
+from klas_hf.selection.plan import GROUP, SearchPlan
 
 DATA = dense_images(6)
 FITTED, SCORED = DATA[:4], DATA[4:]
+SPLIT = FunctionalScoring(temperature=1.0)
 
 
 def log_probabilities(model: PreTrainedModel, pixels: Tensor) -> Tensor:
@@ -92,12 +95,29 @@ def test_probes_of_dense_anchors_give_gamma_over_images() -> None:
 
 @pytest.mark.slow
 def test_search_finds_paths_within_a_budget() -> None:
-    search = SearchConfig(buckets=2, joints=1, forwards=150, cheapest=0.5)
+    search = SearchConfig(buckets=2, joints=1, forwards=1000, cheapest=0.5)  # heads count too
     model = StitchedModel.from_anchors(*tiny_dense_pair("upernet"), budget="85%", calibration=DATA, search=search)
     about = model.config.backbone_config.search
     assert 0.5 <= about["share"] <= 0.85
     assert about["budget"] == "85%"
     assert about["paths"] > 2
+
+
+def test_runs_of_the_head_are_foretold() -> None:
+    """Its MACs, counted by torch in the anchor itself, in those of a block; and one run of it for every path scored."""
+    pair = tiny_dense_pair("upernet", "resnet")
+    plan = SearchPlan([VisionAnchor(one) for one in pair], DATA, SearchConfig(buckets=2, scoring=SPLIT), 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pair[1](DATA[0]["pixel_values"][:1])
+    counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    heads = [counts[f"UperNetForSemanticSegmentation.{name}"] for name in ("decode_head", "auxiliary_head")]
+    blocks = [count for name, count in counts.items() if name.rpartition(".")[0].endswith(".layers")]
+    assert len(blocks) == 7
+    assert plan.head == pytest.approx(7 * sum(heads) / sum(blocks), abs=0.6) and plan.head > 3
+    scored = sum(map(len, plan.scored))
+    path, paid = Path.parse("0[:2] 1[3:]"), 4  # blocks of the target behind the stitch
+    whole = 12 * (scored + sum(map(len, plan.calibration))) + plan.head * scored
+    assert plan.price(path, None) == scored * (paid + plan.head) + whole // GROUP
 
 
 def test_an_anchor_without_a_stride_that_the_head_takes_is_named() -> None:

@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BackboneOutput
 
-from klas_hf import StitchedModel, measure_costs
+from klas_hf import StitchedModel, StitchedSupernet, measure_costs, save_delta
 from klas_hf.models import StitchedBackbone
 from klas_hf.stitching.loading import RANDOM_STITCH
 
@@ -317,3 +317,13 @@ def test_anchors_that_are_not_dense_alike_are_refused() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="dpt"):
         StitchedModel.from_path([dpt], "0[:]")
+
+
+def test_what_dense_models_do_not_have_is_refused(tmp_path: Path) -> None:
+    pair = tiny_dense_pair("upernet")
+    with pytest.raises(ValueError, match=r"got dense models for a supernet; expected .* StitchedModel.from_path"):
+        StitchedSupernet.from_anchors(pair, [(2, 3)])
+    with pytest.raises(TypeError, match="got a UperNetForSemanticSegmentation; expected one of"):
+        save_delta(StitchedModel.from_path(pair, "1[:]"), tmp_path)
+    with pytest.raises(ValueError, match="a dense model, whose parts are not timed; leave it out"):
+        StitchedModel.from_anchors(*pair, budget="20 ms", calibration=dense_images(2))

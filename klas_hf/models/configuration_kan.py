@@ -4,9 +4,10 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from klas_hf.kan.compressed import Compression
-from klas_hf.kan.splines import Grid
-from klas_hf.models.configuration_base import as_config, derived
+from .configuration_base import derived
+from .configuration_stitched_vision import backbone_config
+from .kan_compressed import Compression
+from .kan_splines import Grid
 
 FORMAT_VERSION = 1  # of the tensors' layout and the fields' meaning
 
@@ -18,9 +19,9 @@ class KANConfig(PreTrainedConfig):
         backbone_config: configuration (or its dict) of the backbone: of any that `AutoBackbone` knows, a
             `StitchedVisionConfig` included.
         hidden_widths: of the head's hidden layers, if any.
-        grid_intervals, spline_order, grid_low, grid_high: the grid of every spline (`klas_hf.kan.splines.Grid`).
+        grid_intervals, spline_order, grid_low, grid_high: the grid of every spline (`klas_hf.models.kan_splines.Grid`).
         base: "none" (splines alone) or "silu".
-        compression: `codebook`, `bits` and `bias` (`klas_hf.kan.compressed.Compression`) of a compressed head, with the
+        compression: `codebook`, `bits` and `bias` (of a `Compression`) of a compressed head, with the
             `r2` that was reached; None: a dense one.
         tasks: of `KANForManyTasks`, the names of each task's classes; None: one head, with the classes of `id2label`.
         training: how the model was trained, or None.
@@ -37,6 +38,7 @@ class KANConfig(PreTrainedConfig):
     """
 
     model_type = "kan"
+    _auto_class = "AutoConfig"  # a checkpoint carries its code
     sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig}
 
     backbone_config: Any = None
@@ -52,7 +54,7 @@ class KANConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.backbone_config = as_config(self.backbone_config, "resnet")
+        self.backbone_config = backbone_config(self.backbone_config, "resnet")
         self.hidden_widths = list(self.hidden_widths or [])
         super().__post_init__(**kwargs)
         _ = self.grid, self.how_compressed  # which check what they are made of

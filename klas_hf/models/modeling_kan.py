@@ -15,13 +15,14 @@ from transformers import AutoBackbone, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from klas_hf.kan.compressed import CompressedKANHead, Compression, DamagedHead, check_compressed, codebook_of
-from klas_hf.kan.compression import compress_heads, explained_variance
-from klas_hf.kan.configuration_kan import KANConfig
-from klas_hf.kan.layers import KANHead, KANLayer
-from klas_hf.kan.packing import Rows
-from klas_hf.models import StitchedBackbone, StitchedForImageClassification
-from klas_hf.models.checkpoint_files import load_whole
+from .checkpoint_files import load_whole
+from .configuration_kan import KANConfig
+from .configuration_stitched_vision import StitchedVisionConfig
+from .kan_compressed import CompressedKANHead, DamagedHead, check_compressed, codebook_of
+from .kan_layers import KANHead, KANLayer
+from .kan_packing import Rows
+from .modeling_base import StitchedModel
+from .modeling_stitched_vision import StitchedBackbone, StitchedForImageClassification
 
 
 class KANPreTrainedModel(PreTrainedModel):
@@ -35,7 +36,10 @@ class KANPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: KANConfig):
         super().__init__(config)
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        # By name: code that a checkpoint carries may be loaded twice, for configurations and for models.
+        stitched = config.backbone_config.model_type == StitchedVisionConfig.model_type
+        new = StitchedBackbone._from_config if stitched else AutoBackbone.from_config
+        self.backbone = new(config.backbone_config)
         how = config.how_compressed
         self.codebook = None if how is None else codebook_of(how, config.grid)
 
@@ -105,6 +109,8 @@ class KANForImageClassification(KANPreTrainedModel):
         True
     """
 
+    _auto_class = "AutoModelForImageClassification"  # a checkpoint carries its code
+
     def __init__(self, config: KANConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -170,6 +176,8 @@ class KANForManyTasks(KANPreTrainedModel):
         torch.Size([4, 7])
     """
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: KANConfig):
         super().__init__(config)
         if not config.tasks or config.compression is None:
@@ -197,21 +205,7 @@ class KANForManyTasks(KANPreTrainedModel):
         Raises:
             ValueError: no models, backbones that differ, heads of different forms, or already compressed.
         """
-        if not models or any("." in task or not task for task in models):
-            raise ValueError(f"got the tasks {sorted(models)}; expected at least one, and names without dots")
-        for model in models.values():
-            _check_dense(model)
-        _check_same_backbones(models)
-        first, *others = models.values()
-        form = ("hidden_widths", "base", "grid")
-        if any(getattr(other.config, name) != getattr(first.config, name) for other in others for name in form):
-            raise ValueError(f"got heads that differ in one of {form}; expected heads alike but for their classes")
-        how = Compression(codebook, bits, bias)
-        heads, shapes = compress_heads([model.head for model in models.values()], how, seed=seed)
-        config = copy.deepcopy(first.config)
-        config.tasks = {task: list(model.config.id2label.values()) for task, model in models.items()}
-        config.compression = {"codebook": codebook, "bits": bits, "bias": bias}
-        return _assembled(cls, config, first, shapes, heads=nn.ModuleDict(zip(models, heads, strict=True)))
+        return StitchedModel._action("compress_tasks")(models, codebook, bits=bits, bias=bias, seed=seed)
 
     def heads_by_task(self) -> dict[str, nn.Module]:
         return dict(self.heads.items())
@@ -229,50 +223,6 @@ class KANForManyTasks(KANPreTrainedModel):
         if task not in self.heads:
             raise ValueError(f"got task={task!r}; expected one of {list(self.heads)}")
         return ImageClassifierOutput(logits=self.run_head(self.heads[task], self.pooled(pixel_values)))
-
-
-def compress_kan(
-    model: KANForImageClassification,
-    codebook: int | Tensor = 256,
-    *,
-    bits: int = 8,
-    bias: str = "output",
-    seed: int = 0,
-) -> KANForImageClassification:
-    """Compress the head of a trained model, without data and without retraining (SHARe-KAN).
-
-    Each spline's coefficients become a bias, a gain and the nearest of a few shapes, which all layers share.
-
-    Args:
-        model: with a dense head; it stays as it is.
-        codebook: number of shapes; or the shapes `(shapes, coefficients)` themselves, as another model's
-            `codebook.read()`.
-        bits: of gains, shapes and what else is stored per edge: 8, or 32 (float32).
-        bias: "output": the biases of an output's edges as their sum, which is exact; "edge": one by one, as the paper
-            has them, a byte per edge more.
-        seed: of k-means.
-
-    Returns:
-        A model with a copy of the backbone; `config.compression["r2"]` is the share of the coefficients' variance kept.
-
-    Raises:
-        ValueError: a head that is compressed already, more shapes than edges, or a setting that there is not.
-        ImportError: scikit-learn is missing.
-
-    Example:
-        >>> backbone = StitchedModel.from_anchors(small, large, stitch=(2, 1), calibration=images)
-        >>> model = KANForImageClassification.from_backbone(backbone, num_labels=3)
-        >>> head_bytes(model), head_bytes(compress_kan(model, codebook=16))
-        (2304, 264)
-    """
-    _check_dense(model)
-    shapes = None if isinstance(codebook, int) else codebook
-    how = Compression(codebook if isinstance(codebook, int) else len(codebook), bits, bias)
-    (head,), found = compress_heads([model.head], how, shapes=shapes, seed=seed)
-    config = copy.deepcopy(model.config)
-    r2 = explained_variance(model.head, head.dense(found))
-    config.compression = {"codebook": how.codebook, "bits": bits, "bias": bias, "r2": r2}
-    return _assembled(KANForImageClassification, config, model, found, head=head)
 
 
 def head_bytes(model: KANPreTrainedModel) -> int:
@@ -306,32 +256,3 @@ def _as_backbone(model: PreTrainedModel) -> PreTrainedModel:
         f"got a backbone of {type(model).__name__}; expected what AutoBackbone loads, or a stitched model. Of a whole "
         'classifier: StitchedModel.from_path([classifier], "0[:]")'
     )
-
-
-def _check_dense(model: Any) -> None:
-    if not isinstance(model, KANForImageClassification) or model.codebook is not None:
-        found = "a compressed model" if isinstance(model, KANForImageClassification) else type(model).__name__
-        raise ValueError(f"got {found} to compress; expected a KANForImageClassification with a dense head")
-
-
-def _check_same_backbones(models: Mapping[str, Any]) -> None:
-    """Raise ValueError unless all models have equal backbones."""
-    (first, reference), *others = models.items()
-    state = reference.backbone.state_dict()
-    for name, model in others:
-        other = model.backbone.state_dict()
-        if state.keys() != other.keys() or any(not torch.equal(state[key].cpu(), other[key].cpu()) for key in state):
-            raise ValueError(
-                f"got tasks {first!r} and {name!r} with different backbones; expected one that all share. Train heads "
-                "with TrainingConfig(trainable='head'), which leaves the backbone as it is"
-            )
-
-
-def _assembled(kind: type, config: KANConfig, model: KANPreTrainedModel, codebook: Rows, **parts: nn.Module) -> Any:
-    """A model of these parts and a copy of another's backbone, on its device."""
-    with torch.device("meta"):
-        made = kind(config)
-    made.backbone, made.codebook = copy.deepcopy(model.backbone), codebook
-    for name, part in parts.items():
-        setattr(made, name, part)
-    return made.to(model.device).eval()

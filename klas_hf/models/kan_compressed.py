@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from klas_hf.kan.layers import KANHead, normed
-from klas_hf.kan.packing import Rows, index_bits, unpack_rows
-from klas_hf.kan.splines import Grid
+from .kan_layers import KANHead, normed
+from .kan_packing import Rows, index_bits, unpack_rows
+from .kan_splines import Grid
 
 BITS = (8, 32)
 BIASES = ("output", "edge")
-AT_ONCE = 2**18  # numbers that an evaluation has in memory beside inputs and outputs, or what eight inputs need
+AT_ONCE = 2**19  # numbers that an evaluation has in memory beside inputs and outputs, or what one output needs
 
-# Up to so many shapes per output, all of them are evaluated at every input, in one matrix product, and outputs choose
-# among the values; of more, each edge reads the few numbers of its own, which are read at random.
+# For one image and up to so many shapes per output, every shape is evaluated at every input and each edge picks its
+# value. Else the splines of a few outputs at a time are put together, which the images share, and multiplied.
 _PER_OUTPUT = 16
 
 
@@ -83,23 +83,19 @@ class CompressedKANLayer(nn.Module):
         self.biases = Rows(outputs, inputs, compression.bits, outputs) if edges else Rows(outputs, 1, 32, outputs)
         self.base = Rows(outputs, inputs, compression.bits, outputs) if base == "silu" else None
 
-    def read_indices(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Which shape each edge of some inputs has, int32 `(outputs, inputs)`; `start` is a multiple of 8."""
+    def read_indices(self, outputs: slice = slice(None), start: int = 0, stop: int | None = None) -> Tensor:
+        """Which shapes the edges of some outputs, from some inputs, have: int32; `start` is a multiple of 8."""
         bits, stop = self.compression.index_bits, self.inputs if stop is None else min(stop, self.inputs)
-        return unpack_rows(self.indices[:, start * bits // 8 : -(-stop * bits // 8)], bits, stop - start)
+        return unpack_rows(self.indices[outputs, start * bits // 8 : -(-stop * bits // 8)], bits, stop - start)
 
     def forward(self, hidden: Tensor, codebook: Rows) -> Tensor:
-        """`(batch, inputs)` to `(batch, outputs)`, a few inputs at a time."""
-        shapes = len(codebook.values)
-        by_values = shapes <= _PER_OUTPUT * self.outputs
-        numbers = max(shapes, self.outputs) if by_values else self.outputs * (self.grid.order + 1)
-        step = max(8, AT_ONCE // (len(hidden) * numbers) // 8 * 8)
-        sum_of = self._of_values if by_values else self._of_shapes
-        out = self.biases.read().sum(1).expand(len(hidden), -1)
-        for start in range(0, self.inputs, step):
-            stop = start + step
-            chosen = self.read_indices(start, stop).long()
-            out = out + sum_of(hidden[:, start:stop], chosen, self.gains.read(start, stop), codebook)
+        """`(batch, inputs)` to `(batch, outputs)`, a few inputs or outputs at a time."""
+        few_shapes = len(codebook.values) <= _PER_OUTPUT * self.outputs
+        sums = self._of_values if len(hidden) == 1 and few_shapes else self._of_splines
+        out = sums(hidden, codebook.values)
+        for scale in (codebook.scale, self.gains.scale):
+            out = out if scale is None else out * scale.T
+        out = out + self.biases.read().sum(1)
         return out if self.base is None else out + F.linear(F.silu(hidden), self.base.read())
 
     def dense(self, codebook: Rows) -> Tensor:
@@ -108,30 +104,27 @@ class CompressedKANLayer(nn.Module):
         biases = biases if self.compression.bias == "edge" else biases.expand(-1, self.inputs) / self.inputs
         return self.gains.read().unsqueeze(-1) * codebook.read()[self.read_indices().long()] + biases.unsqueeze(-1)
 
-    def _of_values(self, hidden: Tensor, chosen: Tensor, gains: Tensor, codebook: Rows) -> Tensor:
-        """Sums over some inputs, `(batch, outputs)`: the value of every shape at every input, then each edge's choice.
+    def _of_values(self, hidden: Tensor, shapes: Tensor) -> Tensor:
+        """Sums of one image, `(1, outputs)`, without scales: the values of all shapes, then each edge's choice."""
+        basis, sums = self.grid.basis(hidden[0]), hidden.new_zeros(self.outputs)
+        shapes = shapes.to(basis.dtype)
+        step = max(8, AT_ONCE // max(len(shapes), self.outputs) // 8 * 8)
+        for start in range(0, self.inputs, step):
+            values = shapes @ basis[start : start + step].T
+            found = values.gather(0, self.read_indices(start=start, stop=start + step).long())
+            sums = sums + (found * self.gains.values[:, start : start + step].to(found.dtype)).sum(1)
+        return sums.unsqueeze(0)
 
-        Args:
-            hidden: `(batch, inputs)`.
-            chosen, gains: of the edges, `(outputs, inputs)`.
-        """
-        batch, inputs = hidden.shape
-        basis = self.grid.basis(hidden).permute(2, 1, 0).reshape(-1, inputs * batch)
-        values = (codebook.read() @ basis).view(-1, batch)  # of shape k at input i in row k · inputs + i
-        rows = chosen * inputs + torch.arange(inputs, device=hidden.device)
-        if torch.compiler.is_exporting():  # ExecuTorch has no embedding_bag, which gathers and sums in one
-            found = values.index_select(0, rows.flatten()).view(*rows.shape, batch)
-            return torch.bmm(gains.unsqueeze(1), found).squeeze(1).t()
-        return F.embedding_bag(rows, values, mode="sum", per_sample_weights=gains).t()
-
-    def _of_shapes(self, hidden: Tensor, chosen: Tensor, gains: Tensor, codebook: Rows) -> Tensor:
-        """The same from the `order + 1` numbers of each edge's shape that count at its input."""
-        cell, local = self.grid.local_basis(hidden)  # (batch, inputs), (batch, inputs, order + 1)
-        places = cell.unsqueeze(-1) + torch.arange(self.grid.order + 1, device=hidden.device)
-        places = (chosen * self.grid.coefficients)[None, :, :, None] + places.unsqueeze(1)
-        numbers = codebook.values.flatten()[places].to(hidden.dtype)  # (batch, outputs, inputs, order + 1)
-        sums = ((numbers * local.unsqueeze(1)).sum(-1) * gains).sum(-1)
-        return sums if codebook.scale is None else sums * codebook.scale.view(())
+    def _of_splines(self, hidden: Tensor, shapes: Tensor) -> Tensor:
+        """Sums `(batch, outputs)`, without scales: of a few outputs at a time the splines, which all images share."""
+        basis = self.grid.basis(hidden).flatten(1)
+        step, found = max(1, AT_ONCE // basis.shape[1]), list[Tensor]()
+        for start in range(0, self.outputs, step):
+            outputs = slice(start, start + step)
+            splines = F.embedding(self.read_indices(outputs), shapes).to(basis.dtype)
+            splines *= self.gains.values[outputs].to(basis.dtype).unsqueeze(-1)
+            found.append(F.linear(basis, splines.flatten(1)))
+        return torch.cat(found, 1)
 
 
 class CompressedKANHead(nn.Module):

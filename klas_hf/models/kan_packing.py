@@ -25,14 +25,32 @@ def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 16:
         low, high = packed.view(len(packed), count, 2).int().unbind(-1)
         return low + 256 * high
-    # Eight indices fill `bits` bytes. Each lies within three of them, whose 24 bits float32 holds exactly: dividing by
-    # powers of two and cutting off is exact too, and quicker than with integers.
-    groups = F.pad(packed, (0, -packed.shape[1] % bits)).view(len(packed), -1, bits).float()
-    first = torch.arange(8, device=packed.device) * bits
-    one, two, three = (groups[..., (first // 8 + n).clamp(max=bits - 1)] for n in range(3))
+    # Eight indices fill `bits` bytes; each lies within three of them.
+    groups = F.pad(packed, (0, -packed.shape[1] % bits)).view(len(packed), -1, bits)
+    unpacked = _by_division(groups) if torch.compiler.is_exporting() else _by_shifts(groups)
+    return unpacked.flatten(1)[:, :count]
+
+
+def _by_shifts(groups: Tensor) -> Tensor:
+    """Eight indices of each group, `(…, bits)` bytes to `(…, 8)`."""
+    bits, parts = groups.shape[-1], groups.int().unbind(-1)
+    found = []
+    for start in range(0, 8 * bits, bits):
+        first, last = start // 8, (start + bits - 1) // 8
+        value = parts[first] >> start % 8
+        for n in range(first + 1, last + 1):
+            value = value | (parts[n] << (8 * n - start))
+        found.append(value & (2**bits - 1))
+    return torch.stack(found, -1)
+
+
+def _by_division(groups: Tensor) -> Tensor:
+    """The same for ExecuTorch, which has no shifts: float32 holds 24 bits exactly, also divided by powers of two."""
+    bits, parts = groups.shape[-1], groups.float()
+    first = torch.arange(8, device=groups.device) * bits
+    one, two, three = (parts[..., (first // 8 + n).clamp(max=bits - 1)] for n in range(3))
     shifted = torch.floor((one + 256 * two + 65536 * three) * 0.5 ** (first % 8))
-    values = shifted - 2**bits * torch.floor(shifted * 0.5**bits)
-    return values.flatten(1)[:, :count].int()
+    return (shifted - 2**bits * torch.floor(shifted * 0.5**bits)).int()
 
 
 class Rows(nn.Module):
@@ -66,7 +84,6 @@ class Rows(nn.Module):
             matrix = (matrix / self.scale).round().to(torch.int8)
         self.values = matrix
 
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """The columns from `start` to `stop`, in floats."""
-        values = self.values[:, start:stop]
-        return values if self.scale is None else values.to(self.dtype) * self.scale
+    def read(self) -> Tensor:
+        """The matrix in floats."""
+        return self.values if self.scale is None else self.values.to(self.dtype) * self.scale

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from klas_hf.kan.splines import Grid
+from .kan_splines import Grid
 
 BASES = ("none", "silu")
 
