@@ -196,7 +196,7 @@ def _sweep(
     return found, weight
 
 
-def _begun(folder: str | Path | None) -> dict[str, float] | None:
+def _begun(folder: str | Path | None) -> dict[str, Any] | None:
     """What was chosen for a run that was interrupted, and is not looked for again."""
     latest = None if folder is None else Checkpoints(folder, {}).newest()
     if latest is None:
