@@ -125,6 +125,9 @@ class StitchedForCausalLM(StitchedModel, GenerationMixin):
         super().__init__(config)
         self.model = StitchedTextModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        names = {module: name for name, module in self.named_modules()}
+        # What transformers ties where the configuration says so; families differ in the embedding's name.
+        self._tied_weights_keys = {"lm_head.weight": f"{names[self.get_input_embeddings()]}.weight"}
         self.post_init()
 
     def forward(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sharded_run import batches, optimizer_of, rows, steps, training
-from stitched_examples import KV_SHAPES, logits_of, saved, stitched_classifier, stitched_lm
+from stitched_examples import KV_SHAPES, logits_of, saved, stitched_classifier, stitched_lm, tied_lm
 from tiny_models import token_ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -20,7 +21,7 @@ from klas_hf import StitchedModel, train_stitches
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
-KINDS = ["equal", "unequal", "classifier"]
+KINDS = ["equal", "unequal", "tied", "classifier"]
 TRAINED = ["stitch", "lora", "full"]
 WAYS = [f"{way} {kind}" for way in ("ddp", "fsdp2", "native") for kind in KINDS] + [
     f"{way} {one}" for way in ("train", "resume") for one in TRAINED
@@ -32,7 +33,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that two processes do, in one launch."""
     folder = tmp_path_factory.mktemp("runs")
     for kind in KINDS:
-        saved(stitched_classifier() if kind == "classifier" else stitched_lm(kind), folder / kind)
+        made = {"classifier": stitched_classifier, "tied": tied_lm}.get(kind, partial(stitched_lm, kind))
+        saved(made(), folder / kind)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     settings = {
