@@ -83,8 +83,11 @@ def fit_stitches(
     moments = StitchMoments(anchors, [stitch for group in groups for stitch in group])
     if not stream(anchors, anchors[0].read(calibration), [moments], description, moments.stops):
         raise ValueError("got no data to calibrate on; expected batches. Check that an iterator was not used up before")
-    fits = (moments.fit(group, ridge) for group in groups)
-    return [replace(fit, weight=fit.weight.to(dtype), bias=fit.bias.to(dtype)) for fit in fits]
+    fits: dict[int, LinearFit] = {}
+    for place in sorted(range(len(groups)), key=lambda place: groups[place][0]):  # those of a source block together
+        fit = moments.fit(groups[place], ridge)
+        fits[place] = replace(fit, weight=fit.weight.to(dtype), bias=fit.bias.to(dtype))
+    return [fits[place] for place in range(len(groups))]
 
 
 @torch.no_grad()

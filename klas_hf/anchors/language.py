@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file
 
 from klas_hf.anchors.anchor import Anchor
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.decoder_parts import decoder_part
 from klas_hf.anchors.families import DECODER_FAMILIES, decoder_family
 from klas_hf.anchors.vocabularies import check_vocabularies
-from klas_hf.anchors.weights import evaluating
+from klas_hf.anchors.weights import evaluating, list_files, note_files
 from klas_hf.models.checkpoint_files import check_whole, senseless
 from klas_hf.models.modeling_stitched import scale_logits
 from klas_hf.models.vision_kinds import VISION_KINDS
 from klas_hf.processes import others_bars, process_state
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# Options with which a model has the tensors of its files, in its dtype.
+_UNCHANGING = {*HUB_OPTIONS, "dtype", "torch_dtype", "device_map", "attn_implementation"}
 
 
 def hub_options(options: Mapping[str, Any], revision: str | None = None) -> dict[str, Any]:
@@ -173,11 +176,16 @@ def pretrained(auto_class: Any, anchor: str | Path, check: Callable[[PreTrainedC
     """
     if kwargs.get("device_map") is None:
         kwargs["device_map"] = on_accelerator()
-    check(anchor_config(anchor, **hub_options(kwargs)))
+    hub = hub_options(kwargs)
+    check(anchor_config(anchor, **hub))
     with explained_access(anchor), others_bars():
+        folder = Path(cached_file(anchor, CONFIG_NAME, **hub)).parent
+        files = list_files(folder)
         told = kwargs | {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = auto_class.from_pretrained(anchor, **told)
     check_whole(anchor, info["missing_keys"], info["mismatched_keys"])
+    if files is not None and kwargs.keys() <= _UNCHANGING and list_files(folder) == files:
+        note_files(model, files)
     return model.eval()
 
 

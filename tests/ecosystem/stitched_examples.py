@@ -39,9 +39,7 @@ def tied_lm() -> StitchedForCausalLM:
     return joined(anchors(), "1[:2] 1[4:]")
 
 
-def joined(
-    pair: tuple[PreTrainedModel, PreTrainedModel], path: str = PATH, **options: Any
-) -> StitchedForCausalLM:
+def joined(pair: tuple[PreTrainedModel, PreTrainedModel], path: str = PATH, **options: Any) -> StitchedForCausalLM:
     """The first two blocks of one language model, the second and the last of one of five; or another path."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the stitching layer is random")

@@ -101,9 +101,7 @@ def test_it_is_stored_once_and_comes_back(family: str, tmp_path: Path) -> None:
         assert is_tied(loaded) and torch.equal(logits_of(loaded), logits_of(model))
     body = AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(
-            body(token_ids(2, 9)).last_hidden_state, model.model(token_ids(2, 9)).last_hidden_state
-        )
+        assert torch.equal(body(token_ids(2, 9)).last_hidden_state, model.model(token_ids(2, 9)).last_hidden_state)
     loaded.resize_token_embeddings(70)
     assert is_tied(loaded) and logits_of(loaded).shape[-1] == 70
 
