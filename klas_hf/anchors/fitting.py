@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.hooks import SequentialHook
 from torch import Tensor, nn
 
 from klas_hf.anchors.anchor import Anchor
 from klas_hf.anchors.streaming import Gathered, stream
+from klas_hf.anchors.weights import offloading
 from klas_hf.maths.least_squares import LinearFit
 from klas_hf.maths.similarities import PairMoments
 from klas_hf.paths import Stitch
@@ -118,7 +118,6 @@ def _write(module: nn.Module, name: str, value: Tensor) -> None:
     if not parameter.is_meta:
         parameter.copy_(value)
         return
-    hook: Any = module._hf_hook
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
-    (weights,) = (one.weights_map for one in hooks if one.weights_map is not None)
+    hook: Any = offloading(module)
+    weights = hook.weights_map
     weights.dataset.state_dict[f"{weights.prefix}{name}"] = value.to(device="cpu", dtype=parameter.dtype)

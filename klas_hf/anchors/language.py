@@ -15,7 +15,7 @@ from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.decoder_parts import decoder_part
 from klas_hf.anchors.families import DECODER_FAMILIES, decoder_family
 from klas_hf.anchors.vocabularies import check_vocabularies
-from klas_hf.anchors.weights import evaluating, list_files, note_files
+from klas_hf.anchors.weights import device_of, evaluating, list_files, note_files
 from klas_hf.models.checkpoint_files import check_whole, senseless
 from klas_hf.models.modeling_stitched import scale_logits
 from klas_hf.models.vision_kinds import VISION_KINDS
@@ -76,7 +76,7 @@ class LanguageAnchor(Anchor[TokenBatch, Tensor]):
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return device_of(self.model.get_input_embeddings())
 
     def read(self, data: Iterable[Any], *, probed: bool = False) -> Iterator[TokenBatch]:
         return token_batches(data, self.config.bos_token_id, self.classes)
@@ -110,7 +110,7 @@ class LanguageAnchor(Anchor[TokenBatch, Tensor]):
 
     def logits(self, state: Tensor) -> Tensor:
         norm, head = self.decoder.get_submodule(self.family.norm), self.model.get_output_embeddings()
-        normed = norm(state.to(device=head.weight.device, dtype=head.weight.dtype))
+        normed = norm(state.to(device=device_of(head), dtype=head.weight.dtype))
         return scale_logits(head(normed), self.config)
 
     @torch.no_grad()

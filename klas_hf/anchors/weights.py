@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from huggingface_hub import constants
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ def fingerprint(model: nn.Module) -> str:
         digest = hashlib.sha256()
         for name, tensor in state:
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            _update(digest, tensor.detach().to(dtype=torch.bfloat16))
+            _update(digest, _held(model, name, tensor).detach().to(dtype=torch.bfloat16))
         found = digest.hexdigest()
         if kept is not None and as_read:
             with suppress(OSError):  # a cache that cannot be written to only takes time
@@ -51,7 +52,7 @@ def fingerprint(model: nn.Module) -> str:
     return found
 
 
-def list_files(folder: str | os.PathLike) -> list[tuple[Any, ...]] | None:
+def list_files(folder: Path) -> list[tuple[Any, ...]] | None:
     """What tells the files of a checkpoint from others without reading them; None where it would not be sure to.
 
     Names, places, sizes and times, among them that of the last change to the file's entry (ctime), which nobody can
@@ -103,6 +104,27 @@ def _seen(state: list[tuple[str, Tensor]]) -> str | None:
         values = tensor.detach().reshape(-1)
         _update(digest, values[:: max(1, len(values) // SAMPLED)])
     return digest.hexdigest()
+
+
+def offloading(module: nn.Module) -> AlignDevicesHook | None:
+    """What loads a module's own tensors for its forward, where accelerate has put them into memory or onto the disk."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return next((one for one in hooks if getattr(one, "weights_map", None) is not None), None)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the first tensor of a module is when it runs, wherever it may be offloaded to meanwhile."""
+    owner = next(one for one in module.modules() if next(one.parameters(recurse=False), None) is not None)
+    hook = offloading(owner)
+    return next(owner.parameters(recurse=False)).device if hook is None else torch.device(hook.execution_device)
+
+
+def _held(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a model, also where it is offloaded."""
+    owner, _, leaf = name.rpartition(".")
+    hook = offloading(model.get_submodule(owner)) if tensor.is_meta else None
+    return tensor if hook is None else hook.weights_map[leaf]
 
 
 def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:

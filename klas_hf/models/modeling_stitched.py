@@ -129,6 +129,9 @@ class StitchedForCausalLM(StitchedModel, GenerationMixin):
         # What transformers ties where the configuration says so; families differ in the embedding's name.
         self._tied_weights_keys = {"lm_head.weight": f"{names[self.get_input_embeddings()]}.weight"}
         self.post_init()
+        if config.tie_word_embeddings:  # sharded as one: with the rest under FSDP2, by rows of the vocabulary under TP
+            self._fsdp_plan = {name: how for name, how in self._fsdp_plan.items() if name != "lm_head"}
+            self._tp_plan = {**self._tp_plan, "lm_head": "colwise_gather_output"}
 
     def forward(
         self,

@@ -51,7 +51,7 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("path", ["1[:]", "1[:2] 1[4:]", PRUNED, "1[:3] 1[5:]"])
-@pytest.mark.parametrize("family", quick(EMBEDDINGS, ["llama", "gpt_neox"]))
+@pytest.mark.parametrize("family", quick(EMBEDDINGS, ["llama"]))
 def test_one_tensor_is_both_and_counted_once(family: str, path: str, tmp_path: Path) -> None:
     pair = anchors(family)
     pair[1].save_pretrained(tmp_path / "large")
@@ -88,7 +88,7 @@ def test_other_paths_have_two(path: str, tied: tuple[bool, bool]) -> None:
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", EMBEDDINGS)
+@pytest.mark.parametrize("family", quick(EMBEDDINGS, ["llama", "gpt_neox"]))
 def test_it_is_stored_once_and_comes_back(family: str, tmp_path: Path) -> None:
     model = stitched(anchors(family))
     model.save_pretrained(tmp_path)
