@@ -130,7 +130,7 @@ class StitchedForCausalLM(StitchedModel, GenerationMixin):
         self._tied_weights_keys = {"lm_head.weight": f"{embedding}.weight"}
         self.post_init()
         if config.tie_word_embeddings:  # tensor parallelism cuts the embedding by rows of the vocabulary
-            self._tp_plan = {**self._tp_plan, "lm_head": "colwise_gather_output"}
+            self._tp_plan = {**self.tp_plan, "lm_head": "colwise_gather_output"}
 
     def forward(
         self,
