@@ -12,7 +12,7 @@ from benchmarks.models import llama_configs, swins
 from benchmarks.options import Options
 from klas_hf import measure_stitch_costs
 from klas_hf.evaluation.truthfulqa_rouge import lm_eval_correct, rouge_readings
-from klas_hf.selection.choice import bucket_of
+from klas_hf.maths.buckets import bucket_of
 from klas_hf.selection.klas import near_bucket_minimum
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "over", "one", "two", "big", "small", "no", "yes", "it", "is", "house"]

@@ -169,6 +169,15 @@ class DecoderCheckpoint(AnchorCheckpoint):
             raise ValueError(self._headless())
         return keys
 
+    @property
+    def ties(self) -> bool:
+        """Whether the head's weight is the embedding.
+
+        Raises:
+            ValueError: the checkpoint has no head.
+        """
+        return self.head_keys()["weight"] == _embedding_key(self.family)
+
     def _headless(self) -> str:
         return (
             f"got {self.name or 'an anchor'} without the weights of its head ({' or '.join(self.family.heads)}); "
@@ -188,10 +197,13 @@ def head_keys(keys: Iterable[str], family: DecoderFamily, config: PreTrainedConf
     """Parameter of the head ("weight", "bias") → key in the checkpoint; the embedding's key where tied."""
     keys = list(keys)
     found = {key.removeprefix(f"{head}."): key for head in family.heads for key in keys if key.startswith(f"{head}.")}
-    embedding = f"{family.prefix}.{family.embeddings}.weight"
-    if config.tie_word_embeddings and embedding in keys:
-        found["weight"] = embedding
+    if config.tie_word_embeddings and _embedding_key(family) in keys:
+        found["weight"] = _embedding_key(family)
     return found
+
+
+def _embedding_key(family: DecoderFamily) -> str:
+    return f"{family.prefix}.{family.embeddings}.weight"
 
 
 def _commit(anchor: str | Path, hub: dict[str, Any]) -> str | None:

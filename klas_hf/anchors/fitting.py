@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.hooks import SequentialHook
 from torch import Tensor, nn
 
 from klas_hf.anchors.anchor import Anchor
 from klas_hf.anchors.streaming import Gathered, stream
+from klas_hf.anchors.weights import offloading
 from klas_hf.maths.least_squares import LinearFit
 from klas_hf.maths.similarities import PairMoments
 from klas_hf.paths import Stitch
@@ -83,8 +83,11 @@ def fit_stitches(
     moments = StitchMoments(anchors, [stitch for group in groups for stitch in group])
     if not stream(anchors, anchors[0].read(calibration), [moments], description, moments.stops):
         raise ValueError("got no data to calibrate on; expected batches. Check that an iterator was not used up before")
-    fits = (moments.fit(group, ridge) for group in groups)
-    return [replace(fit, weight=fit.weight.to(dtype), bias=fit.bias.to(dtype)) for fit in fits]
+    fits: dict[int, LinearFit] = {}
+    for place in sorted(range(len(groups)), key=lambda place: groups[place][0]):  # those of a source block together
+        fit = moments.fit(groups[place], ridge)
+        fits[place] = replace(fit, weight=fit.weight.to(dtype), bias=fit.bias.to(dtype))
+    return [fits[place] for place in range(len(groups))]
 
 
 @torch.no_grad()
@@ -115,7 +118,6 @@ def _write(module: nn.Module, name: str, value: Tensor) -> None:
     if not parameter.is_meta:
         parameter.copy_(value)
         return
-    hook: Any = module._hf_hook
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
-    (weights,) = (one.weights_map for one in hooks if one.weights_map is not None)
+    hook: Any = offloading(module)
+    weights = hook.weights_map
     weights.dataset.state_dict[f"{weights.prefix}{name}"] = value.to(device="cpu", dtype=parameter.dtype)

@@ -9,19 +9,22 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+from transformers.utils import CONFIG_NAME, cached_file
 
 from klas_hf.anchors.anchor import Anchor
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.decoder_parts import decoder_part
 from klas_hf.anchors.families import DECODER_FAMILIES, decoder_family
 from klas_hf.anchors.vocabularies import check_vocabularies
-from klas_hf.anchors.weights import evaluating
+from klas_hf.anchors.weights import device_of, evaluating, list_files, note_files
 from klas_hf.models.checkpoint_files import check_whole, senseless
 from klas_hf.models.modeling_stitched import scale_logits
 from klas_hf.models.vision_kinds import VISION_KINDS
 from klas_hf.processes import others_bars, process_state
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# Options with which a model has the tensors of its files, in its dtype.
+_UNCHANGING = {*HUB_OPTIONS, "dtype", "torch_dtype", "device_map", "attn_implementation"}
 
 
 def hub_options(options: Mapping[str, Any], revision: str | None = None) -> dict[str, Any]:
@@ -74,7 +77,7 @@ class LanguageAnchor(Anchor[TokenBatch, Tensor]):
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return device_of(self.model.get_input_embeddings())
 
     def read(self, data: Iterable[Any], *, probed: bool = False) -> Iterator[TokenBatch]:
         return token_batches(data, self.config.bos_token_id, self.classes)
@@ -118,7 +121,7 @@ class LanguageAnchor(Anchor[TokenBatch, Tensor]):
 
     def logits(self, state: Tensor) -> Tensor:
         norm, head = self.decoder.get_submodule(self.family.norm), self.model.get_output_embeddings()
-        normed = norm(state.to(device=head.weight.device, dtype=head.weight.dtype))
+        normed = norm(state.to(device=device_of(head), dtype=head.weight.dtype))
         return scale_logits(head(normed), self.config)
 
     @torch.no_grad()
@@ -195,11 +198,16 @@ def pretrained(auto_class: Any, anchor: str | Path, check: Callable[[PreTrainedC
     """
     if kwargs.get("device_map") is None:
         kwargs["device_map"] = on_accelerator()
-    check(anchor_config(anchor, **hub_options(kwargs)))
+    hub = hub_options(kwargs)
+    check(anchor_config(anchor, **hub))
     with explained_access(anchor), others_bars():
+        folder = Path(cached_file(anchor, CONFIG_NAME, **hub)).parent
+        files = list_files(folder)
         told = kwargs | {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = auto_class.from_pretrained(anchor, **told)
     check_whole(anchor, info["missing_keys"], info["mismatched_keys"])
+    if files is not None and kwargs.keys() <= _UNCHANGING and list_files(folder) == files:
+        note_files(model, files)
     return model.eval()
 
 

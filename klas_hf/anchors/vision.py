@@ -30,7 +30,7 @@ from klas_hf.anchors.dense import (
 from klas_hf.anchors.images import VOID, ImageBatch, image_batches
 from klas_hf.anchors.language import anchor_config, hub_options, pretrained
 from klas_hf.anchors.vision_states import MappedFeatures, feature_rows, giving, map_rows, split, stacked
-from klas_hf.anchors.weights import evaluating
+from klas_hf.anchors.weights import device_of, evaluating
 from klas_hf.maths.least_squares import RIDGE, LeastSquares, LinearFit
 from klas_hf.models.modeling_stitched_vision import StitchingLayer, as_map, dropped_prefix
 from klas_hf.models.vision_features import Block, Features, VisionKind, drop_block, image_size
@@ -83,7 +83,7 @@ class VisionAnchor(Anchor[ImageBatch, Any]):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     def shapes(self, size: tuple[int, int] | None = None) -> tuple[FeatureShape, ...]:
         """Shapes of all states, for images of this (height, width)."""

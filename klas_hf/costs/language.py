@@ -35,6 +35,7 @@ def decoder_part_costs(config: PreTrainedConfig, dtype: torch.dtype, tokens: int
     by_module = _macs_by_module(model, tokens)
     blocks = model.base_model.get_submodule(family.blocks)
     norm, head = model.base_model.get_submodule(family.norm), model.get_output_embeddings()
+    is_embedding = head.weight is model.get_input_embeddings().weight
     heads, width = kv_shape(config)
     return AnchorCosts(
         embed_macs=0,
@@ -47,6 +48,7 @@ def decoder_part_costs(config: PreTrainedConfig, dtype: torch.dtype, tokens: int
         positions=[tokens] * (len(blocks) + 1),
         block_kv_bytes=[2 * heads * width * dtype.itemsize] * len(blocks),
         block_linears=[linear_weights(block) for block in blocks],
+        tied_parameters=head.weight.numel() if is_embedding else 0,
         merges=family.writer is not None,
     )
 

@@ -24,6 +24,7 @@ class AnchorCosts:
         positions: n + 1 numbers of positions there, class tokens included. A joint runs at those of what it maps to.
         block_kv_bytes: bytes that a cached token takes in each block; nothing for images.
         block_linears: weights of each block's linear layers, which quantisers change.
+        tied_parameters: how many of the head's are the embedding's, where a path begins and ends with this anchor.
         merges: whether a joint behind a block, to another block of the anchor, can be merged into the block.
         maps: of a dense anchor, the states that its head takes as maps, from 0 at the embedding.
         map_norms: whether maps that lie in a slice of this anchor have a layer norm each.
@@ -39,6 +40,7 @@ class AnchorCosts:
     positions: Sequence[int]
     block_kv_bytes: Sequence[int] = ()
     block_linears: Sequence[int] = ()
+    tied_parameters: int = 0
     merges: bool = False
     maps: Sequence[int] = ()
     map_norms: bool = False
@@ -145,6 +147,8 @@ class PathCosts:
         macs, parameters, kv_bytes = (
             first.embed_macs + last.head_macs, first.embed_parameters + last.head_parameters, 0
         )  # fmt: skip
+        if bounds[0][0] == bounds[-1][0]:
+            parameters -= last.tied_parameters
         width = None
         for place, start, stop in bounds:
             anchor = self.anchors[place]

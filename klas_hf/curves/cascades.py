@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from klas_hf.maths.buckets import bucket_of
 from klas_hf.rows import ResultRow
-from klas_hf.selection.choice import bucket_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klas_hf.curves.tradeoff import scored_stitches
+from klas_hf.maths.buckets import bucket_of
 from klas_hf.rows import ResultRow
 from klas_hf.scores.values import StitchScores
-from klas_hf.selection.choice import bucket_of
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,14 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, __
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
-from klas_hf.hub.delta_tensors import fingerprints, is_stitch, plain_tensors, replaced_by_adapter, same_bits
+from klas_hf.hub.delta_tensors import (
+    fingerprints,
+    is_stitch,
+    plain_tensors,
+    replaced_by_adapter,
+    same_bits,
+    tied_heads,
+)
 from klas_hf.models import (
     StitchedForCausalLM,
     StitchedForImageClassification,
@@ -101,11 +108,11 @@ def save_delta(model: "StitchedModel | PeftModel", folder: str | Path) -> None:
     config.dtype = str(stitched.dtype).removeprefix("torch.")
     theirs = reference.state_dict()
     ours = plain_tensors(stitched.state_dict(), set(theirs), adapted=adapter is not None)
-    learnt = replaced_by_adapter(stitched.state_dict())
+    known = replaced_by_adapter(stitched.state_dict()) | tied_heads(stitched, ours)
     changed = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in ours.items()
-        if name not in learnt and (is_stitch(name) or not same_bits(tensor, theirs[name]))
+        if name not in known and (is_stitch(name) or not same_bits(tensor, theirs[name]))
     }
     with replacing(folder) as part:
         save_file(changed, part / _TENSORS, metadata={"format": "pt"})
@@ -149,16 +156,21 @@ def load_delta(cls: type[PreTrainedModel], name: str | Path, *args: Any, **kwarg
         for file, path in zip(files[:2], paths[:2], strict=False):
             _check_file(file, path, delta)
         tensors, *adapter = (load_file(path) for path in paths[:2])
-    reference = _from_anchors(stored, getattr(torch, delta.dtype), hub).state_dict()
-    _check_fingerprints(stored, delta, fingerprints(reference, len(stored.slices)))
+    reference = _from_anchors(stored, getattr(torch, delta.dtype), hub)
+    theirs, tied = reference.state_dict(), reference.all_tied_weights_keys
+    _check_fingerprints(stored, delta, fingerprints(theirs, len(stored.slices)))
     brought = {*tensors, *(key.removeprefix("base_model.model.") for one in adapter for key in one)}
-    check_whole(name, {key for key in reference if is_stitch(key) and key not in brought})
-    state = reference | tensors
+    check_whole(name, {key for key in theirs if is_stitch(key) and key not in brought})
+    state = theirs | tensors
+    for head, embedding in tied.items():  # two tensors, which an adapter may tell apart
+        state[head] = tensors.get(head, state[embedding if stored.tie_word_embeddings else head]).clone()
     if delta.adapter:
         # PEFT trains in float32 what it adapts in half precision, unless told otherwise, and rounding differs.
         in_float32 = torch.float32 in {tensor.dtype for tensor in adapter[0].values()}
         state = _merged(stored, state, paths[1].parent, in_float32)
     config.delta = None
+    if tied and stored.tie_word_embeddings:
+        config.tie_word_embeddings = all(same_bits(state[head], state[embedding]) for head, embedding in tied.items())
     with others_bars():
         loaded = cls.from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
     model = loaded[0] if kwargs.get("output_loading_info") else loaded
@@ -313,7 +325,7 @@ def _merged(config: PreTrainedConfig, state: dict[str, Tensor], adapter: Path, i
     from peft import PeftModel
 
     plain = copy.deepcopy(config)
-    plain.delta = None
+    plain.delta, plain.tie_word_embeddings = None, False
     (name,) = config.architectures
     with others_bars():
         model = _CLASSES[name].from_pretrained(None, config=plain, state_dict=state, dtype=config.dtype)

@@ -5,6 +5,7 @@ import re
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 def is_stitch(name: str) -> bool:
@@ -45,6 +46,11 @@ def plain_tensors(state: dict[str, Tensor], expected: set[str], *, adapted: bool
 def replaced_by_adapter(state: dict[str, Tensor]) -> set[str]:
     """Names of the tensors in whose place an adapter has its own (PEFT's `modules_to_save`)."""
     return {re.sub(r"\.modules_to_save\.[^.]+\.", ".", name) for name in state if ".modules_to_save." in name}
+
+
+def tied_heads(model: PreTrainedModel, state: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors, of a model's `state`, that its embedding is."""
+    return {name for name, other in model.all_tied_weights_keys.items() if same_bits(state[name], state[other])}
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -40,6 +40,21 @@ class LinearFit:
 
 
 @dataclass(frozen=True, eq=False)
+class Factor:
+    """What least-squares maps of the same rows of x, to any y, have in common.
+
+    Attributes:
+        scale: `(in,)` standard deviation of each feature; infinite for a constant.
+        lower: `(in, in)` Cholesky factor of the standardised features' second moments, ridge included.
+        ridge: the penalty, relative to the variance of a standardised feature.
+    """
+
+    scale: Tensor
+    lower: Tensor
+    ridge: float
+
+
+@dataclass(frozen=True, eq=False)
 class NormalEquations:
     """The sums that determine a least-squares map y ≈ W x + b, all in float64.
 
@@ -77,40 +92,60 @@ class NormalEquations:
             self.square_y + 2 * (by_y * self.sum_y).sum() + self.rows * by_y.square().sum(),
         )
 
-    def solve(self, ridge: float | None = None) -> LinearFit:
-        """Solve for W and b; arguments and errors as for `LeastSquares.solve`."""
+    def solve(self, ridge: float | None = None, factor: Factor | None = None) -> LinearFit:
+        """Solve for W and b; arguments and errors as for `LeastSquares.solve`.
+
+        Args:
+            factor: of other equations of the same rows of x; None makes it.
+        """
+        factor = self.factor(ridge) if factor is None else factor
+        mean_x, mean_y = self.sum_x / self.rows, self.sum_y / self.rows
+        cross = (self.cross / self.rows - torch.outer(mean_x, mean_y)) / factor.scale[:, None]
+        standardised = torch.cholesky_solve(cross, factor.lower)
+        weight = (standardised / factor.scale[:, None]).T
+        bias = self.shift_y + mean_y - weight @ (self.shift_x + mean_x)
+        # W solves (S + ridge) W = C of standardised features: tr(Wᵀ S W) takes no product of matrices.
+        explained = (standardised * cross).sum() + factor.ridge * standardised.square().sum()
+        return LinearFit(weight, bias, self._r2(self._variance() - explained), factor.ridge, self.rows)
+
+    def factor(self, ridge: float | None = None) -> Factor:
+        """What the maps of the same rows of x to any y have in common; arguments and errors as for `solve`."""
         if not self.rows:
             raise ValueError("got no rows to fit; expected at least one token that is neither padding nor BOS")
-        mean_x, mean_y = self.sum_x / self.rows, self.sum_y / self.rows
+        mean_x = self.sum_x / self.rows
         gram = self.gram / self.rows - torch.outer(mean_x, mean_x)
-        cross = self.cross / self.rows - torch.outer(mean_x, mean_y)
         constant = gram.diagonal() <= CONSTANT * (self.shift_x + mean_x).square()
         scale = gram.diagonal().sqrt().masked_fill(constant, torch.inf)
         standardised = gram / scale / scale[:, None]
         standardised.diagonal()[constant] = 1.0
         ridge = self._choose_ridge(standardised) if ridge is None else ridge
         standardised.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(standardised)
+        lower, failed = torch.linalg.cholesky_ex(standardised)
         if failed:
             raise ValueError(
                 f"got ridge={ridge:g}, at which {self.rows} rows do not determine a linear map of {len(gram)} "
                 "features; expected more rows or a larger ridge. Pass ridge=None to leave it to the fit"
             )
-        weight = (torch.cholesky_solve(cross / scale[:, None], factor) / scale[:, None]).T
-        bias = self.shift_y + mean_y - weight @ (self.shift_x + mean_x)
-        return self.fit_of(weight, bias, ridge)
+        return Factor(scale, lower, ridge)
 
     def fit_of(self, weight: Tensor, bias: Tensor, ridge: float = 0.0) -> LinearFit:
         """Any map, `(out, in)` and `(out,)`, with the share of the variance of y that it explains."""
         mean_x, mean_y = self.sum_x / self.rows, self.sum_y / self.rows
         gram = self.gram / self.rows - torch.outer(mean_x, mean_x)
         cross = self.cross / self.rows - torch.outer(mean_x, mean_y)
-        variance = self.square_y / self.rows - mean_y.square().sum()
-        residual = variance - 2 * (weight * cross.T).sum() + ((weight @ gram) * weight).sum()
+        residual = self._variance() - 2 * (weight * cross.T).sum() + ((weight @ gram) * weight).sum()
         residual += (self.shift_y + mean_y - weight @ (self.shift_x + mean_x) - bias).square().sum()
-        is_constant = variance <= CONSTANT * (self.shift_y + mean_y).square().sum()
-        r2 = 1.0 if is_constant else 1 - float(residual / variance)
-        return LinearFit(weight, bias, r2, ridge, self.rows)
+        return LinearFit(weight, bias, self._r2(residual), ridge, self.rows)
+
+    def _variance(self) -> Tensor:
+        """Of y, summed over its units."""
+        return self.square_y / self.rows - (self.sum_y / self.rows).square().sum()
+
+    def _r2(self, residual: Tensor) -> float:
+        """Share of the variance of y that is explained, where `residual` is not."""
+        variance = self._variance()
+        is_constant = variance <= CONSTANT * (self.shift_y + self.sum_y / self.rows).square().sum()
+        return 1.0 if is_constant else 1 - float(residual / variance)
 
     def _choose_ridge(self, standardised: Tensor) -> float:
         width = len(standardised)
@@ -121,7 +156,7 @@ class NormalEquations:
         warnings.warn(
             f"{self.rows} rows do not determine a linear map of {width} features: solved with a relative ridge "
             f"of {RIDGE:g}. Give more calibration tokens than the source is wide, better ten times as many",
-            stacklevel=4,
+            stacklevel=5,
         )
         return RIDGE
 

@@ -8,13 +8,21 @@ Blocks are named by their positions, from 0, in the sequences that `update` is g
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klas_hf.maths.least_squares import LinearFit, NormalEquations, joint_equations, moved_gram, summing_device
+from klas_hf.maths.least_squares import (
+    Factor,
+    LinearFit,
+    NormalEquations,
+    joint_equations,
+    moved_gram,
+    summing_device,
+)
 
 Pair = tuple[int, int]
 Array = NDArray[np.float64]
@@ -52,6 +60,7 @@ class PairMoments:
             (i, j): torch.zeros(source_widths[i], target_widths[j], dtype=torch.float64, device=device)
             for i, j in pairs
         }
+        self._factored: tuple[Any, Factor] | None = None
 
     @classmethod
     def bytes_needed(cls, pairs: Sequence[Pair], source_widths: Sequence[int], target_widths: Sequence[int]) -> int:
@@ -84,7 +93,7 @@ class PairMoments:
             xs = {i: moments.add(source[i][part]) for i, moments in self._source.items()}
             ys = {j: moments.add(target[j][part]) for j, moments in self._target.items()}
             for (i, j), cross in self._cross.items():
-                cross += xs[i].T @ ys[j]
+                cross.addmm_(xs[i].T, ys[j])
 
     def _check_finite(self, tensors: Sequence[Tensor]) -> None:
         if not torch.stack([tensor.sum().isfinite().to(self.device) for tensor in map(Tensor.float, tensors)]).all():
@@ -149,12 +158,22 @@ class PairMoments:
         widths = {tuple(self._cross[pair].shape) for pair in pairs}
         if len(widths) > 1:
             raise ValueError(f"got pairs of the widths {sorted(widths)}; expected one width on each side")
+        if len(pairs) == 1:
+            return self._equations(*pairs[0]).solve(ridge, self._factor(*pairs[0], ridge))
         return joint_equations([self._equations(*pair) for pair in pairs]).solve(ridge)
+
+    def _factor(self, i: int, j: int, ridge: float | None) -> Factor:
+        """Of a source block, one for all its targets: the last is kept, so ask for the pairs of a block together."""
+        about = i, ridge, self._source[i].rows
+        if self._factored is None or self._factored[0] != about:
+            self._factored = None  # before the next takes memory
+            self._factored = about, self._equations(i, j).factor(ridge)
+        return self._factored[1]
 
     def unexplained(self, ridge: float | None = None) -> Array:
         """`(m, n)` 1 − R² of every pair's least-squares map, 0 to 1; nan for pairs not asked for."""
         values = np.full(self.shape, np.nan)
-        for i, j in self._cross:
+        for i, j in sorted(self._cross):
             values[i, j] = 1 - self.least_squares(i, j, ridge).r2
         return np.maximum(values, 0.0)  # rounding; keeps nans
 
@@ -180,7 +199,7 @@ class _Moments:
         x = x - self.shift
         self.rows += len(x)
         self.sum += x.sum(0)
-        self.gram += x.T @ x
+        self.gram.addmm_(x.T, x)
         return x
 
     @property

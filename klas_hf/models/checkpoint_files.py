@@ -21,8 +21,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
 # Of the files' layout and the configuration's meaning; raised when an older klas_hf would misread them. Format 1 had
-# two anchors and one joint.
-FORMAT_VERSION = 2
+# two anchors and one joint; format 2 never tied a head to the embedding, and is read as it was.
+FORMAT_VERSION, _OLDEST = 3, 2
 _PLACES = ("revision", "cache_dir", "subfolder")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -48,10 +48,10 @@ def check_format(config: dict[str, Any]) -> None:
             f"got a stitched checkpoint of format {version}, written by a newer klas_hf; expected format "
             f"{FORMAT_VERSION}. Upgrade: pip install -U klas_hf"
         )
-    if version < FORMAT_VERSION:
+    if version < _OLDEST:
         raise ValueError(
             f"got a stitched checkpoint of format {version}, written before models were paths of any number of slices; "
-            f"expected format {FORMAT_VERSION}. Stitch its anchors again (StitchedModel.from_anchors) and save that"
+            f"expected format {_OLDEST} or newer. Stitch its anchors again (StitchedModel.from_anchors) and save that"
         )
 
 

@@ -36,7 +36,7 @@ class StitchedConfig(PathConfig):
             `paths` compared, `contenders` healed), or None.
         delta: of a checkpoint without the anchors' tensors, what is needed to assemble it (see `klas_hf.hub.delta`).
         initializer_range: standard deviation of weights that are drawn at random.
-        tie_word_embeddings: always False: the first slice embeds, the last has the head.
+        tie_word_embeddings: whether the head is the embedding: first and last slice are of one anchor that ties them.
         use_cache, bos_token_id, eos_token_id, pad_token_id: as in any decoder's configuration; the last anchor's.
 
     Example:

@@ -125,7 +125,12 @@ class StitchedForCausalLM(StitchedModel, GenerationMixin):
         super().__init__(config)
         self.model = StitchedTextModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        embedding = {module: name for name, module in self.named_modules()}[self.get_input_embeddings()]
+        # What transformers ties where the configuration says so; families differ in the embedding's name.
+        self._tied_weights_keys = {"lm_head.weight": f"{embedding}.weight"}
         self.post_init()
+        if config.tie_word_embeddings:  # tensor parallelism cuts the embedding by rows of the vocabulary
+            self._tp_plan = {**self.tp_plan, "lm_head": "colwise_gather_output"}
 
     def forward(
         self,

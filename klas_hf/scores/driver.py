@@ -50,8 +50,9 @@ def score_stitches(
         score: which statistic ranks the stitches: "functional" (no probes, labels or training), "klas" (Γ, Eq. 2),
             "theta" (Θ, Eq. 1), "functional_theta" (the geometric mean of the first and Θ), and for images all of
             `SCORES`; LOG.md compares them. All that the data allow are computed, the functional ones only where they
-            are asked for, and only of stitches that cost no less than the source and no more than the target (all
-            others are nan; `FunctionalScoring.candidates` names some); `StitchScores.with_score` changes the ranking
+            are asked for, and only of stitches that cost no less than the source and no more than the target, of many
+            the best at their cost (all others are nan; `FunctionalScoring.candidates` names some, its `survivors` says
+            how many are left); `StitchScores.with_score` changes the ranking
             later.
         tokens: sequence length that a language model's costs are counted for.
         workspace_bytes: memory for a language model's distributions; more is faster up to a point.
@@ -156,7 +157,9 @@ def _scores(
         if probed:
             provenance[side]["probes"] = probed.probes[place].summary
     if stitched:
-        provenance["functional"] = {"temperature": stitched.temperature, "passes": stitched.passes}
+        provenance["functional"] = {
+            "temperature": stitched.temperature, "passes": stitched.passes, "eliminated": stitched.eliminated,
+        }  # fmt: skip
     return StitchScores(
         score=score,
         cross=probed.cross.value if probed else nothing,

@@ -5,11 +5,13 @@
 No probes, no labels, no training. One pass over the calibration data gives the normal equations of all pairs of blocks
 at once (a Gram matrix per block, a cross-Gram matrix per pair), from which all maps are solved. Then, on each batch of
 held-out data, both anchors run once, and the rears of all stitches that enter the target at one block run together.
-Where the matrices of all pairs do not fit into the memory allowed, pairs are taken in groups, one pass for each.
+Where the matrices of all pairs do not fit into the memory allowed, pairs are taken in groups, one pass for each. Where
+there are many pairs, all are measured on a few items, and those that do best at their cost on all.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,17 +23,20 @@ from klas_hf.anchors.anchor import Anchor, hidden_of
 from klas_hf.anchors.fitting import fit_stitches, fitted_joint
 from klas_hf.anchors.streaming import Gathered, stream
 from klas_hf.anchors.weights import evaluating
+from klas_hf.maths.buckets import best_of_buckets, bucket_of
 from klas_hf.maths.estimates import RatioSums
 from klas_hf.maths.least_squares import LinearFit, warn_of_few_rows
 from klas_hf.maths.similarities import PairMoments
 from klas_hf.paths import Stitch, StitchCosts
 from klas_hf.processes import sum_array_over_processes
 from klas_hf.scores.answers import Reference
-from klas_hf.scores.functional_settings import FunctionalScoring, calibration_and_scored
+from klas_hf.scores.functional_settings import FunctionalScoring, calibration_and_scored, enough_rows
 
 Array = NDArray[np.float64]
 Pair = tuple[int, int]
 Anchors = tuple[Anchor, Anchor]  # source and target
+BUCKETS = 20  # by cost, of which each keeps its best stitches
+SCREENED = 0.25  # share of the scored batches on which all candidates are measured first
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class FunctionalResult:
         units: images or tokens of these.
         passes: passes over the calibration data, one per group of pairs.
         temperature: that softened both distributions.
+        eliminated: candidates that were measured on a few items only, and are nan.
     """
 
     divergence: Array
@@ -56,6 +62,7 @@ class FunctionalResult:
     units: int
     passes: int
     temperature: float
+    eliminated: int = 0
 
     def statistics(self) -> dict[str, Array]:
         """As entries of `StitchScores.statistics`."""
@@ -70,7 +77,32 @@ def score_functionally(
     pairs = _candidates(costs, settings)
     calibration, scored = calibration_and_scored(anchors[1], data, settings)
     anchors[1].meet(anchors[:1], calibration)
-    return functional_statistics(anchors, pairs, calibration, scored, settings)
+    kept = pairs
+    if settings.candidates is None and settings.survivors is not None and settings.scored_items is not None:
+        kept = _survivors(anchors, pairs, list(calibration), list(scored), costs, settings.survivors, settings)
+    found = functional_statistics(anchors, kept, calibration, scored, settings)
+    return replace(found, eliminated=len(pairs) - len(kept))
+
+
+def _survivors(
+    anchors: Anchors, pairs: list[Pair], calibration: list[Any], scored: list[Any], costs: StitchCosts, count: int,
+    settings: FunctionalScoring,
+) -> list[Pair]:  # fmt: skip
+    """The pairs that go on to all items: of every cost bucket so many, the best on a few.
+
+    Successive halving, as a search over paths screens them.
+    """
+    if len(pairs) <= BUCKETS * count:
+        return pairs
+    fitted = calibration[: enough_rows(calibration, max(*anchors[0].widths, *anchors[1].widths))]
+    few = scored[: max(1, round(len(scored) * SCREENED))]
+    with warnings.catch_warnings():  # what is said of few rows is said again when all are fitted to
+        warnings.simplefilter("ignore")
+        found = functional_statistics(anchors, pairs, fitted, few, settings)
+    macs = np.array([costs.macs[i - 1, j] for i, j in pairs])
+    values = np.array([found.divergence[i - 1, j - 1] for i, j in pairs])
+    bucket = bucket_of(macs, costs.source_total, costs.target_total, BUCKETS)
+    return [pairs[place] for place in best_of_buckets(values, bucket, count)]
 
 
 def _candidates(costs: StitchCosts, settings: FunctionalScoring) -> list[Pair]:

@@ -1,6 +1,6 @@
 """How functional KL is measured, and on which data."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,8 @@ from klas_hf.anchors.anchor import Anchor
 from klas_hf.maths.least_squares import RIDGE
 from klas_hf.paths import Stitch
 from klas_hf.scores.answers import WORKSPACE_BYTES
+
+SCREENING_ROWS = 8  # calibration rows per feature of the widest joint, while candidates are screened
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,10 @@ class FunctionalScoring:
         moment_bytes: memory that the sums of one group of pairs may take.
         rear_bytes: memory that the states of one forward of a rear, of several stitches together, may take.
         workspace_bytes: memory for distributions.
-        scored_items: images or sequences to score on, in whole batches at least so many; None takes all.
+        scored_items: images or sequences to score on, in whole batches at least so many; None takes all, and then
+            measures all candidates on them.
+        survivors: of more than 20 times so many candidates that are not named, all are measured on the first quarter
+            of the scored batches, and the best of each of 20 cost buckets, so many, on all; None measures all on all.
 
     Raises:
         ValueError: a temperature that is not above 0.
@@ -44,12 +49,15 @@ class FunctionalScoring:
     rear_bytes: int = 1 << 28
     workspace_bytes: int = WORKSPACE_BYTES
     scored_items: int | None = 128
+    survivors: int | None = 3
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"got temperature={self.temperature}; expected a number above 0")
         if self.scored_items is not None and self.scored_items < 1:
             raise ValueError(f"got scored_items={self.scored_items}; expected at least 1, or None for all")
+        if self.survivors is not None and self.survivors < 1:
+            raise ValueError(f"got survivors={self.survivors}; expected at least 1, or None to keep all candidates")
 
 
 def calibration_and_scored(
@@ -71,6 +79,16 @@ def calibration_and_scored(
             "batches, or calibration=batches"
         )
     return taken[:half], taken[half:]
+
+
+def enough_rows(calibration: Sequence[Any], widest: int) -> int:
+    """How many of the batches, from the first, have enough rows to screen candidates by joints so wide."""
+    rows = 0
+    for number, batch in enumerate(calibration, 1):
+        rows += batch.fewest_rows
+        if rows >= SCREENING_ROWS * widest:
+            return number
+    return len(calibration)
 
 
 def _first(anchor: Anchor, data: Iterable[Any], items: int | None) -> list[Any]:

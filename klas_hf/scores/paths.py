@@ -170,7 +170,7 @@ class PathScorer:
             moments.update(x, y)
         moments.combine(sum_over_processes)
         fewest: list[tuple[int, int]] = []
-        for (front, place, start), pair in zip(wanted, pairs, strict=True):
+        for pair, (front, place, start) in sorted(zip(pairs, wanted, strict=True), key=lambda one: one[0]):
             fit = moments.least_squares(*pair, ridge=self.ridge)
             doubled = self._merging and not self._biased(front)
             fewest.append((fit.rows // (1 + doubled), fit.weight.shape[1]))

@@ -6,15 +6,13 @@ dropped, and counted.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from klas_hf.maths.buckets import Spacing, bucket_of
 from klas_hf.paths import Path, Stitch, StitchCosts
 from klas_hf.scores.values import StitchScores
-
-Spacing = Literal["width", "quantile"]
 
 
 @dataclass(frozen=True)
@@ -238,23 +236,3 @@ class Candidates:
             len(self.rows),
             self.outside,
         )
-
-
-def bucket_of(macs: NDArray, low: int, high: int, buckets: int, spacing: Spacing = "width") -> NDArray[np.int64]:
-    """Bucket index (0 … buckets - 1) of each cost; the last bucket contains `high`. Buckets may be empty.
-
-    Args:
-        macs: `(candidates,)` integers, each between `low` and `high`.
-
-    Raises:
-        ValueError: fewer than one bucket, or an unknown spacing.
-    """
-    if buckets < 1:
-        raise ValueError(f"got buckets={buckets}; expected at least 1")
-    if spacing == "width":
-        bucket = (macs - low) * buckets // max(high - low, 1)
-    elif spacing == "quantile":
-        bucket = np.searchsorted(np.sort(macs), macs, side="left") * buckets // len(macs)
-    else:
-        raise ValueError(f"got spacing={spacing!r}; expected 'width' or 'quantile'")
-    return np.minimum(bucket, buckets - 1)

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klas_hf.budgets import Budget, Cost, described
+from klas_hf.maths.buckets import Spacing, best_of_buckets
 from klas_hf.paths import Stitch
 from klas_hf.scores.values import StitchScores
-from klas_hf.selection.choice import Candidates, Spacing, StitchSelection, merge_selections
+from klas_hf.selection.choice import Candidates, StitchSelection, merge_selections
 
 
 def select_stitches(
@@ -168,9 +169,7 @@ def shortlist_stitches(
     for one in [scores] if isinstance(scores, StitchScores) else scores:
         every = Candidates.scored(one)
         bucket = every.buckets(buckets, "width")
-        order = np.lexsort((every.values, bucket))
-        rank = np.arange(len(order)) - np.searchsorted(bucket[order], bucket[order])
-        keep = order[rank < per_bucket]
+        keep = best_of_buckets(every.values, bucket, per_bucket)
         each.append(every.selection(one.score, keep, bucket[keep]))
     return merge_selections(each)
 

@@ -17,12 +17,11 @@ from klas_hf.anchors.vision import is_vision
 from klas_hf.budgets import Budget, Cost, check_budget
 from klas_hf.costs import PathCosts, Usage, measure_path_costs
 from klas_hf.paths import Path
-from klas_hf.scores.functional_settings import FunctionalScoring, calibration_and_scored
+from klas_hf.scores.functional_settings import FunctionalScoring, calibration_and_scored, enough_rows
 from klas_hf.scores.path_scores import KINDS, kind_of
 from klas_hf.selection.moves import Moves
 
 GROUP = 128  # paths that are measured in one pass, and written when it ends
-SCREENING_ROWS = 8  # calibration rows per feature of the widest joint, while candidates are screened
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class SearchPlan:
         grids = [anchor.grids(first) for anchor in anchors]
         self.moves = Moves(grids, config.joints, config.least_slice, "repeated" in config.kinds)
         self.few = max(1, round(len(self.scored) * config.screened))
-        self.fitted = self._enough()
+        self.fitted = enough_rows(self.calibration, max(max(anchor.widths) for anchor in anchors))
         self.head = self._head()
         self.forwards = 3 * self._all_pairs() if config.forwards is None else config.forwards
 
@@ -208,15 +207,6 @@ class SearchPlan:
     def _head(self) -> int:
         part = self.costs.anchors[self.reference]
         return round(part.head_macs * len(part.block_macs) / sum(part.block_macs)) if part.maps else 0
-
-    def _enough(self) -> int:
-        """How many batches have enough rows for the widest joint."""
-        rows, widest = 0, max(max(anchor.widths) for anchor in self.anchors)
-        for number, batch in enumerate(self.calibration, 1):
-            rows += batch.fewest_rows
-            if rows >= SCREENING_ROWS * widest:
-                return number
-        return len(self.calibration)
 
 
 def unallocated_anchors(

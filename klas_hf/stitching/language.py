@@ -127,6 +127,7 @@ def stitched_config(anchors: Mapping[int, DecoderCheckpoint], path: AnchorPath, 
         anchor_blocks=depths,
         slice_norms=[anchors[place].family.norm for place, *_ in bounds],
         head_bias=last.family.head_bias,
+        tie_word_embeddings=bounds[0][0] == bounds[-1][0] and last.ties,
         anchor_names=[anchors[place].name if place in anchors else None for place in range(count)],
         anchor_revisions=[anchors[place].revision if place in anchors else None for place in range(count)],
         bos_token_id=last.config.bos_token_id,
@@ -237,24 +238,13 @@ def stitched_state(anchors: Mapping[int, DecoderCheckpoint], config: StitchedCon
         state |= {f"model.slices.{number}.{name}": anchor.tensor(key) for name, key in names.items()}
     last = anchors[config.slices[-1][0]]
     for name, key in last.head_keys().items():
-        # Read twice from a file, a tied tensor would be one in memory, which could not be saved under two names.
-        is_embedding = last is anchors[config.slices[0][0]] and last.config.tie_word_embeddings and not last.shared
-        state[f"lm_head.{name}"] = _Copied(last.tensor(key)) if is_embedding else last.tensor(key)
+        if name != "weight" or not config.tie_word_embeddings:
+            state[f"lm_head.{name}"] = last.tensor(key)
     widths = [one.hidden_size for one in config.slice_configs]
     for number, ends in enumerate(() if config.identity_joints else pairwise(widths)):
         layer = nn.Linear(*ends, bias=config.joint_bias)
         state |= {f"model.joints.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
     return state
-
-
-class _Copied:
-    """A tensor of a checkpoint that gets memory of its own when transformers reads it."""
-
-    def __init__(self, tensor: Any):
-        self.tensor = tensor
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.tensor[index].clone()
 
 
 def slice_keys(

@@ -156,7 +156,7 @@ def write(folder: Path, name: str, model: nn.Module, losses: list[float]) -> Non
             "units": sorted(unit.removeprefix("FSDP") for unit in units),
         }
         (folder / f"{name}.json").write_text(json.dumps(found))
-        save_file({n.removeprefix("module."): t.contiguous() for n, t in whole.items()}, folder / f"{name}.safetensors")
+        save_file({n.removeprefix("module."): t.clone() for n, t in whole.items()}, folder / f"{name}.safetensors")
 
 
 def local(parameter: nn.Parameter) -> Tensor:

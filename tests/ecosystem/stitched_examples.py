@@ -34,11 +34,16 @@ def stitched_lm(
     return joined(anchors(kv_shapes, families), **options)
 
 
-def joined(pair: tuple[PreTrainedModel, PreTrainedModel], **options: Any) -> StitchedForCausalLM:
-    """The first two blocks of one language model, the second and the last of one of five."""
+def tied_lm() -> StitchedForCausalLM:
+    """Three blocks of one anchor, whose head is its embedding."""
+    return joined(anchors(), "1[:2] 1[4:]")
+
+
+def joined(pair: tuple[PreTrainedModel, PreTrainedModel], path: str = PATH, **options: Any) -> StitchedForCausalLM:
+    """The first two blocks of one language model, the second and the last of one of five; or another path."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the stitching layer is random")
-        model = StitchedModel.from_path(pair, PATH, **options)
+        model = StitchedModel.from_path(pair, path, **options)
     randomise_joints(model)
     return model
 

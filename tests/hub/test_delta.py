@@ -127,12 +127,58 @@ def test_a_delta_of_any_path(path: str, tmp_path: Path) -> None:
             tensor += 0.1
     save_delta(model, tmp_path / "delta")
     joints = {name for name in model.state_dict() if "joints." in name}
-    assert tensors_of(tmp_path / "delta").keys() == joints | {"lm_head.weight"}
+    head = "model.slices.0.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+    assert tensors_of(tmp_path / "delta").keys() == joints | {head}
     loaded = StitchedModel.from_pretrained(tmp_path / "delta")
     assert_same("mixtral", loaded, model)
     assert loaded.config.path == path
     written = json.loads((tmp_path / "delta" / "config.json").read_text())
     assert len(written["delta"]["fingerprints"]) == len(model.config.slices)
+
+
+def tied(root: Path) -> StitchedModel:
+    """A path that begins and ends with one anchor, whose head is its embedding."""
+    tiny_models.tiny_model(large=True, seed=2, tie_word_embeddings=True).save_pretrained(root / "large")
+    return StitchedModel.from_path([root / "large"], "0[:2] 0[4:]")
+
+
+def test_a_delta_of_one_tensor_that_is_embedding_and_head(tmp_path: Path) -> None:
+    model = tied(tmp_path)
+    for number, changed in enumerate([set(), {"model.slices.0.embed_tokens.weight"}]):
+        with torch.no_grad():
+            model.lm_head.weight += len(changed)
+        save_delta(model, tmp_path / f"delta{number}")
+        assert {name for name in tensors_of(tmp_path / f"delta{number}") if "joints" not in name} == changed
+        loaded = StitchedModel.from_pretrained(tmp_path / f"delta{number}")
+        assert_same("llama", loaded, model)
+        assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("change", [0.0, 0.5])
+def test_a_delta_of_the_format_before_has_a_head_of_its_own(change: float, tmp_path: Path) -> None:
+    """It was made when the anchor's one tensor was two in every path."""
+    model = tied(tmp_path)
+    model.config.tie_word_embeddings, model.all_tied_weights_keys = False, {}
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + change)
+    save_delta(model, tmp_path / "delta")
+    assert ("lm_head.weight" in tensors_of(tmp_path / "delta")) == bool(change)
+    loaded = StitchedModel.from_pretrained(tmp_path / "delta")
+    assert_same("llama", loaded, model)
+    assert loaded.lm_head.weight.data_ptr() != loaded.get_input_embeddings().weight.data_ptr()
+    loaded.save_pretrained(tmp_path / "whole")
+    assert_same("llama", StitchedModel.from_pretrained(tmp_path / "whole"), model)
+
+
+@pytest.mark.filterwarnings("ignore:Model .* tie_word_embeddings")
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_an_adapter_may_part_the_head_from_the_embedding(targets: list[str], tmp_path: Path) -> None:
+    adapted = get_peft_model(tied(tmp_path), LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    save_delta(adapted, tmp_path / "delta")
+    loaded = StitchedModel.from_pretrained(tmp_path / "delta")
+    ids = tiny_models.token_ids(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert loaded.config.tie_word_embeddings == ("lm_head" not in targets)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "resnet"])

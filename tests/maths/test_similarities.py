@@ -104,6 +104,20 @@ def test_a_ridge_is_passed_on() -> None:
     assert made.merged([(1, 1), (1, 2)], ridge=0.3).ridge == 0.3
 
 
+def test_the_targets_of_a_source_block_share_one_factorisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And rows that come later count."""
+    source, target = features(60, SOURCE, 2), features(60, TARGET, 3)
+    made = moments([x[:40] for x in source], [y[:40] for y in target])
+    calls, factorise = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: calls.append(len(matrix)) or factorise(matrix))
+    made.unexplained(ridge=0.3)
+    assert sorted(calls) == sorted(SOURCE[i] for i in {i for i, _ in PAIRS}) and len(PAIRS) > len(calls)
+    made.update([x[40:] for x in source], [y[40:] for y in target])
+    last = sorted(PAIRS)[-1]  # whose factor was kept
+    whole = moments(source, target).least_squares(*last, ridge=0.3)
+    torch.testing.assert_close(made.least_squares(*last, ridge=0.3).weight, whole.weight)
+
+
 def test_an_exact_map_leaves_nothing_unexplained_and_never_less() -> None:
     for seed in range(20):
         (x,) = features(50, [4], seed)

@@ -115,9 +115,9 @@ def test_the_loading_info_is_handed_on(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused(kind: str, change: dict, tmp_path: Path) -> None:
     stitched(kind).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["format_version"] == 2
-    (tmp_path / "config.json").write_text(json.dumps(written | change | {"format_version": 3}))
-    refused(kind, tmp_path, "format 3", "format 2", "newer klas_hf", "pip install -U klas_hf", error=ValueError)
+    assert written["format_version"] == 3
+    (tmp_path / "config.json").write_text(json.dumps(written | change | {"format_version": 4}))
+    refused(kind, tmp_path, "format 4", "format 3", "newer klas_hf", "pip install -U klas_hf", error=ValueError)
     with pytest.raises(ValueError, match="newer klas_hf"):
         AutoConfig.from_pretrained(tmp_path)
 
@@ -130,7 +130,7 @@ def test_the_format_of_two_anchors_and_one_joint_is_refused(kind: str, named: di
     del written["format_version"], written["slices"], written["path"]
     old = written | named | {"source_stop": 2, "target_start": 3}
     (tmp_path / "config.json").write_text(json.dumps(old))
-    refused(kind, tmp_path, "format 1", "expected format 2", "Stitch its anchors again", error=ValueError)
+    refused(kind, tmp_path, "format 1", "expected format 2 or newer", "Stitch its anchors again", error=ValueError)
     with pytest.raises(ValueError, match="format 1"):
         AutoConfig.from_pretrained(tmp_path)
 

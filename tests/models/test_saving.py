@@ -110,7 +110,7 @@ def test_config_survives_json_with_its_derived_fields(source_family: str, target
         "num_key_value_heads": 2 if source_family == "gpt_neox" else None,  # elsewhere they differ
         "max_position_embeddings": 128,
         "tie_word_embeddings": False,
-        "format_version": 2,
+        "format_version": 3,
         "path": "0[:2] 1[3:]",
         "slices": [[0, 0, 2], [1, 3, 5]],
         "anchor_blocks": [3, 5],

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -253,6 +254,30 @@ def test_halving_measures_the_shortlist_only_and_the_same() -> None:
     assert set(select_stitches(halved, buckets=3)) <= set(cheap)
 
 
+def test_of_many_candidates_the_best_of_each_cost_on_a_quarter_are_measured_on_all() -> None:
+    source = tiny_models.tiny_model("llama", seed=1, num_hidden_layers=5, intermediate_size=16)
+    target = tiny_models.tiny_model("llama", large=True, seed=2, num_hidden_layers=6)
+    calibration = [{"input_ids": tiny_models.token_ids(8, 24, seed=3)}]
+    data = [{"input_ids": tiny_models.token_ids(2, 12, seed=seed)} for seed in range(4)]
+
+    def score(data: list[dict[str, Tensor]], **options: Any) -> StitchScores:
+        settings = FunctionalScoring(calibration, temperature=1.0, **options)
+        return score_stitches(source, target, data, tokens=12, functional=settings)
+
+    every, few, halved = score(data, survivors=None), score(data[:1], survivors=None), score(data, survivors=1)
+    expected = set(shortlist_stitches(few, per_bucket=1, buckets=20))
+    assert set(halved.stitches) == expected != set(shortlist_stitches(every, per_bucket=1, buckets=20))
+    eliminated = halved.provenance["functional"]["eliminated"]
+    assert len(every.stitches) - eliminated == len(expected) < 20 < len(every.stitches) < 60
+    assert halved.sequences == every.sequences == 8
+    for stitch in expected:
+        assert halved.value_of(stitch) == pytest.approx(every.value_of(stitch), rel=1e-6)
+    for whole in (score(data), score(data, survivors=1, scored_items=None)):
+        assert whole.stitches == every.stitches and whole.provenance["functional"]["eliminated"] == 0
+    named = every.stitches[:21]
+    assert score(data, survivors=1, candidates=named).stitches == named
+
+
 def test_the_shortlist_is_the_best_of_each_bucket() -> None:
     source, target = (tiny_vision.tiny_classifier("vit", large=large, seed=4) for large in (False, True))
     data = image_batches("vit", 4, seed=5)
@@ -372,6 +397,8 @@ def test_bad_input_is_refused() -> None:
         score(candidates=[Stitch(1, 0)])
     with pytest.raises(ValueError, match="no candidates"):
         score(candidates=[])
+    with pytest.raises(ValueError, match="got survivors=0; expected at least 1, or None to keep all"):
+        FunctionalScoring(survivors=0)
     with pytest.raises(ValueError, match="temperature=0"):
         FunctionalScoring(temperature=0)
     with pytest.raises(ValueError, match="reversed"):
