@@ -170,7 +170,7 @@ def joined(rows: Sequence[ResultRow]) -> list[ResultRow]:
 
 def _of_model(row: ResultRow) -> ResultRow:
     """The same without its figures and what they depend on beside the model."""
-    kept = {name: row.setting[name] for name in ("joint", "weights", "tokens")}
+    kept = {name: row.setting[name] for name in ("joint", "weights", "tokens") if name in row.setting}
     return ResultRow(
         row.rule, row.path, row.seed, row.macs, row.parameters, {}, training=row.training, made_from=row.made_from,
         setting=kept,

@@ -80,7 +80,7 @@ def anchors(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 def words(anchors: Folder, output: Folder, **changes: object) -> list[str]:
     given = {
         "anchors": [anchors / "small", anchors / "large"], "text": anchors / "text.txt", "tasks": TASKS,
-        "budgets": ["70%"], "rivals": ["shortgpt", "esta_index"], "contenders": 1, "steps": 1,
+        "budgets": ["70%"], "rivals": ["shortgpt"], "contenders": 1, "steps": 1,
         "seeds": [0, 1], "length": 24, "prompt": 8, "window": WINDOW, "limit": LIMIT, "output_dir": output,
     } | changes  # fmt: skip
     found = []
