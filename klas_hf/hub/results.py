@@ -1,6 +1,6 @@
 """Measured rows on a model card: the model-index of the Hub, a table, and the curve as a picture."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path as File
 from statistics import fmean
 
@@ -9,6 +9,11 @@ from huggingface_hub import EvalResult
 from klas_hf.curves.tradeoff import curves_by_rule, measured_models, plot_curves
 from klas_hf.paths import Path
 from klas_hf.rows import AnyPath, ResultRow, by_model, format_table
+
+SPEED = "speed"  # the task whose figures are costs
+PREFERRED = (
+    "acc_norm", "acc", "exact_match (flexible-extract)", "prompt_level_strict_acc", "perplexity", "bits_per_byte",
+)  # fmt: skip
 
 
 def own_rows(rows: Sequence[ResultRow], paths: Collection[AnyPath]) -> dict[str, list[ResultRow]]:
@@ -38,6 +43,27 @@ def metrics_of(rows: Sequence[ResultRow]) -> list[str]:
     if not names:
         raise ValueError(f"got {len(rows)} rows that have no metric in common; expected rows of one run")
     return names
+
+
+def headline_metrics(names: Iterable[str]) -> list[str]:
+    """The metrics to show of many: of each task (`task: metric`) the one that is published most; of others all.
+
+    What a `speed` task measures are costs, and are left out.
+
+    Example:
+        >>> headline_metrics(["piqa: acc", "piqa: acc_norm", "speed: bytes", "loss"])
+        ['piqa: acc_norm', 'loss']
+    """
+    tasks: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        task, colon, metric = name.partition(": ")
+        tasks.setdefault(task if colon else name, []).append(metric)
+    found = []
+    for task, metrics in tasks.items():
+        best = next((name for name in PREFERRED if name in metrics), metrics[0])
+        if task != SPEED:
+            found.append(f"{task}: {best}" if best else task)
+    return found
 
 
 def sources_of(rows: Sequence[ResultRow]) -> dict[str, Mapping[str, str]]:

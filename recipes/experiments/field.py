@@ -136,6 +136,8 @@ class FieldStudy:
                 write_folder_atomically(folder, lambda part: self._save(model, part))
                 shutil.rmtree(course, ignore_errors=True)
             process_state().wait_for_everyone()
+        if not entry.steps and not entry.choice.path.joints:
+            return self.study.family.anchors[entry.choice.path.anchors[0]].eval()
         if not entry.steps:
             return self.study.start(entry.choice.path, entry.choice.joint).eval()
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)

@@ -14,6 +14,7 @@ from experiments.field import FieldStudy, joined
 from klas_hf import plotting
 from klas_hf.files import write_atomically
 from klas_hf.hub import model_card
+from klas_hf.hub.results import headline_metrics
 from klas_hf.maths.bootstrap import paired_bootstrap
 from klas_hf.maths.mcnemar import mcnemar
 from klas_hf.rows import ResultRow, RowFile, by_model, format_mean, markdown_table
@@ -23,27 +24,12 @@ COSTS = {
     "macs": ("MACs (millions)", 1e-6), "parameters": ("parameters (millions)", 1e-6), "bytes": ("weights (MB)", 1e-6),
     "first_token": ("to the first token (ms)", 1e3), "per_token": ("per token (ms)", 1e3),
 }  # fmt: skip
-PREFERRED = (
-    "acc_norm",
-    "acc",
-    "exact_match (flexible-extract)",
-    "prompt_level_strict_acc",
-    "perplexity",
-    "bits_per_byte",
-)
-
-
-def headline(task: str, rows: Sequence[ResultRow]) -> str | None:
-    """The metric of a task that tables show: normalised accuracy where there is one; None where none was measured."""
-    names = [name for row in rows for name in row.metrics if name.startswith(f"{task}: ")]
-    known = [f"{task}: {name}" for name in PREFERRED if f"{task}: {name}" in names]
-    return next(iter(known or names), None)
 
 
 def report(study: FieldStudy, missing: Mapping[str, str], published: Folder | None, cost: str) -> str:
     """The study as Markdown, in `report.md` too; `models.jsonl`, a curve per figure, and a card for each of ours."""
     rows = joined(study.rows.rows)
-    names = [name for task in study.tasks if task.name != "speed" and (name := headline(task.name, rows))]
+    names = headline_metrics(name for row in rows for name in row.metrics)
     _write_models(study, rows)
     parts = ["# On the tasks of the field", _about(study), main_table(study, rows, names), "## Every figure"]
     parts += [every_figure(rows), "## Ours less each rival, on the same items", paired(study, names)]
