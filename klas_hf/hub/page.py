@@ -225,7 +225,7 @@ def _pictures(place: Path) -> str:
 
 
 def _html_table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    head = "".join(f"<th>{escape(name).replace('_', '_<wbr>')}</th>" for name in heads)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in lines)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -265,10 +265,11 @@ font-size:.9rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:7px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--edge)}
 th{background:var(--panel);color:var(--soft);font-weight:600;white-space:normal;vertical-align:bottom;
-overflow-wrap:anywhere;min-width:5.5em}
+min-width:6em}
 th:first-child,td:first-child{position:sticky;left:0;background:var(--back)}th:first-child{background:var(--panel)}
 tr:last-child td{border-bottom:0}
 th:nth-child(-n+2),td:nth-child(-n+2){text-align:left}
+details th,details td{text-align:left}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.88em}
 pre{overflow-x:auto;padding:12px 14px;border:1px solid var(--edge);border-radius:10px;background:var(--panel)}
 details{border:1px solid var(--edge);border-radius:10px;padding:8px 14px;margin:8px 0}summary{cursor:pointer}
