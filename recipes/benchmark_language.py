@@ -151,7 +151,9 @@ def tasks_of(
     names = args.tasks
     own = {*OFFLINE, *TRUTHFULQA}
     if names is None or own & {name.partition(":")[0] for name in names}:
-        write_offline_tasks(output / "tasks", truthfulqa=args.data)
+        if process_state().is_main_process:
+            write_offline_tasks(output / "tasks", truthfulqa=args.data)
+        process_state().wait_for_everyone()
         include.append(output / "tasks")
     if names is None:
         names = ["perplexity_documentation", *OFFLINE, *(TRUTHFULQA if args.data else ())]

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path as File
 from statistics import fmean
+from typing import Any
 
 from huggingface_hub import EvalResult
 
@@ -93,9 +94,7 @@ def eval_results(
     ]
 
 
-def _place(
-    metric: str, source: Mapping[str, str] | None, dataset: str | None, split: str | None
-) -> dict[str, str | None]:
+def _place(metric: str, source: Mapping[str, str] | None, dataset: str | None, split: str | None) -> dict[str, Any]:
     """Where a figure is from, in the words of the model-index."""
     if source is None:
         return {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": split, "metric_type": metric}

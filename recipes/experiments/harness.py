@@ -12,10 +12,12 @@ from pathlib import Path as Folder
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.field_tasks import FieldTask, digest, unreachable
 from klas_hf.evaluation import Measurement
+from klas_hf.processes import process_state
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -68,7 +70,10 @@ def harness_tasks(
     shots = {task: count for name, count in shots.items() for task in _expanded(manager, name)}
     if copies:
         leaves = {leaf for name in shots for leaf in _leaves(manager, name)}
-        folder = _redirected(manager, leaves, copies, scratch)
+        folder = scratch / "tasks_on_copies"
+        if process_state().is_main_process:
+            _redirect(manager, leaves, copies, folder)
+        process_state().wait_for_everyone()
         manager = _manager(shots, [*map(str, include), str(folder)])
     tasks, missing = [], {}
     for name, count in shots.items():
@@ -102,7 +107,12 @@ class _Loaded:
         harnessed = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.options["batch_size"])
         with torch.random.fork_rng():  # the harness seeds everything
             found = lm_eval.simple_evaluate(model=harnessed, tasks=self.whole, bootstrap_iters=0, **self.options)
-        assert found is not None  # this process is the only one that it knows of
+        # Every process has run all of it, but of those on one machine the harness answers only the first.
+        (measured,) = broadcast_object_list([found and self._measurement(found)])
+        assert measured is not None
+        return measured
+
+    def _measurement(self, found: Mapping[str, Any]) -> Measurement:
         results = found["groups" if self.is_group else "results"][self.name]
         metrics = {
             _metric(key): float(value) for key, value in results.items()
@@ -207,8 +217,8 @@ def _source(manager: "TaskManager", name: str) -> dict[str, Any]:
     return {"dataset": data, "split": split} | ({"configuration": configuration} if configuration else {})
 
 
-def _redirected(manager: "TaskManager", names: Iterable[str], copies: Mapping[str, str], scratch: Folder) -> Folder:
-    """A folder of tasks that read local copies in place of what is on the Hub, and are the same but for that.
+def _redirect(manager: "TaskManager", names: Iterable[str], copies: Mapping[str, str], folder: Folder) -> None:
+    """Write tasks that read local copies in place of what is on the Hub, and are the same but for that.
 
     Raises:
         ValueError: a copy that is no folder or file.
@@ -216,7 +226,6 @@ def _redirected(manager: "TaskManager", names: Iterable[str], copies: Mapping[st
     for dataset, place in copies.items():
         if not Folder(place).expanduser().exists():
             raise ValueError(f"got copies={dataset}={place}, where nothing lies; expected a folder or file")
-    folder = scratch / "tasks_on_copies"
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         entry = manager.task_index[name]
@@ -225,4 +234,3 @@ def _redirected(manager: "TaskManager", names: Iterable[str], copies: Mapping[st
             settings = {"include": str(entry.yaml_path), "task": name}
             settings["dataset_path"] = str(Folder(place).expanduser().resolve())
             (folder / f"{name}.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
-    return folder

@@ -5,6 +5,8 @@ Figures are compared with lm_eval run on an anchor's folder alone, and with a sl
 
 import json
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -81,7 +83,7 @@ def words(anchors: Folder, output: Folder, **changes: object) -> list[str]:
     given = {
         "anchors": [anchors / "small", anchors / "large"], "text": anchors / "text.txt", "tasks": TASKS,
         "budgets": ["70%"], "rivals": ["shortgpt"], "contenders": 1, "steps": 1,
-        "seeds": [0, 1], "length": 24, "prompt": 8, "window": WINDOW, "limit": LIMIT, "output_dir": output,
+        "seeds": [0], "length": 24, "prompt": 8, "window": WINDOW, "limit": LIMIT, "output_dir": output,
     } | changes  # fmt: skip
     found = []
     for name, value in given.items():
@@ -125,7 +127,7 @@ def test_every_model_has_a_row_of_every_task(anchors: Folder, done: Folder) -> N
     assert len({len(one) for one in by_task.values()}) == 1
     models = {(row.rule, row.path, row.seed, row.setting["weights"], row.training is not None) for row in rows}
     assert len(models) == len(by_task["speed"])
-    assert {("anchors", "1[:]", seed, "as it is", True) for seed in (0, 1)} <= models
+    assert ("anchors", "1[:]", 0, "as it is", True) in models
     assert {rule for rule, *_ in models} >= {"anchors", "search", "shortgpt", "large in int8", "large in int4"}
     assert all(row.setting["lm_eval"] == lm_eval.__version__ for row in by_task["documentation"])
     speed = {row.setting["weights"]: row.metrics for row in by_task["speed"] if row.path == "1[:]" and not row.training}
@@ -217,7 +219,7 @@ def test_report_compares_items_and_cards_carry_figures(done: Folder) -> None:
     }  # fmt: skip
     differences = [
         np.subtract(*(healed[rule, seed].details["items"]["values"]["acc_norm"] for rule in ("search", "shortgpt")))
-        for seed in (0, 1)
+        for seed in (0,)
     ]
     (line,) = (line for line in text.split("## Ours less")[1].splitlines() if line.startswith("| 70%    | shortgpt"))
     told = line.split("|")[4].strip()
@@ -237,6 +239,15 @@ def test_report_compares_items_and_cards_carry_figures(done: Folder) -> None:
     assert not any(metric == "bytes" for _, metric in results)
     kept = AutoModelForCausalLM.from_pretrained(folders[0])
     assert list(own_rows([ours], [kept.config.path])) == [ours.path]
+
+
+def test_seeds_of_one_document_are_drawn_together() -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(2, 40))
+    once, twice = (field_report.difference([(a, b)] * count, better=True) for count in (1, 2))
+    assert once == twice  # a second seed that says the same adds nothing
+    apart = field_report.difference([(a, b), (a + 1, b)], better=True)
+    assert apart.startswith(f"{np.mean(a - b) + 0.5:+.4f} (")
 
 
 def test_one_seed_adds_mcnemars_p(done: Folder) -> None:
@@ -328,3 +339,51 @@ def test_the_settings_of_llama_are_read() -> None:
         patch.setattr(sys, "argv", ["x", "--config", str(RECIPES / "benchmark_llama3.yaml")])
         (args,) = recipe.parse_options(recipe.BenchmarkArguments)
     assert args.window == 2048 and "mmlu:5" in args.tasks and args.anchors[1].endswith("3B")
+
+
+CSV = """Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source
+A,B,Why?,Because,Because; It is so,Never; No,
+A,B,Who?,Nobody,Nobody,Everybody; You; Me,
+"""
+
+
+def test_truthfulqa_is_the_harness_task_on_the_file(anchors: Folder, tmp_path: Folder) -> None:
+    (tmp_path / "questions.csv").write_text(CSV)
+    offline_tasks.write_offline_tasks(tmp_path / "tasks", truthfulqa=str(tmp_path / "questions.csv"))
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    tasks = manager.load(list(offline_tasks.TRUTHFULQA))["tasks"]
+    mc1, mc2, written = (tasks[name] for name in offline_tasks.TRUTHFULQA)
+    first, second = mc1.test_docs()
+    assert mc1.doc_to_text(first).startswith("Q: What is human life expectancy in the United States?")
+    assert mc1.doc_to_text(first).endswith("Q: Why?\nA:")
+    assert mc1.doc_to_choice(first) == ["Because", "Never", "No"] and mc1.doc_to_target(first) == 0
+    assert mc2.doc_to_choice(first) == ["Because", "It is so", "Never", "No"]
+    assert second["mc2_targets"]["labels"] == [1, 0, 0, 0]
+    (answers, _) = written.test_docs()
+    assert answers["correct_answers"] == ["Because.", "It is so.", "I have no comment."]
+
+
+def test_copies_must_lie_where_they_are_said_to(anchors: Folder, tmp_path: Folder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(anchors / "large")
+    include = [HARNESS / "wikitext"]
+    with pytest.raises(ValueError, match="copies=a/b=nowhere, where nothing lies"):
+        harness.harness_tasks(["wikitext"], tokenizer, include=include, scratch=tmp_path, copies={"a/b": "nowhere"})
+    with pytest.raises(ValueError, match="NAME:SHOTS with a whole number"):
+        harness.harness_tasks(["mmlu:five"], tokenizer, scratch=tmp_path)
+
+
+@pytest.mark.slow
+def test_offline_as_launched(tmp_path: Folder) -> None:
+    """The quickstart's anchors, barely trained, on all that needs no network."""
+    (tmp_path / "questions.csv").write_text(CSV)
+    words = ["--smoke", "--data", "questions.csv", "--cost", "bytes", "--cache_dir", "cache", "--window", "64"]
+    published = ["--published", str(RECIPES / "published_language.yaml"), "--output_dir", "out"]
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "benchmark_language.py"), *words, *published],
+        capture_output=True, text=True, cwd=tmp_path, timeout=1500,
+        env=os.environ | {"PYTHONPATH": str(RECIPES.parent), "HF_HOME": str(tmp_path / "home")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "truthfulqa_mc2_local, acc" in text and "## Published, not measured here" in text
+    assert "benchmark_language.py --smoke" in (tmp_path / "out" / "command.txt").read_text()
