@@ -3,7 +3,8 @@
     python recipes/benchmark_images.py --models SMALL LARGE BETWEEN \\
         --sets imagenet=/data/imagenet/val v2=/data/imagenetv2-matched-frequency blur-3=/data/imagenet-c/defocus_blur/3
 
-A set is a folder of class folders, a parquet file, or HUB_ID:SPLIT. ImageNet's own classes come in the models' order;
+A set is a folder of class folders, a parquet file, or PLACE:SPLIT of a folder of splits or of parquet files or of a
+Hub id. ImageNet's own classes come in the models' order;
 fewer take `--labels`. `--preprocessing config.json` takes timm's published resizing and crop in place of the models'
 image processors. Rows are written set by set; the same command goes on where it was interrupted.
 """
@@ -42,7 +43,7 @@ class BenchmarkImagesArguments:
     models: list[str] = field(
         metadata={"help": "classifiers, stitched or not: folders or Hub ids; others are compared with the first"}
     )
-    sets: list[str] = field(metadata={"help": "NAME=FOLDER of class folders, NAME=FILE.parquet or NAME=HUB_ID:SPLIT"})
+    sets: list[str] = field(metadata={"help": "NAME=FOLDER of class folders, NAME=FILE.parquet or NAME=PLACE:SPLIT"})
     labels: str | None = field(default=None, metadata={"help": "YAML file, class name → models' label"})
     preprocessing: str | None = field(default=None, metadata={"help": "config.json of a timm model; None: the models'"})
     image_size: int | None = field(default=None, metadata={"help": "pixels of a side; None: the models' own"})
@@ -79,15 +80,13 @@ def main() -> None:
 
 
 def image_set(args: BenchmarkImagesArguments, place: str, processing: Processing | CroppedProcessing) -> ImageSet:
-    """One set; of a folder of class folders its own name is the split."""
-    path = Path(place).expanduser()
-    if path.is_dir() and not any(path.glob("*.parquet")):
+    """One set: PLACE or PLACE:SPLIT. Of a folder of class folders without a split its own name is the split."""
+    given, colon, split = place.rpartition(":")
+    data, split = (given, split) if colon and "/" not in split else (place, "")
+    path = Path(data).expanduser()
+    if not split and path.is_dir() and not any(path.rglob("*.parquet")):
         data, split = str(path.parent), path.name
-    elif path.exists():
-        data, split = str(path), "train"
-    else:
-        data, colon, split = place.rpartition(":")
-        data, split = (data, split) if colon else (place, "validation")
+    split = split or ("train" if path.is_file() else "validation")  # datasets calls a single file "train"
     images = load_images(data, split, processing, image_column=args.image_column, label_column=args.label_column)
     return images if args.limit is None or args.limit >= len(images) else subset(images, count=args.limit)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
@@ -150,6 +152,28 @@ def test_the_recipe_measures_every_model_on_every_set_once(place: Path, tmp_path
     assert "| v2: top1 | v2: calibration_error | v2: top5 |" in text and "## Against small" in text
     with pytest.raises(SystemExit):
         launch(place, tmp_path, "--limit", "x")
+
+
+def test_parquet_and_splits_are_the_same_images_as_folders(place: Path, tmp_path: Path) -> None:
+    names = [str(number) for number in range(CLASSES)]
+    rows = {"image": [picture(40, 31, 10 * n + k) for n in range(CLASSES) for k in range(2)]}
+    rows["label"] = [number for number in range(CLASSES) for _ in range(2)]
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "images.parquet")
+    args = recipe.BenchmarkImagesArguments(models=["a"], sets=["v2=x"])
+    processing = timm_processing(CONFIG)
+    folder, split, table = (
+        recipe.image_set(args, one, processing)
+        for one in (str(place / "v2"), f"{place}:v2", str(tmp_path / "images.parquet"))
+    )
+    for image_set in (folder, split, table):
+        found: dict[str, list[int]] = {name: [] for name in names}
+        for pixels, label in (image_set[place] for place in range(len(image_set))):
+            found[image_set.names[label]].append(pixels.sum().item())
+        assert {name: sorted(sums) for name, sums in found.items()} == {
+            str(number): sorted(processing.pixels(picture(40, 31, 10 * number + k)).sum().item() for k in range(2))
+            for number in range(CLASSES)
+        }
 
 
 def test_sets_need_names() -> None:
