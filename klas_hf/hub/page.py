@@ -94,9 +94,17 @@ class _Model:
         return self.rows[0]
 
     @property
+    def healing(self) -> str:
+        """How long it was trained; "" where it was not."""
+        training = self.first.training
+        if training is None:
+            return ""
+        steps = training.get("max_steps") or training.get("steps")
+        return f"{steps} steps" if steps else "healed"
+
+    @property
     def name(self) -> str:
-        healed = "" if self.first.training or self.first.joints else ", not healed"
-        return f"{self.rule}{healed}"
+        return f"{self.rule}, {self.healing or 'not healed'}"
 
     def value(self, metric: str) -> float | None:
         known = [row.metrics[metric] for row in self.rows if metric in row.metrics]
@@ -114,21 +122,40 @@ def _models(rows: Sequence[ResultRow]) -> list[_Model]:
 
 
 def _curves(models: Sequence[_Model]) -> str:
-    figures = []
-    for metric in headline_metrics(name for model in models for row in model.rows for name in row.metrics):
-        series = []
-        for rule in dict.fromkeys(model.rule for model in models):
-            known = [(m.first.macs / 1e6, m.value(metric)) for m in models if m.rule == rule]
+    """A figure for each metric and length of healing; where only anchors were not healed, they stand in all of them."""
+    groups: dict[str, list[_Model]] = {}
+    for model in models:
+        groups.setdefault(model.healing, []).append(model)
+    untouched = groups.get("", [])
+    if len(groups) > 1 and not any(model.first.joints for model in untouched):
+        del groups[""]
+        groups = {healing: [*untouched, *group] for healing, group in groups.items()}
+    figures = [
+        _figure(metric, (healing or "not healed") if len(groups) > 1 else "", group)
+        for metric in headline_metrics(name for model in models for row in model.rows for name in row.metrics)
+        for healing, group in groups.items()
+    ]
+    return f'<div class="figures">{"".join(figures)}</div>' if any(figures) else ""
+
+
+def _figure(metric: str, healing: str, models: Sequence[_Model]) -> str:
+    """One metric against MACs, a line per rule that joins blocks."""
+    healed = any(model.healing for model in models)
+    series = []
+    for rule in dict.fromkeys(model.rule for model in models):
+        for is_healed in (True, False):
+            mine = [model for model in models if model.rule == rule and bool(model.healing) == is_healed]
+            known = [(model.first.macs / 1e6, model.value(metric)) for model in mine]
             points = [(x, y) for x, y in known if y is not None and isfinite(y)]
-            joined = any(model.first.joints for model in models if model.rule == rule)
             if points:
-                series.append(Series(rule, [x for x, _ in points], [y for _, y in points], line=joined))
-        if series:
-            better = "higher" if higher_is_better(metric) and "per_byte" not in metric else "lower"
-            caption = f"{escape(metric)} <small>({better} is better)</small>"
-            drawn = svg_lines(series, "MACs (millions)", metric)
-            figures.append(f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>")
-    return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
+                label = f"{rule}, not healed" if healed and not is_healed else rule
+                joined = any(model.first.joints for model in mine)
+                series.append(Series(label, [x for x, _ in points], [y for _, y in points], line=joined))
+    if not series:
+        return ""
+    better = "higher" if higher_is_better(metric) else "lower"
+    caption = f"{escape(metric)}{', ' if healing else ''}{healing} <small>({better} is better)</small>"
+    return f"<figure><figcaption>{caption}</figcaption>{svg_lines(series, 'MACs (millions)', metric)}</figure>"
 
 
 def _table(models: Sequence[_Model]) -> str:
@@ -255,9 +282,9 @@ figure{margin:0;padding:12px 14px;border:1px solid var(--edge);border-radius:10p
 figcaption{font-weight:600;margin-bottom:6px;overflow-wrap:anywhere}small{font-weight:400;color:var(--soft)}
 svg{display:block;width:100%;height:auto}img{display:block;max-width:100%;height:auto;background:#fff}
 .grid{stroke:var(--edge)}.tick{fill:var(--soft);font-size:15px}.label{fill:var(--fore);font-size:16px}
-.line{fill:none;stroke:currentColor;stroke-width:2.5}circle{fill:currentColor;stroke:var(--panel);stroke-width:1.5}
-.cell{fill:var(--cell)}.swatch{display:inline-block;width:12px;height:12px;border-radius:50%;margin-right:6px;
-background:currentColor}.legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 16px;margin:8px 0 0;padding:0;
+.line{fill:none;stroke:currentColor;stroke-width:2.5}.mark{fill:currentColor;stroke:var(--panel);stroke-width:1.5}
+.cell{fill:var(--cell)}.legend svg{display:inline-block;width:14px;height:14px;margin-right:6px;vertical-align:-2px}
+.legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 16px;margin:8px 0 0;padding:0;
 font-size:.9rem}
 .c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}.c5{color:var(--c5)}
 .c6{color:var(--c6)}.c7{color:var(--c7)}

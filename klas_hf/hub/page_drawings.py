@@ -34,10 +34,7 @@ def svg_lines(series: Sequence[Series], xlabel: str, ylabel: str) -> str:
         parts.append(_text("tick", LEFT - 8, place + 5, "end", f"{y:g}"))
     parts.append(_text("label", (LEFT + right) / 2, HEIGHT - 10, "middle", xlabel))
     parts += [_series(one, number, x_axis, y_axis) for number, one in enumerate(series)]
-    legend = "".join(
-        f'<li><span class="swatch c{number % COLOURS}"></span>{escape(one.label)}</li>'
-        for number, one in enumerate(series)
-    )
+    legend = "".join(f"<li>{_key(number)}{escape(one.label)}</li>" for number, one in enumerate(series))
     return "".join(parts) + f'</svg><ul class="legend">{legend}</ul>'
 
 
@@ -46,11 +43,21 @@ def _series(one: Series, number: int, x_axis: Sequence[float], y_axis: Sequence[
     told = [f"{escape(one.label)}: {y:.5g} at {x:,.5g}" for x, y in zip(one.x, one.y, strict=True)]
     line = " ".join(f"{x},{y}" for x, y in points)
     drawn = f'<polyline class="line" points="{line}"/>' if one.line and len(points) > 1 else ""
-    marks = "".join(
-        f'<circle cx="{x}" cy="{y}" r="5"><title>{title}</title></circle>'
-        for (x, y), title in zip(points, told, strict=True)
-    )
+    marks = "".join(_mark(x, y, number, title) for (x, y), title in zip(points, told, strict=True))
     return f'<g class="c{number % COLOURS}">{drawn}{marks}</g>'
+
+
+def _key(number: int) -> str:
+    return f'<svg viewBox="-7 -7 14 14" class="c{number % COLOURS}">{_mark(0, 0, number, "")}</svg>'
+
+
+def _mark(x: float, y: float, number: int, title: str) -> str:
+    """A point, of another shape where the colours begin again."""
+    told = f"<title>{title}</title>" if title else ""
+    if number < COLOURS:
+        return f'<circle class="mark" cx="{x}" cy="{y}" r="5">{told}</circle>'
+    turned = f' transform="rotate(45 {x} {y})"' if number >= 2 * COLOURS else ""
+    return f'<rect class="mark" x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9"{turned}>{told}</rect>'
 
 
 def svg_heatmap(values: Array, xlabel: str, ylabel: str) -> str:

@@ -100,7 +100,7 @@ def test_curves_and_heatmaps_place_their_points() -> None:
     drawn = svg_lines(
         [Series("a", [0.0, 50.0, 100.0], [1.0, 3.0, 2.0]), Series("b", [25.0], [1.5], line=False)], "x", "y"
     )
-    circles = [tuple(map(float, one)) for one in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    circles = [tuple(map(float, one)) for one in re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="5"><title>', drawn)]
     (left, low), (middle, high), (right, _), (quarter, _) = circles
     assert left < quarter < middle < right and high < low  # upwards is more
     assert middle == pytest.approx((left + right) / 2) and quarter == pytest.approx((3 * left + right) / 4, abs=0.1)
@@ -109,6 +109,35 @@ def test_curves_and_heatmaps_place_their_points() -> None:
     shares = {title: float(share) for share, title in re.findall(r"fill-opacity:([\d.]+)\"><title>([^<]+)", cells)}
     assert list(shares) == ["1, 1: 1", "1, 2: 2", "2, 2: 4"]
     assert shares["1, 1: 1"] == 1.0 and shares["1, 2: 2"] == pytest.approx(0.53) and shares["2, 2: 4"] == 0.06
+
+
+def test_each_length_of_healing_has_its_figure(tmp_path: Path) -> None:
+    file = RowFile(tmp_path / "rows.jsonl", {})
+    for steps in (None, 100, 300):
+        training = steps and {"max_steps": steps}
+        for rule, path, macs in MODELS:
+            value = {"loss": 3.0 - macs / 100 - (steps or 0) / 1000}
+            file.append(ResultRow(rule, path, 0, macs * 10**6, 1, value, training=training))
+    page = results_page(tmp_path)
+    figures = re.findall(r"<figcaption>(.*?) <small>.*?</figure>", page)
+    assert figures == ["loss, not healed", "loss, 100 steps", "loss, 300 steps"]
+
+
+def test_anchors_as_they_are_stand_beside_what_was_healed(tmp_path: Path) -> None:
+    file = RowFile(tmp_path / "rows.jsonl", {})
+    for rule, path, macs in MODELS:
+        if rule == "anchors":
+            file.append(ResultRow(rule, path, 0, macs * 10**6, 1, {"accuracy": 0.5}))
+        file.append(ResultRow(rule, path, 0, macs * 10**6, 1, {"accuracy": macs / 100}, training={"max_steps": 9}))
+    page = results_page(tmp_path)
+    assert page.count("<figcaption>") == 1 and "anchors, not healed</li>" in page and "higher is better" in page
+
+
+def test_more_rules_than_colours_have_other_shapes() -> None:
+    drawn = svg_lines([Series(str(number), [1.0, 2.0], [number, 2.0]) for number in range(18)], "x", "y")
+    legend = re.findall(r"<li><svg[^>]*>(.*?)</svg>", drawn)
+    colours = re.findall(r'<li><svg viewBox="[^"]*" class="(c\d)"', drawn)
+    assert len(set(zip(colours, legend, strict=True))) == 18
 
 
 def test_headlines_are_the_published_metrics() -> None:
@@ -148,7 +177,7 @@ def test_chromium_shows_it_light_and_dark_and_on_a_phone(folder: Path, tmp_path:
     script = """{
         overflow: document.documentElement.scrollWidth - window.innerWidth,
         back: getComputedStyle(document.body).backgroundColor, fore: getComputedStyle(document.body).color,
-        figures: [...document.querySelectorAll('figure svg')].map(one => one.getBoundingClientRect().width),
+        figures: [...document.querySelectorAll('figure > svg')].map(one => one.getBoundingClientRect().width),
         ticks: Math.min(...[...document.querySelectorAll('figure .tick')].map(o => o.getBoundingClientRect().height)),
         requests: performance.getEntriesByType('resource').filter(one => !one.name.startsWith('data:')).length,
     }"""
