@@ -5,6 +5,7 @@ and told, and the others go on.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
@@ -197,10 +198,18 @@ def _leaves(manager: "TaskManager", name: str) -> list[str]:
 
 
 def _configuration(manager: "TaskManager", name: str) -> str:
-    """A digest of a task's whole configuration, those of a group's tasks included, but not of where its data lie."""
+    """A digest of a task's whole configuration, those of a group's tasks included, but not of where files lie."""
     settings = {leaf: dict(manager.task_index[leaf].cfg or {}) for leaf in [name, *_leaves(manager, name)]}
-    moved = ("dataset_path", "dataset_kwargs")
-    return digest({leaf: {k: v for k, v in one.items() if k not in moved} for leaf, one in settings.items()})
+    return digest({leaf: {key: _unplaced(key, value) for key, value in one.items()} for leaf, one in settings.items()})
+
+
+def _unplaced(key: str, value: Any) -> Any:
+    """A setting without folders of this machine: those of data, and of functions, which the index has as paths."""
+    if key in ("dataset_path", "dataset_kwargs"):
+        return None
+    if key == "metadata" and isinstance(value, Mapping):
+        return {name: one for name, one in value.items() if name != "data"}
+    return re.sub(r"^/\S*/", "", value) if isinstance(value, str) else value
 
 
 def _version(manager: "TaskManager", name: str) -> Any:
@@ -229,8 +238,9 @@ def _redirect(manager: "TaskManager", names: Iterable[str], copies: Mapping[str,
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         entry = manager.task_index[name]
-        place = copies.get(str((entry.cfg or {}).get("dataset_path")))
-        if place is not None:
-            settings = {"include": str(entry.yaml_path), "task": name}
-            settings["dataset_path"] = str(Folder(place).expanduser().resolve())
+        dataset = str((entry.cfg or {}).get("dataset_path"))
+        if dataset in copies:
+            settings: dict[str, Any] = {"include": str(entry.yaml_path), "task": name}
+            settings["dataset_path"] = str(Folder(copies[dataset]).expanduser().resolve())
+            settings["metadata"] = {**((entry.cfg or {}).get("metadata") or {}), "data": dataset}
             (folder / f"{name}.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML

@@ -6,6 +6,7 @@ Figures are compared with lm_eval run on an anchor's folder alone, and with a sl
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -206,6 +207,16 @@ def test_perplexity_equals_the_harness_wikitext_task(
     loss = float(model(input_ids=torch.tensor([window]), labels=torch.tensor([window])).loss.detach())
     nats = loss * (len(window) - 1)
     assert missing == {} and task.about["version"] == 2.0
+    assert task.source["dataset"] == "EleutherAI/wikitext_document_level"  # not where the copy lies
+    moved = shutil.copytree(HARNESS / "wikitext", tmp_path / "moved")
+    there, elsewhere = (
+        TaskManager(include_path=str(one), include_defaults=False) for one in (HARNESS / "wikitext", moved)
+    )
+    digests = {harness._configuration(one, "wikitext") for one in (there, elsewhere)}
+    assert digests == {task.about["configuration"]}
+    (moved / "wikitext.yaml").write_text((moved / "wikitext.yaml").read_text().replace("version: 2.0", "version: 2.1"))
+    changed = TaskManager(include_path=str(moved), include_defaults=False)
+    assert harness._configuration(changed, "wikitext") not in digests
     assert found.metrics["byte_perplexity"] == pytest.approx(exp(nats / len(text.encode())), rel=1e-5)
     assert found.details["higher_is_better"]["word_perplexity"] is False
 
