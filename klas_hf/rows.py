@@ -268,6 +268,16 @@ def read_rows(path: str | File) -> list[ResultRow]:
     return rows
 
 
+def read_run(path: str | File) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the rows of a file have in common: the run's settings, and the versions of the libraries.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_rows`; an empty file has neither.
+    """
+    header, _ = _read(File(path))
+    return header.get("run", {}), header.get("versions", {})
+
+
 def _read(path: File) -> tuple[dict[str, Any], list[ResultRow]]:
     """Header and rows of a file, without a last line that was cut short; an empty file has neither."""
     content = path.read_bytes()

@@ -1,6 +1,6 @@
 """The command line `klas-hf`: thin commands over the public functions, with files in folders between them.
 
-    doctor ─► score ─► select ─► stitch ─► train ─► evaluate ─► plot ─► card ─► push
+    doctor ─► score ─► select ─► stitch ─► train ─► evaluate ─► plot, report ─► card ─► push
               └────────────────── make ──────────────────┘
 
 Exit codes: 0 done; 1 a failed check of `doctor`, or a failure while working; 2 bad usage or bad input; 130 interrupted.
@@ -28,6 +28,7 @@ _COMMANDS = {
     "train": "fine-tune a stitched model",
     "evaluate": "measure models: loss on text, accuracy on images",
     "plot": "draw the heatmap of scores, or the curve of measured models",
+    "report": "make one HTML page of an output folder",
     "card": "write the model card of a stitched model",
     "draft": "say which paths of a supernet pay as drafts for another",
     "serve": "serve a supernet, each request within its budget",

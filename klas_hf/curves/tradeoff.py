@@ -57,13 +57,13 @@ def measured_models(rows: Iterable[ResultRow], metric: str) -> list[MeasuredMode
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether more of a metric is better: of losses and perplexities it is not.
+    """Whether more of a metric is better: of losses, perplexities, divergences and errors it is not.
 
     Example:
         >>> higher_is_better("accuracy"), higher_is_better("loss")
         (True, False)
     """
-    return not any(word in metric for word in ("loss", "perplexity"))
+    return not any(word in metric for word in ("loss", "perplexity", "divergence", "error", "bits_per_byte"))
 
 
 class TradeoffCurve:

@@ -116,7 +116,7 @@ def class_labels(names: tuple[str, ...], id2label: Mapping[int, str], labels: st
         names: of the data's classes, in order.
         id2label: the anchors' classes.
         labels: YAML file of class name → label number or name. None: classes are in the anchors' order, after the
-            background class where the anchors have one.
+            background class where the anchors have one; names that are numbers (ImageNet-V2's folders) count as such.
 
     Raises:
         ValueError: a class without a label, or as many classes as the anchors do not have and no file.
@@ -135,7 +135,8 @@ def class_labels(names: tuple[str, ...], id2label: Mapping[int, str], labels: st
             f"got data of {len(names)} classes for anchors of {len(id2label)}; expected as many, in one order. Say "
             "which label each class has with labels=FILE.yaml (class name: label number or name)"
         )
-    return {name: number + background for number, name in enumerate(names)}
+    in_order = sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+    return {name: number + background for number, name in enumerate(in_order)}
 
 
 def _split(args: ImageDataArguments, split: str, processing: Processing) -> ImageSet:

@@ -4,6 +4,8 @@ Apart, since pixels in uint8 take a quarter of the memory, augmentation works on
 stitched model share both steps: their blocks are joined, so they must see the same input.
 """
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor
 from klas_hf.training.augmentation import normalise
 
 _CHANNELS = 3
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,77 @@ class Processing:
         """Resize and crop a PIL image in RGB: `(3, height, width)`, uint8."""
         height, width = self.size
         return _pixels(self.processor, image, size=dict(self.resize), crop_size={"height": height, "width": width})
+
+
+@dataclass(frozen=True)
+class CroppedProcessing:
+    """Evaluation as timm publishes it with a model: the shorter side resized, the centre cut out, then normalised.
+
+    The side is resized to ⌊size / crop_pct⌋ pixels and the longer one to ⌊side · ratio⌋; the crop begins at half of
+    what is left over, rounded as torchvision does, half to even.
+
+    Attributes:
+        size: height and width of the inputs, pixels, which are equal.
+        crop_pct: what share of the resized side is kept.
+        interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
+        mean, std: of the normalisation, per channel, of pixels from 0 to 1.
+
+    Raises:
+        ValueError: an unknown interpolation, inputs that are not square, or a crop_pct that is not in (0, 1].
+
+    Example:
+        >>> from PIL import Image
+        >>> processing = CroppedProcessing((224, 224), 0.9, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        >>> processing.pixels(Image.new("RGB", (500, 375))).shape
+        torch.Size([3, 224, 224])
+    """
+
+    size: tuple[int, int]
+    crop_pct: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.size[0] != self.size[1] or not 0 < self.crop_pct <= 1 or self.interpolation not in _INTERPOLATIONS:
+            raise ValueError(
+                f"got size={self.size}, crop_pct={self.crop_pct} and interpolation={self.interpolation!r}; expected a "
+                f"square, more than 0 and at most 1, and one of {', '.join(_INTERPOLATIONS)}"
+            )
+
+    def pixels(self, image: Any) -> Tensor:
+        """Resize and crop a PIL image in RGB: `(3, height, width)`, uint8."""
+        from PIL import Image
+
+        short, long = sorted(image.size)
+        side = math.floor(self.size[0] / self.crop_pct)
+        sides = {short: side, long: int(side * long / short)} if short < long else {short: side}
+        resized = image.resize(tuple(sides[one] for one in image.size), getattr(Image, self.interpolation.upper()))
+        left, top = (round((have - want) / 2) for have, want in zip(resized.size, self.size[::-1], strict=True))
+        cropped = resized.crop((left, top, left + self.size[1], top + self.size[0]))
+        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous()
+
+
+def timm_processing(settings: str | Path | Mapping[str, Any]) -> CroppedProcessing:
+    """The evaluation that timm publishes with a model.
+
+    Args:
+        settings: its `pretrained_cfg`, or the `config.json` of its repository, which holds one.
+
+    Raises:
+        OSError: no such file.
+        ValueError: it lacks the size, `crop_pct`, the interpolation, the mean or the deviation, or crops otherwise.
+    """
+    given = settings if isinstance(settings, Mapping) else json.loads(Path(settings).read_text(encoding="utf-8"))
+    given = given.get("pretrained_cfg", given)
+    if missing := sorted({"input_size", "crop_pct", "interpolation", "mean", "std"} - given.keys()):
+        raise ValueError(f"got preprocessing without {missing}; expected a pretrained_cfg of timm, or its config.json")
+    if (mode := given.get("crop_mode", "center")) != "center":
+        raise ValueError(f"got crop_mode={mode!r}; expected 'center'")
+    _, height, width = given["input_size"]
+    return CroppedProcessing(
+        (height, width), given["crop_pct"], given["interpolation"], tuple(given["mean"]), tuple(given["std"])
+    )
 
 
 def common_processing(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from klas_hf.data.image_processing import Processing
+from klas_hf.data.image_processing import CroppedProcessing, Processing
 
 _VALIDATION = ("validation", "valid", "val")  # names of one split
 _DEEPER_MODES = ("I", "F")  # Pillow's modes of more than 8 bits, whose conversion to RGB clips
@@ -29,7 +29,7 @@ class StoredImages:
         processing: resizes and crops.
     """
 
-    def __init__(self, dataset: Any, column: str, processing: Processing):
+    def __init__(self, dataset: Any, column: str, processing: Processing | CroppedProcessing):
         self.dataset, self.column, self.processing = dataset.select_columns([column]), column, processing
 
     def __len__(self) -> int:

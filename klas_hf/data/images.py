@@ -17,13 +17,20 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedConfig
 
 from klas_hf.anchors.classes import ImageClasses, WithClasses, label_ids
-from klas_hf.data.image_processing import Processing, common_processing, normalisation
+from klas_hf.data.image_processing import (
+    CroppedProcessing,
+    Processing,
+    common_processing,
+    normalisation,
+    timm_processing,
+)
 from klas_hf.data.image_sources import CorruptImage, StoredImages, open_split
 from klas_hf.processes import progress
 from klas_hf.training.augmentation import normalise
 
 __all__ = [
     "CorruptImage",
+    "CroppedProcessing",
     "ImageBatches",
     "ImageSet",
     "Processing",
@@ -34,6 +41,7 @@ __all__ = [
     "map_labels",
     "normalisation",
     "subset",
+    "timm_processing",
 ]
 
 VERIFIED_BY_DEFAULT = 50_000  # images; decoding more takes too long to be done unasked
@@ -136,7 +144,7 @@ class ImageSet(Dataset, WithClasses):
 def load_images(
     data: str | Path,
     split: str,
-    processing: Processing,
+    processing: Processing | CroppedProcessing,
     *,
     image_column: str = "image",
     label_column: str = "label",
@@ -148,7 +156,7 @@ def load_images(
     Args:
         data: a folder with `<split>/<class>/<image>`, a parquet file or a folder of them, or a Hub id.
         split: its name. A single parquet file is the split "train".
-        processing: of the anchors, from `common_processing`.
+        processing: of the anchors, from `common_processing`, or from `timm_processing`.
         image_column, label_column: of parquet files and Hub datasets; labels are integers.
         verify: decode every image now and leave out the corrupt ones, with a warning. False: a corrupt image
             raises when it is reached. None: verify up to `VERIFIED_BY_DEFAULT` images.

@@ -40,6 +40,30 @@ def text_sequences(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, len
     return sequences
 
 
+def text_windows(
+    text: str, tokenizer: PreTrainedTokenizerBase, length: int, *, count: int | None = None
+) -> list[list[int]]:
+    """Windows of exactly `length` tokens that follow each other in one text, as perplexity is measured on.
+
+    The protocol of GPTQ, SparseGPT, Wanda and those who compare with them: the text is tokenised as a whole, with what
+    the tokenizer puts before a text; windows do not overlap, none begins with a BOS of its own, and what is left over
+    at the end is not used.
+
+    Args:
+        count: at most so many, from the beginning; None: all.
+
+    Raises:
+        ValueError: a text shorter than one window, or numbers below 2 and 1.
+    """
+    if length < 2 or (count is not None and count < 1):
+        raise ValueError(f"got length={length} and count={count}; expected at least 2 tokens and 1 window")
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    windows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:count]
+    if not windows:
+        raise ValueError(f"got a text of {len(ids)} tokens; expected {length} at least. Shorten the window")
+    return windows
+
+
 def text_examples(sequences: Iterable[Sequence[int]]) -> list[dict[str, list[int]]]:
     """Training examples in which every token after the first is a label."""
     return [{"input_ids": list(sequence), "labels": list(sequence)} for sequence in sequences]

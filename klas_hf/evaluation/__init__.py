@@ -4,7 +4,7 @@ Work is shared out over the processes of an `accelerate launch`; every process g
 process writes it.
 """
 
-from klas_hf.evaluation.images import predict_probabilities
+from klas_hf.evaluation.images import classification_metrics, predict_probabilities
 from klas_hf.evaluation.language import generate_greedily, predict_sequences
 from klas_hf.evaluation.measuring import evaluate, evaluate_divergence
 from klas_hf.evaluation.models import Measurement, evaluate_anchor, evaluate_stitches
@@ -12,6 +12,7 @@ from klas_hf.evaluation.supernets import evaluate_supernet
 
 __all__ = [
     "Measurement",
+    "classification_metrics",
     "evaluate",
     "evaluate_anchor",
     "evaluate_divergence",

@@ -47,6 +47,47 @@ def predict_probabilities(
     return torch.cat(found).numpy(), truth.numpy()
 
 
+def classification_metrics(
+    probabilities: NDArray[np.float64], labels: NDArray[np.int64], *, bins: int = 15
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy, cross-entropy and calibration error, as classifiers are reported.
+
+    Args:
+        probabilities: `(images, classes)`, as `predict_probabilities` gives them.
+        labels: `(images,)`.
+        bins: of equal width, for the calibration error: the mean distance of confidence and accuracy, weighted by the
+            images in each (Guo et al., "On calibration of modern neural networks", 2017; 15 bins there).
+
+    Returns:
+        `top1`, `loss` in nats per image, `calibration_error`, and `top5` where there are more than five classes; all
+        but the loss are shares.
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+
+    Example:
+        >>> certain = np.eye(3)[[0, 1, 2, 2]]
+        >>> found = classification_metrics(certain, np.array([0, 1, 2, 0]))
+        >>> found["top1"], round(found["calibration_error"], 6)
+        (0.75, 0.25)
+    """
+    try:
+        from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+    except ImportError as error:
+        raise ImportError('image metrics need torchmetrics: pip install "klas_hf[vision]"') from error
+    given, truth, classes = torch.from_numpy(probabilities), torch.from_numpy(labels), probabilities.shape[1]
+    of_truth = probabilities[np.arange(len(labels)), labels]
+    found = {
+        "top1": multiclass_accuracy(given, truth, classes, average="micro"),
+        "calibration_error": multiclass_calibration_error(given, truth, classes, n_bins=bins, norm="l1"),
+    }
+    if classes > 5:
+        found["top5"] = multiclass_accuracy(given, truth, classes, average="micro", top_k=5)
+    return {name: float(value) for name, value in found.items()} | {
+        "loss": float(-np.log(np.maximum(of_truth, np.finfo(float).tiny)).mean())
+    }
+
+
 def _positions(labels: Tensor, classes: Sequence[int]) -> Tensor:
     """Where each label stands in `classes`."""
     is_it = labels[:, None] == torch.tensor(list(classes))

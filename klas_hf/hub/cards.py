@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 from klas_hf.hub.licences import Licence, attribution, built_with, carried_licence, check_name, stated_licence
-from klas_hf.hub.results import eval_results, table
+from klas_hf.hub.results import eval_results, sources_of, table
 from klas_hf.hub.subjects import Subject, describe, facts_table
 from klas_hf.rows import ResultRow
 from klas_hf.scores.values import StitchScores
@@ -47,7 +47,8 @@ def model_card(
         what: the model, probes or scores.
         repo_id: where it will be, `user/name`: the card's code loads it from there.
         rows: what was measured, of this model and of the others on its curve; this model's own go into the model-index.
-        dataset, split: what it was measured on, a Hub id or any name; needed with rows.
+        dataset, split: what it was measured on, a Hub id or any name; needed with rows that do not say so themselves
+            (`sources` in their details).
         licence: identifier of the Hub's list; None takes the anchors', which must agree.
         base_model: Hub ids of the anchors, source first, where they were read from folders.
         training: how it was fine-tuned: the `TrainingConfig`, or a text; None takes what `train_stitches` has kept.
@@ -74,14 +75,14 @@ def model_card(
         True
     """
     subject = describe(what, base_model)
-    if rows is not None and (dataset is None or subject.task is None):
+    if rows is not None and (subject.task is None or (dataset is None and not sources_of(rows))):
         expected = "dataset=…, what they were measured on" if subject.task else "none, for it is not measured itself"
         raise ValueError(f"got rows for the card of {type(what).__name__}; expected {expected}")
     licence_held, licences = _licences(subject, licence, token)
     check_name(licences, repo_id)
     name = repo_id.rpartition("/")[2]
     data = _metadata(subject, licence_held, dataset, [*tags, *_own_tags(what)])
-    if rows is not None and dataset is not None and subject.task is not None:
+    if rows is not None and subject.task is not None:
         data.model_name = name
         data.eval_results = eval_results(rows, subject.paths, subject.task, dataset, split)
     sections = {
@@ -162,7 +163,8 @@ def _results(
 ) -> str | None:
     parts = []
     if rows is not None:
-        where = f"{dataset}, split {split}" if split else str(dataset)
+        named = dataset or ", ".join(dict.fromkeys(source["dataset"] for source in sources_of(rows).values()))
+        where = f"{named}, split {split}" if split else named
         parts.append(f"Measured on {where}:\n\n{table(rows)}")
     if picture is not None:
         parts.append(f"![picture of the results]({picture})")

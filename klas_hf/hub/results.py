@@ -1,14 +1,20 @@
 """Measured rows on a model card: the model-index of the Hub, a table, and the curve as a picture."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path as File
 from statistics import fmean
+from typing import Any
 
 from huggingface_hub import EvalResult
 
 from klas_hf.curves.tradeoff import curves_by_rule, measured_models, plot_curves
 from klas_hf.paths import Path
 from klas_hf.rows import AnyPath, ResultRow, by_model, format_table
+
+SPEED = "speed"  # the task whose figures are costs
+PREFERRED = (
+    "acc_norm", "acc", "exact_match (flexible-extract)", "prompt_level_strict_acc", "perplexity", "bits_per_byte",
+)  # fmt: skip
 
 
 def own_rows(rows: Sequence[ResultRow], paths: Collection[AnyPath]) -> dict[str, list[ResultRow]]:
@@ -40,24 +46,65 @@ def metrics_of(rows: Sequence[ResultRow]) -> list[str]:
     return names
 
 
+def headline_metrics(names: Iterable[str]) -> list[str]:
+    """The metrics to show of many: of each task (`task: metric`) the one that is published most; of others all.
+
+    What a `speed` task measures are costs, and are left out.
+
+    Example:
+        >>> headline_metrics(["piqa: acc", "piqa: acc_norm", "speed: bytes", "loss"])
+        ['piqa: acc_norm', 'loss']
+    """
+    tasks: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        task, colon, metric = name.partition(": ")
+        tasks.setdefault(task if colon else name, []).append(metric)
+    found = []
+    for task, metrics in tasks.items():
+        best = next((name for name in PREFERRED if name in metrics), metrics[0])
+        if task != SPEED:
+            found.append(f"{task}: {best}" if best else task)
+    return found
+
+
+def sources_of(rows: Sequence[ResultRow]) -> dict[str, Mapping[str, str]]:
+    """Metric → what it was measured on, where rows say so in their details: `sources` with Hub id, split and task."""
+    return {name: source for row in rows for name, source in row.details.get("sources", {}).items()}
+
+
 def eval_results(
-    rows: Sequence[ResultRow], paths: Collection[AnyPath], task: str, dataset: str, split: str | None
+    rows: Sequence[ResultRow], paths: Collection[AnyPath], task: str, dataset: str | None, split: str | None
 ) -> list[EvalResult]:
-    """The model's own figures, means over seeds, as the Hub's model-index has them."""
-    own = own_rows(rows, paths)
+    """The model's own figures, means over seeds, as the Hub's model-index has them.
+
+    Args:
+        dataset, split: of the figures whose source the rows do not say; None leaves these out.
+    """
+    own, sources = own_rows(rows, paths), sources_of(rows)
     return [
         EvalResult(
             task_type=task,
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split=split,
-            metric_type=name,
             metric_name=name if len(paths) == 1 else f"{name}, path {path}",
             metric_value=fmean(row.metrics[name] for row in measured),
+            **_place(name, sources.get(name), dataset, split),
         )
         for path, measured in own.items()
         for name in metrics_of(rows)
+        if name in sources or dataset is not None
     ]
+
+
+def _place(metric: str, source: Mapping[str, str] | None, dataset: str | None, split: str | None) -> dict[str, Any]:
+    """Where a figure is from, in the words of the model-index."""
+    if source is None:
+        return {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": split, "metric_type": metric}
+    return {
+        "dataset_type": source["dataset"],
+        "dataset_name": source["task"],
+        "dataset_config": source.get("configuration"),
+        "dataset_split": source.get("split"),
+        "metric_type": source["metric"],
+    }
 
 
 def table(rows: Sequence[ResultRow]) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -43,27 +44,39 @@ def quantised(model: PreTrainedModel, measure: Callable[[PreTrainedModel], float
 
     Empty where most of its weights lie elsewhere, as in convolutions, and without torchao.
     """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
-        from torchao.quantization.granularity import PerGroup
-    except ImportError:
+    if not can_quantise(model):
         return {}
-    head = model.get_output_embeddings()
-    width = {name: module for name, module in model.named_modules() if _is_block_layer(module, head)}
-    inside = sum(module.weight.numel() for module in width.values())
-    every = sum(parameter.numel() for parameter in model.parameters())
-    if 2 * inside < every:
-        return {}
+    layers = _block_layers(model).values()
+    inside, every = sum(module.weight.numel() for module in layers), sum(one.numel() for one in model.parameters())
     found = {}
-    for name, bits, config in (
-        ("int8", 8, Int8WeightOnlyConfig()), ("int4", 4, IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP)))
-    ):  # fmt: skip
-        small = copy.deepcopy(model)
-        quantize_(small, config, filter_fn=lambda _, where: where in width)
-        scales = sum(m.weight.shape[0] * (1 if bits == 8 else m.weight.shape[1] // GROUP) for m in width.values())
+    for name, bits in (("int8", 8), ("int4", 4)):
+        scales = sum(m.weight.shape[0] * (1 if bits == 8 else m.weight.shape[1] // GROUP) for m in layers)
         size = 2 * (every - inside) + inside * bits / 8 + 2 * scales
-        found[name] = {"bytes": size / (2 * every), "quality": measure(small)}
+        found[name] = {"bytes": size / (2 * every), "quality": measure(in_few_bits(model, name))}
     return found
+
+
+def can_quantise(model: PreTrainedModel) -> bool:
+    """Whether torchao is there, and most of the weights lie in linear layers of blocks."""
+    inside = sum(module.weight.numel() for module in _block_layers(model).values())
+    every = sum(parameter.numel() for parameter in model.parameters())
+    return find_spec("torchao") is not None and 2 * inside >= every
+
+
+def in_few_bits(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """A copy with its blocks' linear layers in "int8", a scale a row, or "int4", a scale for every 32 weights."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    config = Int8WeightOnlyConfig() if name == "int8" else IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP))
+    layers, small = _block_layers(model), copy.deepcopy(model)
+    quantize_(small, config, filter_fn=lambda _, where: where in layers)
+    return small
+
+
+def _block_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    head = model.get_output_embeddings()
+    return {name: module for name, module in model.named_modules() if _is_block_layer(module, head)}
 
 
 def _is_block_layer(module: nn.Module, head: nn.Module | None) -> bool:

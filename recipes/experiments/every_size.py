@@ -42,7 +42,7 @@ from klas_hf.selection.pruning import (
 from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stitches
 from klas_hf.selection.search import search_paths
 from klas_hf.selection.snnet import snnet_stitches
-from klas_hf.training import heal, healing_config
+from klas_hf.training import TrainingConfig, heal, healing_config
 from klas_hf.training.healing import RATES, HealingResult
 
 OURS, ANCHORS = "search", "anchors"
@@ -109,6 +109,7 @@ class StudySettings:
         rivals: beside the search, some of `RIVALS`.
         search: settings of the search; how divergence is measured is set here.
         contenders: paths that the search names for each bucket.
+        shares: of the dear anchor's MACs, ascending, between which the buckets lie instead; None: of equal width.
 
     Raises:
         ValueError: an unknown rival, no seed, or a number out of its range.
@@ -120,6 +121,7 @@ class StudySettings:
     rivals: tuple[str, ...] = RIVALS
     search: SearchConfig = field(default_factory=SearchConfig)
     contenders: int = 4
+    shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", tuple(sorted({0, *self.lengths})))
@@ -168,7 +170,8 @@ class EverySize:
         self.rows = RowFile(self.output / "rows.jsonl", run)
         self.costs = measure_path_costs(family.anchors, tokens=family.tokens, image_size=family.image_size)
         self.dearest = self.costs.of("1[:]").macs
-        self.edges = np.linspace(CHEAPEST, 1, settings.buckets + 1) * self.dearest
+        shares = np.linspace(CHEAPEST, 1, settings.buckets + 1) if settings.shares is None else settings.shares
+        self.edges = np.array(shares) * self.dearest
         self.absent: dict[str, str] = {}
         self.say = partial(process_state().print, flush=True)
 
@@ -194,17 +197,12 @@ class EverySize:
 
     def row(self, rule: str, choice: Choice, length: int, seed: int) -> ResultRow:
         """One model, measured now or before; where nothing is trained, a seed makes no other model."""
-        config = healing_config(length, **{"seed": seed, "eval_steps": max(1, length // 4)} | dict(self.family.healing))
-        training = asdict(config) | {"rates": RATES, "teacher": "the dear anchor"} if length else None
-
         healed: list[HealingResult] = []
 
         def make(path: Path) -> PreTrainedModel:
-            model = self._start(path, choice.joint)
-            if length:  # the dear anchor, which has no teacher, learns from the labels alone
-                teacher = None if str(path) == "1[:]" else self.large
-                data, held = self.family.train, self.family.validation
-                healed.append(heal(model, data, teacher=teacher, validation=held, config=config))
+            model = self.start(path, choice.joint)
+            if length:
+                healed.append(self.heal(model, path, length, seed))
             return model
 
         def measure(model: PreTrainedModel) -> Measurement:
@@ -223,10 +221,30 @@ class EverySize:
             return Measurement({**measured.metrics, "divergence": divergence}, {**measured.details, **beside})
 
         (row,) = evaluate_stitches(
-            [choice.path], make, measure, rule=rule, rows=self.rows, anchors=self.made_from, training=training,
-            seed=seed if length else self.settings.seeds[0], tokens=self.family.tokens, setting={"joint": choice.joint},
+            [choice.path], make, measure, rule=rule, rows=self.rows, anchors=self.made_from,
+            training=self.training(length, seed), seed=seed if length else self.settings.seeds[0],
+            tokens=self.family.tokens, setting={"joint": choice.joint},
         )  # fmt: skip
         return row
+
+    def training(self, length: int, seed: int) -> dict[str, Any] | None:
+        """How a model is healed, as rows say it; None: it is not."""
+        if not length:
+            return None
+        return asdict(self._config(length, seed)) | {"rates": RATES, "teacher": "the dear anchor"}
+
+    def heal(
+        self, model: PreTrainedModel, path: Path, length: int, seed: int, folder: Folder | None = None
+    ) -> HealingResult:
+        """Heal the model of a path in place; resumed from the folder where one is given."""
+        teacher = None if str(path) == "1[:]" else self.large  # the dear anchor learns from the labels alone
+        return heal(
+            model, self.family.train, teacher=teacher, validation=self.family.validation,
+            config=self._config(length, seed), output_dir=folder,
+        )  # fmt: skip
+
+    def _config(self, length: int, seed: int) -> TrainingConfig:
+        return healing_config(length, **{"seed": seed, "eval_steps": max(1, length // 4)} | dict(self.family.healing))
 
     def _quality(self, model: PreTrainedModel) -> float:
         return evaluate(model, self.family.test, classes=self.family.classes).metrics[self.family.metric]
@@ -346,7 +364,7 @@ class EverySize:
             return PRUNING[rule](self.large, self.family.fitting, tokens=tokens, place=1)
         return {"tail": tail_paths, "uniform": uniform_paths}[rule](self.large, tokens=tokens, place=1)
 
-    def _start(self, path: Path, joint: str) -> PreTrainedModel:
+    def start(self, path: Path, joint: str) -> PreTrainedModel:
         """The model of a path as least squares, or what the rule has in its place, leaves it."""
         options: dict[str, Any] = {} if self.family.image_size is None else {"image_size": self.family.image_size}
         if path.joints:

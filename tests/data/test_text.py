@@ -11,6 +11,7 @@ from klas_hf.data.text import (
     python_documentation,
     text_examples,
     text_sequences,
+    text_windows,
     train_tokenizer,
 )
 
@@ -31,6 +32,23 @@ def test_sequences_hold_the_texts(length: int) -> None:
 def test_tokenizer_gives_any_text_back() -> None:
     for text in ("naïve café — 東京 🙂\n\ttabs", TEXTS[0]):
         assert TOKENIZER.decode(TOKENIZER(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@given(length=st.integers(2, 40), count=st.one_of(st.none(), st.integers(1, 5)))
+def test_windows_are_the_text_without_its_end(length: int, count: int | None) -> None:
+    text = " ".join(TEXTS)
+    ids = TOKENIZER(text)["input_ids"]
+    windows = text_windows(text, TOKENIZER, length, count=count)
+    assert {len(window) for window in windows} == {length}
+    assert sum(windows, []) == ids[: length * len(windows)]
+    assert len(windows) == min(len(ids) // length, count or len(ids))
+
+
+def test_windows_need_text_enough() -> None:
+    with pytest.raises(ValueError, match=r"got a text of \d+ tokens; expected 90 at least"):
+        text_windows("The fox", TOKENIZER, 90)
+    with pytest.raises(ValueError, match="at least 2 tokens and 1 window"):
+        text_windows("The fox", TOKENIZER, 1)
 
 
 def test_batches_are_padded_and_repeatable() -> None:
