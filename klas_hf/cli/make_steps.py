@@ -33,7 +33,7 @@ class MakeOptions(UsageOptions, DataOptions):
     )
     output: str = field(metadata={"metavar": "FOLDER", "help": "where the model goes, with its card and rows.jsonl"})
     steps: int = field(default=300, metadata={"metavar": "N", "help": "of healing; 0: none"})
-    contenders: int = field(default=3, metadata={"metavar": "N", "help": "paths to heal; the best is kept"})
+    contenders: int = field(default=4, metadata={"metavar": "N", "help": "paths to heal; the best is kept"})
     batch_size: int = field(default=8, metadata={"metavar": "N", "help": "sequences or images at once"})
     split: str = field(default="train", metadata={"help": "images to search on and to learn from"})
     test_split: str = field(default="validation", metadata={"metavar": "SPLIT", "help": "images to measure on"})

@@ -134,12 +134,13 @@ class PathScores:
         """
         return self.contenders(budget, 1)[0]
 
-    def contenders(self, budget: Budget | Cost | str | float, count: int = 3) -> tuple[Path, ...]:
+    def contenders(self, budget: Budget | Cost | str | float, count: int = 4) -> tuple[Path, ...]:
         """The best path within a budget, and others that may be better than it once they are healed.
 
         How much a path gains by healing depends on the anchors that it begins and ends with, which its start does not
-        show (LOG.md): so the best of those with other ends follow, first those that end with the dearest anchor, from
-        which they are to learn, and in turn with them the best of other numbers of joints between the same ends.
+        show (LOG.md). So the best whole anchor follows, for a path must do better than that; then the best of those
+        with other ends, first those that end with the dearest anchor, from which they are to learn, and in turn with
+        them the best of other numbers of joints between the same ends.
 
         Args:
             budget: see `Budget.of`.
@@ -169,9 +170,10 @@ class PathScores:
         ends = {found: path for path in reversed(ranked) if (found := ends_of(path, self.depths)) not in (None, own)}
         joints = {path.joints: path for path in reversed(ranked) if ends_of(path, self.depths) == own}
         others = sorted(ends, key=lambda found: (found[1] != dearest, ranked.index(ends[found])))
-        alike = sorted(set(joints.values()) - {best}, key=ranked.index)
-        turns = zip_longest((ends[found] for found in others), alike)
-        return (best, *(path for pair in turns for path in pair if path is not None))[:count]
+        first = (best, *[path for path in ranked if not path.joints and path != best][:1])
+        apart = [ends[found] for found in others if ends[found] not in first]
+        alike = sorted(set(joints.values()) - {*first}, key=ranked.index)
+        return (*first, *(path for pair in zip_longest(apart, alike) for path in pair if path is not None))[:count]
 
     def plot(self, path: str | File | None = None, *, over: str = "macs") -> "Figure":
         """Divergence over cost: kinds of paths by colour, the best of every size, the line between the anchors.

@@ -254,7 +254,7 @@ MEASURED = st.lists(
 
 @given(MEASURED, st.integers(1, 8))
 @settings(max_examples=100, deadline=None)
-def test_contenders_are_the_best_between_other_anchors_and_of_other_numbers_of_joints(
+def test_contenders_are_an_anchor_and_the_best_between_other_anchors_and_of_other_numbers_of_joints(
     measured: list[tuple[str, float, int]], count: int
 ) -> None:
     paths, whole = [Path.parse(text) for text, _, _ in measured], Path.parse("1[:]")
@@ -267,6 +267,7 @@ def test_contenders_are_the_best_between_other_anchors_and_of_other_numbers_of_j
     assert found[0] == best == scores.best(Cost(99, 99)) and found == every[:count] and len(set(every)) == len(every)
     assert scores.contenders(1.0, count) == (whole,)
     # By hand: whoever is first between its ends; of its number of joints, between those of the best.
+    anchor = [path for path in ranked if not path.joints and path != best][:1]
     others: list[Path] = []
     joints: list[Path] = []
     for path in ranked[1:]:
@@ -277,10 +278,11 @@ def test_contenders_are_the_best_between_other_anchors_and_of_other_numbers_of_j
         if ENDS[str(path)] == ENDS[str(best)] and not alike:
             joints.append(path)
     others.sort(key=lambda path: ENDS[str(path)][1] == 0)  # stable: those that end with the dearest anchor first
-    assert set(every) == {best, *others, *joints}
+    assert set(every) == {best, *anchor, *others, *joints} and every[1 : 1 + len(anchor)] == tuple(anchor)
+    others, joints = ([path for path in of_one if path not in anchor] for of_one in (others, joints))
     assert [path for path in every if path in others] == others and [path for path in every if path in joints] == joints
     if others and joints:
-        assert every[1:3] == (others[0], joints[0])
+        assert every[1 + len(anchor) :][:2] == (others[0], joints[0])
     with pytest.raises(ValueError, match="count=0"):
         scores.contenders(1.0, 0)
 
