@@ -103,7 +103,7 @@ def test_the_best_of_every_bucket_is_found_where_all_is_measured(kinds: tuple[st
 def test_paths_of_several_joints_are_found_and_anchors_are_among_the_paths() -> None:
     config = SearchConfig(forwards=WIDE, beam=2, merged=False)
     found = search_paths(anchors(), data(), config, tokens=12)
-    assert {path.joints for path in found.paths} > {0, 3}  # of every number there may be one that others beat by far
+    assert {path.joints for path in found.paths} >= {0, 1, 2}  # any number may be beaten by far
     assert {kind_of(path) for path in found.paths} >= {"anchor", "pruned"}
     one = search_paths(anchors(), data(), replace(config, joints=1), tokens=12)
     for share in (0.4, 0.6, 0.8):
