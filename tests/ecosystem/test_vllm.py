@@ -40,6 +40,7 @@ MIXED, PRUNED = "0[:2] 1[1:3] 1[4:]", "1[:2] 1[3:]"
 CASES: dict[str, tuple[tuple[str, str], tuple[dict[str, Any], dict[str, Any]], str, dict[str, Any]]] = {
     "unequal": (("llama", "llama"), (SMALL, LARGE), MIXED, {}),
     "pruned": (("llama", "llama"), (SMALL, LARGE), PRUNED, {}),
+    "tied": (("llama", "llama"), (SMALL, LARGE | {"tie_word_embeddings": True}), PRUNED, {}),
     "two windows": (("mistral", "mistral"), (SMALL | WINDOWS[0], LARGE | WINDOWS[1]), MIXED, {}),
     "windows in some blocks": (("gemma3_text", "qwen3"), (SMALL | WINDOWS[0], LARGE | WINDOWS[1]), MIXED, {}),
     "soft caps": (("llama", "gemma2"), (SMALL, LARGE | WINDOWS[1]), MIXED, {}),
