@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from klas_hf.training.config import Augmentation
+from klas_hf.training.config import Augmentation, TrainingConfig
 
 _UNMASKED = ("randaugment", "erasing", "mixup", "cutmix", "label_smoothing")  # what masks cannot have
 
@@ -33,6 +33,11 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         raise TypeError(f"got pixels of {pixels.dtype}; expected uint8 from 0 to 255, which are not yet normalised")
     shift, scale = _per_channel(pixels, mean, std)
     return (pixels.float() / 255 - shift) / scale
+
+
+def as_floats(pixels: Tensor, config: TrainingConfig) -> Tensor:
+    """Pixels of a batch in float32: uint8 normalised as the settings say, floats as they are."""
+    return pixels.float() if pixels.is_floating_point() else normalise(pixels, config.mean, config.std)
 
 
 @torch.no_grad()

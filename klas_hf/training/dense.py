@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from klas_hf.anchors.classes import check_classes
 from klas_hf.anchors.dense import dense_head
 from klas_hf.anchors.images import VOID
-from klas_hf.training.augmentation import Augmentation, augment_masks, normalise
+from klas_hf.training.augmentation import Augmentation, as_floats, augment_masks
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import EpochOrder
 from klas_hf.training.images import image_loader
@@ -48,13 +48,11 @@ class DenseObjective(Objective):
         return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-        config, pixels, masks = self.config, batch["pixel_values"], batch["labels"]
-        if not pixels.is_floating_point():
-            pixels = normalise(pixels, config.mean, config.std)
+        pixels, masks = as_floats(batch["pixel_values"], self.config), batch["labels"]
         if not len(masks):
-            return {"pixel_values": pixels.float()}, masks
+            return {"pixel_values": pixels}, masks
         check_masks(masks, self.model.config.num_labels)
-        pixels, masks = augment_masks(pixels.float(), masks, self.augmentation)
+        pixels, masks = augment_masks(pixels, masks, self.augmentation)
         return {"pixel_values": pixels, **self._labels(masks)}, masks
 
     def labelled(self, output: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from klas_hf.anchors.classes import WithClasses, check_classes
-from klas_hf.training.augmentation import Augmentation, augment, normalise
+from klas_hf.training.augmentation import Augmentation, as_floats, augment
 from klas_hf.training.batch_norm import batch_norms
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import FILLER, EpochOrder
@@ -68,13 +68,11 @@ class ImageObjective(Objective):
         return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-        config, pixels, labels = self.config, batch["pixel_values"], batch["labels"]
-        if not pixels.is_floating_point():
-            pixels = normalise(pixels, config.mean, config.std)
+        config, pixels, labels = self.config, as_floats(batch["pixel_values"], self.config), batch["labels"]
         if not len(labels):
-            return {"pixel_values": pixels.float()}, labels
+            return {"pixel_values": pixels}, labels
         places = torch.searchsorted(self.among.to(labels.device), labels)
-        pixels, targets = augment(pixels.float(), places, self.augmentation, config.mean, config.std, len(self.among))
+        pixels, targets = augment(pixels, places, self.augmentation, config.mean, config.std, len(self.among))
         return {"pixel_values": pixels}, targets
 
     def labelled(self, output: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from klas_hf.anchors.classes import check_classes
-from klas_hf.training.augmentation import Augmentation, augment, normalise
+from klas_hf.training.augmentation import Augmentation, as_floats, augment
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import EpochOrder
 from klas_hf.training.images import image_loader
@@ -52,10 +52,7 @@ class MultiLabelObjective(Objective):
         return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-        config, pixels, labels = self.config, batch["pixel_values"], batch["labels"]
-        if not pixels.is_floating_point():
-            pixels = normalise(pixels, config.mean, config.std)
-        pixels = pixels.float()
+        config, pixels, labels = self.config, as_floats(batch["pixel_values"], self.config), batch["labels"]
         if len(labels):
             check_present(labels, self.model.config.num_labels)
             whole = labels.new_zeros(len(labels))  # as if of one class, so that pixels alone change
