@@ -22,7 +22,8 @@ from transformers import HfArgumentParser
 
 from benchmarks.measuring import HEADING, Figure
 from benchmarks.options import Options
-from klas_hf.rows import library_versions, markdown_table
+from klas_hf.rows import library_versions
+from klas_hf.tables import markdown_table
 
 GROUPS = ("divergences", "assembly", "merging", "running", "scoring", "probing", "training", "counting")
 

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from klas_hf import StitchedSupernet
-from klas_hf.rows import markdown_table
+from klas_hf.tables import markdown_table
 
 
 @dataclass

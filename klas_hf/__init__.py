@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from klas_hf.paths import Path, Slice, Stitch, StitchCosts
     from klas_hf.probes import ImageProbeConfig, ImageProbeNet, ProbeConfig, ProbeNet
     from klas_hf.probes.training import train_probes
-    from klas_hf.rows import ResultRow, RowFile, format_table
+    from klas_hf.rows import ResultRow, RowFile
     from klas_hf.scores.compared import ImageScoring
     from klas_hf.scores.driver import score_stitches
     from klas_hf.scores.functional_settings import FunctionalScoring
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         StitchedSupernetForImageClassification,
     )
     from klas_hf.stitching.prefixes import PrefixCache
+    from klas_hf.tables import format_table
     from klas_hf.training import (
         Augmentation,
         HealingResult,
@@ -112,7 +113,7 @@ _PLACES = {
     "klas_hf.paths": ("Path", "Slice", "Stitch", "StitchCosts"),
     "klas_hf.probes": ("ImageProbeConfig", "ImageProbeNet", "ProbeConfig", "ProbeNet"),
     "klas_hf.probes.training": ("train_probes",),
-    "klas_hf.rows": ("ResultRow", "RowFile", "format_table"),
+    "klas_hf.rows": ("ResultRow", "RowFile"),
     "klas_hf.scores.driver": ("score_stitches",),
     "klas_hf.scores.functional_settings": ("FunctionalScoring",),
     "klas_hf.scores.path_scores": ("PathScores",),
@@ -140,6 +141,7 @@ _PLACES = {
         "StitchedSupernetForImageClassification",
     ),
     "klas_hf.stitching.prefixes": ("PrefixCache",),
+    "klas_hf.tables": ("format_table",),
     "klas_hf.training": (
         "Augmentation",
         "HealingResult",

@@ -1,13 +1,11 @@
 """Result rows and the JSONL file that holds them: what a run measured, written as it goes, resumable."""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path as File
-from statistics import fmean, stdev
 from typing import Any
 
 from klas_hf.budgets import COSTS
@@ -307,71 +305,8 @@ def _line(value: Any, *, sort_keys: bool = False) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=sort_keys) + "\n"
 
 
-def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: int | None = None) -> str:
-    """Rows as a Markdown table, cheapest first; the mean and its standard error where seeds repeat a row.
-
-    Where some models were fine-tuned, those that were not are marked: the two are not to be compared.
-
-    Args:
-        rows: measured models.
-        metrics: which figures to show.
-        total_macs: MACs that count as 100 %; None leaves that column out.
-
-    Returns:
-        The table; parameters and MACs are in millions.
-
-    Raises:
-        ValueError: a row lacks a metric.
-
-    Example:
-        >>> seeds = [ResultRow("klas", (8, 14), seed, 2_500_000, 30_000, {"loss": 3.0 + seed}) for seed in (0, 1)]
-        >>> print(format_table(seeds, ["loss"], total_macs=5_000_000))
-        | rule | path         | M parameters | M MACs | of target | loss            |
-        |------|--------------|--------------|--------|-----------|-----------------|
-        | klas | 0[:8] 1[14:] | 0.03         | 2.5    | 50%       | 3.5000 ± 0.5000 |
-    """
-    rows = list(rows)
-    share = ["of target"] if total_macs else []
-    lines = [["rule", "path", "M parameters", "M MACs", *share, *metrics]]
-    unfair = bool(untuned_beside_tuned(rows))
-    by_rule = {row.rule: [other for other in rows if other.rule == row.rule] for row in rows}
-    groups = [group for of_rule in by_rule.values() for group in by_model(of_rule)]
-    for group in sorted(groups, key=lambda group: (group[0].macs, group[0].rule)):
-        rule, macs = group[0].rule, group[0].macs
-        cells = [
-            f"{rule} (not tuned)" if unfair and group[0].training is None else rule,
-            str(group[0].path or "–"),
-            f"{group[0].parameters / 1e6:.2f}",
-            f"{macs / 1e6:,.1f}",
-        ]
-        cells += [f"{macs / total_macs:.0%}"] if total_macs else []
-        lines.append(cells + [format_mean([row.value(name) for row in group]) for name in metrics])
-    return markdown_table(lines)
-
-
 def untuned_beside_tuned(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """The rows of anchors that were not fine-tuned, where other models were: a comparison that is not fair."""
     rows = list(rows)
     tuned = any(row.training is not None for row in rows)
     return [row for row in rows if tuned and row.training is None and not row.joints]
-
-
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Cells as a Markdown table whose columns line up; the first line is the heading."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    padded = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    rule_line = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([padded[0], rule_line, *padded[1:]])
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error; nan is the error of one value."""
-    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
-
-
-def format_mean(values: Sequence[float]) -> str:
-    """The mean, with its standard error where there is one: 3.5000 ± 0.5000."""
-    mean, error = mean_and_error(values)
-    return f"{mean:.4f}" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"

@@ -35,7 +35,7 @@ from klas_hf.files import write_atomically
 from klas_hf.maths.mcnemar import mcnemar
 from klas_hf.options import input_read, parse_options
 from klas_hf.processes import process_state
-from klas_hf.rows import markdown_table
+from klas_hf.tables import markdown_table
 
 
 @dataclass

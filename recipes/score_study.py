@@ -40,7 +40,7 @@ from klas_hf.maths.correlations import spearman
 from klas_hf.options import input_read, parse_options
 from klas_hf.plotting import Series, lines
 from klas_hf.processes import process_state
-from klas_hf.rows import markdown_table
+from klas_hf.tables import markdown_table
 
 COMBINED = ("theta", "functional", "dm")
 SHOWN = ("functional, temperature 4", "functional", "functional_theta", "theta", "klas", "cost")

@@ -44,7 +44,8 @@ from klas_hf.kan.rivals import pruned_kan, rounded_kan
 from klas_hf.options import input_read, parse_options
 from klas_hf.plotting import Series, lines
 from klas_hf.processes import process_state
-from klas_hf.rows import by_model, format_mean, markdown_table, mean_and_error
+from klas_hf.rows import by_model
+from klas_hf.tables import format_mean, markdown_table, mean_and_error
 
 
 @dataclass

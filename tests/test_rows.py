@@ -12,17 +12,8 @@ from scipy import stats
 import klas_hf.rows
 from klas_hf.paths import Path as ModelPath
 from klas_hf.paths import Stitch
-from klas_hf.rows import (
-    ResultRow,
-    RowFile,
-    by_model,
-    format_mean,
-    format_table,
-    library_versions,
-    mean_and_error,
-    read_rows,
-    untuned_beside_tuned,
-)
+from klas_hf.rows import ResultRow, RowFile, by_model, library_versions, read_rows, untuned_beside_tuned
+from klas_hf.tables import format_mean, format_table, mean_and_error
 
 RUN = {"source": "small", "target": "large", "seed": 3, "taus": (0.05, 0.1)}
 

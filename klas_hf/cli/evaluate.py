@@ -13,7 +13,8 @@ from klas_hf.cli.data import DataOptions, load_material, load_model, place
 from klas_hf.cli.output import check_writable, is_main_process, say, say_json
 from klas_hf.cli.parsing import Command, flag, positional
 from klas_hf.cli.usage import UsageOptions
-from klas_hf.rows import ResultRow, RowFile, format_table, untuned_beside_tuned
+from klas_hf.rows import ResultRow, RowFile, untuned_beside_tuned
+from klas_hf.tables import format_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from klas_hf.cli.make_steps import WORK, MakeData, MakeOptions, described, heale
 from klas_hf.cli.output import check_output, check_writable, human_bytes, human_count, is_main_process, names, say
 from klas_hf.cli.parsing import Command
 from klas_hf.files import claim, remove_folder, understood, write_atomically
-from klas_hf.rows import format_table
+from klas_hf.tables import format_table
 
 if TYPE_CHECKING:
     import torch

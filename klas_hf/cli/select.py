@@ -15,12 +15,12 @@ from klas_hf.cli.output import say, say_json
 from klas_hf.cli.parsing import Command, flag, positional
 from klas_hf.cli.usage import UsageOptions
 from klas_hf.paths import Stitch
-from klas_hf.rows import markdown_table
 from klas_hf.scores.values import SCORES, StitchScores
 from klas_hf.selection.choice import StitchSelection, merge_selections
 from klas_hf.selection.klas import select_stitches
 from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stitches
 from klas_hf.selection.snnet import snnet_stitches
+from klas_hf.tables import markdown_table
 
 if TYPE_CHECKING:
     from klas_hf.costs import Usage

@@ -23,9 +23,10 @@ from klas_hf.maths.estimates import RatioSums
 from klas_hf.models import StitchedForCausalLM
 from klas_hf.paths import Path
 from klas_hf.processes import progress, shared_out, sum_array_over_processes
-from klas_hf.rows import AnyPath, markdown_table
+from klas_hf.rows import AnyPath
 from klas_hf.stitching import StitchedSupernetForCausalLM
 from klas_hf.stitching.supernet_budgets import path_costs
+from klas_hf.tables import markdown_table
 
 MOST = 8  # tokens drafted at a time, where reading them is timed
 

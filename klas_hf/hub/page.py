@@ -17,8 +17,9 @@ from klas_hf.curves.tradeoff import higher_is_better
 from klas_hf.hub.page_drawings import svg_heatmap, svg_lines
 from klas_hf.hub.results import headline_metrics
 from klas_hf.plotting import Series
-from klas_hf.rows import ResultRow, by_model, format_mean, read_rows, read_run
+from klas_hf.rows import ResultRow, by_model, read_rows, read_run
 from klas_hf.scores.values import StitchScores
+from klas_hf.tables import format_mean
 
 FILES = ("models.jsonl", "rows.jsonl")  # the first that is there is shown
 MOST_PICTURES, PICTURE_BYTES = 40, 2_000_000

@@ -9,7 +9,8 @@ from huggingface_hub import EvalResult
 
 from klas_hf.curves.tradeoff import curves_by_rule, measured_models, plot_curves
 from klas_hf.paths import Path
-from klas_hf.rows import AnyPath, ResultRow, by_model, format_table
+from klas_hf.rows import AnyPath, ResultRow, by_model
+from klas_hf.tables import format_table
 
 SPEED = "speed"  # the task whose figures are costs
 PREFERRED = (

@@ -13,8 +13,8 @@ from klas_hf.hub.pages import AnchorPage, anchor_pages
 from klas_hf.models import StitchedVisionConfig
 from klas_hf.models.vision_features import image_size
 from klas_hf.paths import Path as AnchorPath
-from klas_hf.rows import markdown_table
 from klas_hf.scores.values import StitchScores
+from klas_hf.tables import markdown_table
 
 
 @dataclass(frozen=True)

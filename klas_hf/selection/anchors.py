@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klas_hf import plotting
-from klas_hf.rows import markdown_table
+from klas_hf.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from klas_hf.curves.tradeoff import MeasuredModel, TradeoffCurve, common_interval, measured_models
 from klas_hf.paths import Stitch
-from klas_hf.rows import ResultRow, markdown_table
+from klas_hf.rows import ResultRow
 from klas_hf.scores.values import StitchScores
 from klas_hf.selection.choice import StitchSelection
 from klas_hf.selection.klas import select_stitches
+from klas_hf.tables import markdown_table
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from klas_hf.files import write_atomically
 from klas_hf.maths.correlations import spearman
 from klas_hf.paths import Path
 from klas_hf.processes import process_state
-from klas_hf.rows import ResultRow, format_mean, markdown_table, mean_and_error
+from klas_hf.rows import ResultRow
 from klas_hf.scores.path_scores import kind_of
+from klas_hf.tables import format_mean, markdown_table, mean_and_error
 
 Rows = list[ResultRow]
 

@@ -17,7 +17,8 @@ from klas_hf.hub import model_card
 from klas_hf.hub.results import headline_metrics
 from klas_hf.maths.bootstrap import paired_bootstrap
 from klas_hf.maths.mcnemar import mcnemar
-from klas_hf.rows import ResultRow, RowFile, by_model, format_mean, markdown_table
+from klas_hf.rows import ResultRow, RowFile, by_model
+from klas_hf.tables import format_mean, markdown_table
 
 Rows = list[ResultRow]
 COSTS = {

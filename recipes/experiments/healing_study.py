@@ -28,7 +28,8 @@ from klas_hf.files import write_atomically
 from klas_hf.models import StitchedModel
 from klas_hf.paths import Path
 from klas_hf.processes import process_state
-from klas_hf.rows import ResultRow, RowFile, format_mean, markdown_table
+from klas_hf.rows import ResultRow, RowFile
+from klas_hf.tables import format_mean, markdown_table
 from klas_hf.training import TrainingConfig, heal, healing_config
 from klas_hf.training.images import ImageObjective
 from klas_hf.training.language import LanguageObjective

@@ -10,8 +10,9 @@ from experiments.image_comparison import ImageComparison
 from klas_hf.curves.regret import bucket_picks
 from klas_hf.curves.tradeoff import TradeoffCurve, correlation_report, plot_curves
 from klas_hf.processes import process_state
-from klas_hf.rows import ResultRow, format_mean, format_table, mean_and_error
+from klas_hf.rows import ResultRow
 from klas_hf.selection.choice import overlap, recovery
+from klas_hf.tables import format_mean, format_table, mean_and_error
 
 
 def report(comparison: ImageComparison) -> str:

@@ -14,7 +14,8 @@ from klas_hf.curves.regret import lowest_per_bucket
 from klas_hf.curves.tradeoff import measured_models
 from klas_hf.maths.correlations import pearson, spearman
 from klas_hf.paths import Stitch
-from klas_hf.rows import ResultRow, markdown_table
+from klas_hf.rows import ResultRow
+from klas_hf.tables import markdown_table
 
 Array = NDArray[np.float64]
 
