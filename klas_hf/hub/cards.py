@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from klas_hf.hub.licences import Licence, attribution, built_with, carried_licence, check_name, stated_licence
 from klas_hf.hub.results import eval_results, sources_of, table
-from klas_hf.hub.subjects import Subject, describe, facts_table
+from klas_hf.hub.subject import Subject, facts_table
+from klas_hf.hub.subjects import describe
 from klas_hf.rows import ResultRow
 from klas_hf.scores.values import StitchScores
 

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from klas_hf.hub.licences import attribution, is_legal_file, stated_licence
 from klas_hf.hub.pages import AnchorPage
 from klas_hf.hub.results import draw_curve
-from klas_hf.hub.subjects import Subject, public_config, scores_config
+from klas_hf.hub.subject import Subject, public_config, scores_config
 from klas_hf.rows import ResultRow
 from klas_hf.scores.values import SCORES_FILE, StitchScores
 

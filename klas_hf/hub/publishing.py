@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from klas_hf.hub.cards import model_card
 from klas_hf.hub.folder import carry_legal_files, draw_picture, find_processor, picture_name, save
 from klas_hf.hub.licences import is_legal_file
-from klas_hf.hub.subjects import Subject, describe, identity
+from klas_hf.hub.subject import Subject, identity
+from klas_hf.hub.subjects import describe
 from klas_hf.rows import ResultRow
 from klas_hf.scores.values import StitchScores
 

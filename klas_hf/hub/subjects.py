@@ -1,7 +1,6 @@
-"""What there is to say of each kind of thing that goes to the Hub."""
+"""What there is to say of each kind of thing that goes to the Hub: models of a path, supernets, probes, scores."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -9,51 +8,12 @@ from transformers import PreTrainedModel
 from klas_hf.anchors.dense import DENSE_HEADS, dense_head
 from klas_hf.costs import measure_costs
 from klas_hf.hub import usage
-from klas_hf.hub.pages import AnchorPage, anchor_pages
+from klas_hf.hub.pages import anchor_pages
+from klas_hf.hub.subject import Subject, identity, link, public_config, scores_config, with_revision
 from klas_hf.models import StitchedVisionConfig
 from klas_hf.models.vision_features import image_size
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.scores.values import StitchScores
-from klas_hf.tables import markdown_table
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a model card says of one kind of thing.
-
-    Attributes:
-        kind: its name in the card's heading.
-        summary: what it is, in Markdown.
-        anchors: the pages of its anchors, in their order.
-        code: repo id, and whether the repo has a tokenizer or image processor → the lines that use it.
-        facts: name → value, the table of what is known of it.
-        origin: how it came to be, in Markdown.
-        limits: what to know before it is trusted, one sentence each.
-        tags, library_name, pipeline_tag: as the Hub knows them.
-        task: what its measurements are of; None for what is not measured.
-        relation: how it is made from its anchors ("merge", "adapter"); None: it holds nothing of them.
-        paths: those whose measured rows are its own.
-        processor: what a repo of it needs beside it, "tokenizer", "image processor" or None.
-        identity: the entries of config.json that make it this one and no other.
-        carries_code: whether it loads without klas_hf, from the code beside its weights.
-    """
-
-    kind: str
-    summary: str
-    anchors: tuple[AnchorPage, ...]
-    code: usage.Code
-    facts: Mapping[str, str]
-    origin: str
-    limits: Sequence[str]
-    tags: tuple[str, ...] = ("stitched", "klas")
-    library_name: str | None = "transformers"
-    pipeline_tag: str | None = None
-    task: str | None = None
-    relation: str | None = "merge"
-    paths: tuple[str, ...] = ()
-    processor: str | None = None
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    carries_code: bool = False
 
 
 def describe(what: PreTrainedModel | StitchScores, base_model: Sequence[str] | None = None) -> Subject:
@@ -76,33 +36,6 @@ def describe(what: PreTrainedModel | StitchScores, base_model: Sequence[str] | N
     return _KINDS[kind](what, base_model)
 
 
-def public_config(config: Any, anchors: Sequence[AnchorPage]) -> Any:
-    """A config.json, or any part of one, with the anchors called as on the card: nobody else has the user's folders."""
-    if isinstance(config, Mapping):
-        return {key: public_config(value, anchors) for key, value in config.items()}
-    if isinstance(config, list):
-        return [public_config(value, anchors) for value in config]
-    return next((anchor.title for anchor in anchors if isinstance(config, str) and config == anchor.name), config)
-
-
-def scores_config(scores: StitchScores, anchors: Sequence[AnchorPage]) -> dict[str, Any]:
-    """The config.json of a repo of scores, which makes the Hub count its downloads."""
-    return {"model_type": "stitch_scores", "score": scores.score} | {
-        f"{side}_name": anchor.title for side, anchor in zip(("source", "target"), anchors, strict=True)
-    }
-
-
-_IDENTITY = (
-    "model_type", "architectures", "path", "source_name", "target_name", "anchor_names", "paths", "anchor_name",
-    "anchor_fingerprint", "kind",
-)  # fmt: skip
-
-
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a config.json by which two repos hold the same thing, trained further or again."""
-    return {key: config[key] for key in _IDENTITY if key in config}
-
-
 def _stitched(config: Any, base_model: Sequence[str] | None, whole: Any = None, **about: Any) -> Subject:
     """What is alike for all models of one path.
 
@@ -115,16 +48,16 @@ def _stitched(config: Any, base_model: Sequence[str] | None, whole: Any = None, 
     anchors = anchor_pages([(names[place], revisions[place]) for place in path.anchors], base_model)
     pages = dict(zip(path.anchors, anchors, strict=True))
     parts = [
-        f"blocks {start + 1}–{stop} of {_link(pages[place])}" for place, start, stop in config.slices if stop > start
+        f"blocks {start + 1}–{stop} of {link(pages[place])}" for place, start, stop in config.slices if stop > start
     ]
     layers = 0 if config.identity_joints else path.joints
     joints = {0: "no stitching layer", 1: "a linear stitching layer between"}.get(
         layers, f"{layers} linear stitching layers between"
     )
-    head = f"and the head of {_link(pages[path.slices[-1].anchor])}"
+    head = f"and the head of {link(pages[path.slices[-1].anchor])}"
     if whole is not None:
         head = f"as the backbone of a `{dense_head(whole).model_class}`"
-    facts = {f"anchor {place}": _with_revision(page) for place, page in pages.items()} | {"path": f"`{path}`"}
+    facts = {f"anchor {place}": with_revision(page) for place, page in pages.items()} | {"path": f"`{path}`"}
     if config.search:
         facts["chosen as"] = _choice(config.search)
     about["facts"] = facts | about["facts"]
@@ -226,7 +159,7 @@ def _supernet(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subjec
     start = "The stitching layers started from random weights."
     if fits:
         start = f"The stitching layers started from least squares (R² from {min(fits):.3f} to {max(fits):.3f})."
-    listed = "\n".join(f"{place}. {_with_revision(anchor)}" for place, anchor in enumerate(anchors))
+    listed = "\n".join(f"{place}. {with_revision(anchor)}" for place, anchor in enumerate(anchors))
     images = config.image_size is not None
     macs = [cost.macs / 1e6 for cost in what.path_costs]
     between = f"{min(macs):,.1f} to {max(macs):,.1f} million"
@@ -258,10 +191,10 @@ def _probes(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subject:
         good = config.r2 and _span("R² of the ridge maps", config.r2)
     return Subject(
         kind="Probes",
-        summary=f"One probe per block of {_link(anchors[0])}, made with `klas_hf` to score stitches (KLAS, Alg. 1).",
+        summary=f"One probe per block of {link(anchors[0])}, made with `klas_hf` to score stitches (KLAS, Alg. 1).",
         anchors=anchors,
         code=usage.probes(type(what).__name__),
-        facts={"anchor": _with_revision(anchors[0])}
+        facts={"anchor": with_revision(anchors[0])}
         | {"blocks": str(len(config.widths) if images else config.num_blocks)}
         | dict([good] if good else []),
         origin=origin,
@@ -280,13 +213,13 @@ def _scores(what: StitchScores, base_model: Sequence[str] | None) -> Subject:
     )
     return Subject(
         kind="Stitch scores",
-        summary=f"How well each block of {_link(anchors[0])} can be followed by each block of {_link(anchors[1])}, "
+        summary=f"How well each block of {link(anchors[0])} can be followed by each block of {link(anchors[1])}, "
         "scored with `klas_hf` (KLAS, Alg. 2). Lower is better.",
         anchors=anchors,
         code=usage.scores,
         facts={
-            "source": _with_revision(anchors[0]),
-            "target": _with_revision(anchors[1]),
+            "source": with_revision(anchors[0]),
+            "target": with_revision(anchors[1]),
             "score": what.score,
             "also there": ", ".join(name for name in what.available if name != what.score) or "–",
             "stitches with a score": str(len(what.stitches)),
@@ -320,16 +253,6 @@ _MODEL_LIMITS = (
 )
 
 
-def _link(anchor: AnchorPage) -> str:
-    if anchor.base_model:
-        return f"[{anchor.base_model}](https://huggingface.co/{anchor.base_model})"
-    return anchor.title
-
-
-def _with_revision(anchor: AnchorPage) -> str:
-    return _link(anchor) + (f" at `{anchor.revision}`" if anchor.revision else "")
-
-
 def _cost_facts(what: PreTrainedModel, unit: str) -> dict[str, str]:
     cost = measure_costs(what)
     facts = {
@@ -345,8 +268,3 @@ def _parameter_facts(what: PreTrainedModel) -> dict[str, str]:
 
 def _span(name: str, values: Sequence[float]) -> tuple[str, str]:
     return name, f"{min(values):.3f} to {max(values):.3f}"
-
-
-def facts_table(facts: Mapping[str, str]) -> str:
-    """Facts as a Markdown table."""
-    return markdown_table([["what", "value"], *([name, value] for name, value in facts.items())])

@@ -15,9 +15,10 @@ from torch import Tensor
 from klas_hf.anchors.images import ImageBatch
 from klas_hf.anchors.streaming import Gathered
 from klas_hf.anchors.vision import VisionAnchor
+from klas_hf.maths.class_cka import ClassConditionalCka
 from klas_hf.maths.divergences import consecutive_kl, pairwise_ce, pairwise_kl, pairwise_mse
 from klas_hf.maths.least_squares import RIDGE
-from klas_hf.maths.similarities import ClassConditionalCka, PairMoments
+from klas_hf.maths.similarities import PairMoments
 from klas_hf.models.vision_features import Features
 from klas_hf.paths import StitchCosts
 from klas_hf.probes import ImageProbeNet

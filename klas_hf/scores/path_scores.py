@@ -29,6 +29,7 @@ AXES = {
     "latency": "seconds per token, or of the images",
     "peak_bytes": "bytes of activations",
 }
+NEAR = 1.25  # times the least divergence: beyond it one path in ten heals better, and by little (LOG.md)
 KINDS = ("anchor", "pruned", "stitch", "mixed", "repeated")
 
 
@@ -138,9 +139,9 @@ class PathScores:
         """The best path within a budget, and others that may be better than it once they are healed.
 
         How much a path gains by healing depends on the anchors that it begins and ends with, which its start does not
-        show (LOG.md). So the best whole anchor follows, for a path must do better than that; then the best of those
-        with other ends, first those that end with the dearest anchor, from which they are to learn, and in turn with
-        them the best of other numbers of joints between the same ends.
+        show, and what lies within a quarter of the least divergence is often better in the end (LOG.md). So the best
+        whole anchor follows, for a path must do better than that; then, in turn, those so near between the same ends,
+        and the best between others, first those that end with the dearest anchor, from which they are to learn.
 
         Args:
             budget: see `Budget.of`.
@@ -168,12 +169,13 @@ class PathScores:
             return (best,)
         own, dearest = ends_of(best, self.depths), self.paths[self._dearest].slices[0].anchor
         ends = {found: path for path in reversed(ranked) if (found := ends_of(path, self.depths)) not in (None, own)}
-        joints = {path.joints: path for path in reversed(ranked) if ends_of(path, self.depths) == own}
         others = sorted(ends, key=lambda found: (found[1] != dearest, ranked.index(ends[found])))
         first = (best, *[path for path in ranked if not path.joints and path != best][:1])
         apart = [ends[found] for found in others if ends[found] not in first]
-        alike = sorted(set(joints.values()) - {*first}, key=ranked.index)
-        return (*first, *(path for pair in zip_longest(apart, alike) for path in pair if path is not None))[:count]
+        near = [n for n in within if self.divergence[n] <= NEAR * self.divergence[self.place(best)]]
+        alike = [path for path in ranked if self.place(path) in near and ends_of(path, self.depths) == own]
+        in_turn = zip_longest([path for path in alike if path not in first], apart)
+        return (*first, *(path for pair in in_turn for path in pair if path is not None))[:count]
 
     def plot(self, path: str | File | None = None, *, over: str = "macs") -> "Figure":
         """Divergence over cost: kinds of paths by colour, the best of every size, the line between the anchors.

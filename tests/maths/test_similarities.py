@@ -13,8 +13,9 @@ from sklearn.metrics import r2_score
 from test_least_squares import LockStep
 from torch import Tensor
 
+from klas_hf.maths.class_cka import ClassConditionalCka
 from klas_hf.maths.least_squares import RIDGE, LeastSquares
-from klas_hf.maths.similarities import ROWS, ClassConditionalCka, PairMoments
+from klas_hf.maths.similarities import ROWS, PairMoments
 
 SOURCE, TARGET = [3, 4, 4], [4, 5, 5, 2]  # widths
 PAIRS = [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3)]

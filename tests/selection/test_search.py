@@ -254,7 +254,7 @@ MEASURED = st.lists(
 
 @given(MEASURED, st.integers(1, 8))
 @settings(max_examples=100, deadline=None)
-def test_contenders_are_an_anchor_and_the_best_between_other_anchors_and_of_other_numbers_of_joints(
+def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_anchors(
     measured: list[tuple[str, float, int]], count: int
 ) -> None:
     paths, whole = [Path.parse(text) for text, _, _ in measured], Path.parse("1[:]")
@@ -262,27 +262,27 @@ def test_contenders_are_an_anchor_and_the_best_between_other_anchors_and_of_othe
     scores = PathScores(
         (*paths, whole), np.array(values), np.zeros(len(costs)), tuple(costs), ("a", "b"), 2.0, depths=(4, 6)
     )
-    ranked = sorted(paths, key=lambda path: (scores.divergence[scores.place(path)], scores.share(path)))
+    far = {path: scores.divergence[scores.place(path)] for path in paths}
+    ranked = sorted(paths, key=lambda path: (far[path], scores.share(path)))
     best, found, every = ranked[0], scores.contenders(Cost(99, 99), count), scores.contenders(Cost(99, 99), 99)
     assert found[0] == best == scores.best(Cost(99, 99)) and found == every[:count] and len(set(every)) == len(every)
     assert scores.contenders(1.0, count) == (whole,)
-    # By hand: whoever is first between its ends; of its number of joints, between those of the best.
+    # By hand: whoever is first between its ends; or, between those of the best, at most a quarter farther.
     anchor = [path for path in ranked if not path.joints and path != best][:1]
     others: list[Path] = []
-    joints: list[Path] = []
+    near: list[Path] = []
     for path in ranked[1:]:
         before = ranked[: ranked.index(path)]
         if ENDS[str(path)] and not any(ENDS[str(one)] == ENDS[str(path)] for one in before):
             others.append(path)
-        alike = [one for one in before if ENDS[str(one)] == ENDS[str(best)] and one.joints == path.joints]
-        if ENDS[str(path)] == ENDS[str(best)] and not alike:
-            joints.append(path)
+        if ENDS[str(path)] == ENDS[str(best)] and far[path] <= 1.25 * far[best]:
+            near.append(path)
     others.sort(key=lambda path: ENDS[str(path)][1] == 0)  # stable: those that end with the dearest anchor first
-    assert set(every) == {best, *anchor, *others, *joints} and every[1 : 1 + len(anchor)] == tuple(anchor)
-    others, joints = ([path for path in of_one if path not in anchor] for of_one in (others, joints))
-    assert [path for path in every if path in others] == others and [path for path in every if path in joints] == joints
-    if others and joints:
-        assert every[1 + len(anchor) :][:2] == (others[0], joints[0])
+    assert set(every) == {best, *anchor, *others, *near} and every[1 : 1 + len(anchor)] == tuple(anchor)
+    others, near = ([path for path in of_one if path not in anchor] for of_one in (others, near))
+    assert [path for path in every if path in others] == others and [path for path in every if path in near] == near
+    if others and near:
+        assert every[1 + len(anchor) :][:2] == (near[0], others[0])
     with pytest.raises(ValueError, match="count=0"):
         scores.contenders(1.0, 0)
 
