@@ -81,7 +81,7 @@ def text_family(name: str, models: list, task: TextTask, count: int | None) -> F
     train, validation, test = (part[:count] for part in (task.train, task.validation, task.test))
     device = process_state().device
     return Family(
-        name, (models[0].to(device), models[1].to(device)), text_examples(train), text_examples(validation[:64]),
+        name, (models[0].to(device), models[1].to(device)), text_examples(train), text_examples(validation),
         TextBatches(train[:: max(1, len(train) // FITTED)], BATCH), TextBatches(validation, BATCH),
         TextBatches(test, 2 * BATCH), tokens=task.length,
         healing={"per_device_batch_size": 8 // process_state().num_processes or 1},
@@ -97,7 +97,8 @@ def quickstart_pair(cache: Path, steps: int | None) -> tuple[list, TextTask, Pre
     small, large, tokenizer = quickstart.anchors(arguments, train_texts, process_state())
     parts = (train_texts, test_texts[::2], test_texts[1::2])
     train, validation, test = (text_sequences(texts, tokenizer, quickstart.LENGTH) for texts in parts)
-    return [small, large], TextTask(train, validation[:128], test[:256], quickstart.LENGTH), tokenizer
+    held = small_llamas.spread(validation, 128), small_llamas.spread(test, 256)  # of all documents, not the first few
+    return [small, large], TextTask(train, *held, quickstart.LENGTH), tokenizer
 
 
 def digits_family(name: str, cache: Path, steps: int | None, count: int | None, mirrored: bool) -> Family:

@@ -63,7 +63,7 @@ def documentation_pair(
     tokenizer = _tokenizer(cache, train_texts)
     parts = (train_texts, test_texts[::2], test_texts[1::2])
     train, validation, test = (text_sequences(texts, tokenizer, LENGTH) for texts in parts)
-    task = TextTask(_spread(train), validation[:128], test[:256], LENGTH)
+    task = TextTask(spread(train), spread(validation, 128), spread(test, 256), LENGTH)
     sizes = MIDDLE_PAIR if middle else PAIRS[family]
     return [_trained(size, tokenizer, train, cache, steps) for size in sizes], task, tokenizer
 
@@ -86,7 +86,7 @@ def sibling_pair(
 def story_task(train_file: str, test_file: str, tokenizer: PreTrainedTokenizerBase, length: int) -> TextTask:
     """Two files of stories, one to a line: one to learn from, and one to choose by and to measure on."""
     train, test = (text_sequences(_stories(path), tokenizer, length) for path in (train_file, test_file))
-    return TextTask(_spread(train), test[:256:2], test[1:512:2], length)
+    return TextTask(spread(train), test[:256:2], test[1:512:2], length)
 
 
 def _stories(path: str) -> list[str]:
@@ -94,7 +94,7 @@ def _stories(path: str) -> list[str]:
     return [story for story in stories if story]
 
 
-def _spread(sequences: list[list[int]], count: int = 4096) -> list[list[int]]:
+def spread(sequences: list[list[int]], count: int = 4096) -> list[list[int]]:
     """So many of the sequences, from the beginning to the end, in an order in which any first few are as spread."""
     step = max(1, len(sequences) // count)
     chosen = sequences[::step][:count]
