@@ -114,7 +114,9 @@ def in_child(options: Options, name: str, *args: Any, launcher: Sequence[str] = 
         RuntimeError: the child failed; its last words.
     """
     command = [sys.executable, *launcher, "-m", "benchmarks.measuring", name, json.dumps([asdict(options), *args])]
+    # Bytecode is kept, as that of an installed package is: what a first call imports is in its time.
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "TQDM_DISABLE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
         raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")

@@ -28,13 +28,21 @@ class AnchorCheckpoint:
     Args:
         anchor: Hub id, local folder or model.
         shared: give the tensors of a model in memory themselves, not copies of them.
+        config: of an id or folder, where it has been read; None reads it.
         hub: revision, token, cache_dir, local_files_only … for the Hub.
 
     Raises:
         OSError: not to be reached, damaged, or without safetensors weights (pickled ones are not read).
     """
 
-    def __init__(self, anchor: str | Path | PreTrainedModel, *, shared: bool = False, **hub: Any):
+    def __init__(
+        self,
+        anchor: str | Path | PreTrainedModel,
+        *,
+        shared: bool = False,
+        config: PreTrainedConfig | None = None,
+        **hub: Any,
+    ):
         self._open_files = ExitStack()
         self._files: dict[str, Any] = {}
         self.hub, self.shared = hub, shared
@@ -49,7 +57,7 @@ class AnchorCheckpoint:
             self.name = str(anchor.config.name_or_path or "") or None
             self.revision = getattr(anchor.config, "_commit_hash", None)
         else:
-            self.config = anchor_config(anchor, **hub)
+            self.config = config or anchor_config(anchor, **hub)
             self.dtype = self.config.dtype or torch.float32
             self.name, self.revision = str(anchor), _commit(anchor, hub)
             self._tensors = {}
@@ -131,7 +139,7 @@ class ClassifierCheckpoint(AnchorCheckpoint):
     def __init__(self, anchor: str | Path | PreTrainedModel, **hub: Any):
         config = anchor.config if isinstance(anchor, PreTrainedModel) else anchor_config(anchor, **hub)
         self.kind = vision_kind(config)
-        super().__init__(anchor, **hub)
+        super().__init__(anchor, config=config, **hub)
 
 
 class UnreadTensor:
@@ -154,7 +162,7 @@ class DecoderCheckpoint(AnchorCheckpoint):
     def __init__(self, anchor: str | Path | PreTrainedModel, *, shared: bool = False, **hub: Any):
         config = anchor.config if isinstance(anchor, PreTrainedModel) else anchor_config(anchor, **hub)
         self.family = decoder_family(config)
-        super().__init__(anchor, shared=shared, **hub)
+        super().__init__(anchor, shared=shared, config=config, **hub)
         if not any(key.startswith(f"{self.family.prefix}.") for key in self.keys):
             raise ValueError(self._headless())
 

@@ -1,7 +1,26 @@
-"""Models from anchors' blocks: single paths and supernets, their stitching layers fitted by least squares."""
+"""Models from anchors' blocks: single paths and supernets, their stitching layers fitted by least squares.
 
-from klas_hf.stitching.supernet import StitchedSupernet
-from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
-from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
+Names load on first use: a single path needs no supernet.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from klas_hf.stitching.supernet import StitchedSupernet
+    from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
+    from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
+
+_MODULE_OF = {
+    "StitchedSupernet": "supernet",
+    "StitchedSupernetForCausalLM": "supernet_language",
+    "StitchedSupernetForImageClassification": "supernet_images",
+}
 
 __all__ = ["StitchedSupernet", "StitchedSupernetForCausalLM", "StitchedSupernetForImageClassification"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'klas_hf.stitching' has no attribute {name!r}")
+    return getattr(import_module(f"klas_hf.stitching.{_MODULE_OF[name]}"), name)

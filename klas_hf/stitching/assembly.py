@@ -6,7 +6,7 @@ initialisation), fitted on what the path before it gives.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -15,17 +15,15 @@ from klas_hf.anchors.dense import is_dense
 from klas_hf.anchors.language import anchor_config, hub_options, on_accelerator
 from klas_hf.anchors.vision import is_vision
 from klas_hf.budgets import Budget, Cost
-from klas_hf.costs import Usage
 from klas_hf.models import StitchedModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.paths import Stitch
-from klas_hf.scores.path_scores import PathScores
-from klas_hf.selection.plan import SearchConfig, SearchPlan, search_within, unallocated_anchors
-from klas_hf.selection.search import search_paths
 from klas_hf.stitching.calibration import sampled
-from klas_hf.stitching.dense import check_dense_pair, stitch_dense
-from klas_hf.stitching.images import check_pair, common_size, stitch_classifiers
-from klas_hf.stitching.language import check_direction, stitch_decoders
+
+if TYPE_CHECKING:
+    from klas_hf.costs import Usage
+    from klas_hf.scores.path_scores import PathScores
+    from klas_hf.selection.plan import SearchConfig
 
 logger = logging.get_logger(__name__)
 Anchor: TypeAlias = str | Path | PreTrainedModel
@@ -81,8 +79,8 @@ def stitch_anchors(
     stitch: AnchorPath | Stitch | str | Sequence[int] | None = None,
     *,
     budget: Budget | Cost | str | float | None = None,
-    search: SearchConfig | None = None,
-    usage: Usage | None = None,
+    search: "SearchConfig | None" = None,
+    usage: "Usage | None" = None,
     source_revision: str | None = None,
     target_revision: str | None = None,
     **kwargs: Any,
@@ -114,17 +112,12 @@ def stitch_anchors(
     path = AnchorPath.of(stitch)
     configs = _configs(anchors, path, revisions, kwargs)
     if path.stitch is not None:
-        if is_dense(configs[0]):
-            check_dense_pair(configs[0], configs[1], kwargs.get("image_size"))
-        elif is_vision(configs[0]):
-            check_pair(configs[0], configs[1], common_size(configs, kwargs.get("image_size")))
-        else:
-            check_direction([str(config.name_or_path or None) for config in configs], configs)
+        _check_pair(configs, kwargs.get("image_size"))
     return _assemble(anchors, path, revisions, configs, kwargs)
 
 
 def assemble_best(
-    anchors: Sequence[Anchor], found: PathScores, budget: Budget | Cost | str | float,
+    anchors: Sequence[Anchor], found: "PathScores", budget: Budget | Cost | str | float,
     path: AnchorPath | None = None, **kwargs: Any,
 ) -> StitchedModel:  # fmt: skip
     """The model of the best path within a budget; its config says, as `search`, how the path was found.
@@ -153,12 +146,16 @@ def assemble_best(
 def _searched(
     anchors: Sequence[Anchor],
     budget: Budget,
-    search: SearchConfig | None,
-    usage: Usage | None,
+    search: "SearchConfig | None",
+    usage: "Usage | None",
     revisions: Sequence[str | None],
     kwargs: dict[str, Any],
 ) -> StitchedModel:
     """The model of the best path within a budget, searched for on the calibration data."""
+    from klas_hf.costs import Usage
+    from klas_hf.selection.plan import SearchPlan, search_within, unallocated_anchors
+    from klas_hf.selection.search import search_paths
+
     if kwargs.get("calibration") is None:
         raise ValueError(
             f"got budget={budget.text!r} and no calibration; expected calibration=batches, on which paths are compared"
@@ -240,8 +237,35 @@ def _assemble(
     return model
 
 
+# Anchors of one kind are joined without importing what joins the others, which takes longer than a small model.
+
+
+def _check_pair(configs: Sequence[PreTrainedConfig], image_size: Any) -> None:
+    """Raise ValueError for two anchors that are not to be stitched in this order."""
+    if is_dense(configs[0]):
+        from klas_hf.stitching.dense import check_dense_pair
+
+        check_dense_pair(configs[0], configs[1], image_size)
+    elif is_vision(configs[0]):
+        from klas_hf.stitching.images import check_pair, common_size
+
+        check_pair(configs[0], configs[1], common_size(configs, image_size))
+    else:
+        from klas_hf.stitching.language import check_direction
+
+        check_direction([str(config.name_or_path or None) for config in configs], configs)
+
+
 def _joining(config: PreTrainedConfig, options: dict[str, Any]) -> Callable[..., Any]:
     """What joins anchors of this kind."""
     if is_dense(config) or options.get("head") is not None:
+        from klas_hf.stitching.dense import stitch_dense
+
         return stitch_dense
-    return stitch_classifiers if is_vision(config) else stitch_decoders
+    if is_vision(config):
+        from klas_hf.stitching.images import stitch_classifiers
+
+        return stitch_classifiers
+    from klas_hf.stitching.language import stitch_decoders
+
+    return stitch_decoders

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.checkpoints import DecoderCheckpoint, decoder_keys
@@ -102,7 +103,7 @@ def check_direction(names: Sequence[str | None], configs: Sequence[PreTrainedCon
 
 def _size(config: PreTrainedConfig) -> int:
     """Parameters of the blocks, without allocating them."""
-    with torch.device("meta"):
+    with no_init_weights(), torch.device("meta"):
         model = MODEL_MAPPING[type(config)](cut_config(config, 0, 1))
     embedding = model.get_input_embeddings().weight.numel()
     return (sum(p.numel() for p in model.parameters()) - embedding) * config.num_hidden_layers
