@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from klas_hf.anchors.weights import fingerprint
+from klas_hf.anchors.weights import check_whole_here, fingerprint
 
 State = TypeVar("State")
 Batch = TypeVar("Batch")
@@ -25,6 +25,9 @@ class Anchor(ABC, Generic[Batch, State]):
         model: the model; it is not changed.
         revision: its commit on the Hub, where known.
 
+    Raises:
+        ValueError: one of several processes holds a part of the weights.
+
     Attributes:
         unit: what a mean is taken over.
     """
@@ -32,6 +35,7 @@ class Anchor(ABC, Generic[Batch, State]):
     unit: ClassVar[str]
 
     def __init__(self, model: PreTrainedModel, revision: str | None = None):
+        check_whole_here(model)
         self.model = model
         self.config = model.config
         self.revision = revision

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 
 from klas_hf.files import write_atomically
+from klas_hf.processes import process_state
 from klas_hf.rows import library_versions
 
 SAMPLED = 64  # values of a tensor, by which changes are noticed that torch does not count
@@ -129,6 +130,23 @@ def _held(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
     digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def check_whole_here(model: nn.Module) -> None:
+    """Raise ValueError for a model of which each of several processes holds a part.
+
+    Each reads its own share of the batches, and all would wait for each other's parts at forwards that only some run.
+    """
+    if process_state().num_processes == 1:
+        return
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter.data, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            f"got {type(model).__name__.removeprefix('FSDP')} with weights that several processes share out; expected "
+            "whole ones in each, as each reads its own batches. Load it by its id or folder, or gather the weights: "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
+        )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from klas_hf.anchors.weights import evaluating
+from klas_hf.anchors.weights import check_whole_here, evaluating
 from klas_hf.evaluation.measuring import TextTask
 from klas_hf.processes import progress, shared_out
 from klas_hf.training.data import IGNORED
@@ -37,13 +37,14 @@ def generate_greedily(
         The new tokens of each prompt, in the order of the prompts, the EOS included where it came.
 
     Raises:
-        ValueError: what `generate` refuses.
+        ValueError: what `generate` refuses, or a model that several processes share out.
 
     Example:
         >>> answers = generate_greedily(target, [[5, 6, 7], [8]], max_new_tokens=4)
         >>> [len(answer) for answer in answers]
         [4, 4]
     """
+    check_whole_here(model)
     pad = _pad_token(model) if pad_token_id is None else pad_token_id
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -18,7 +18,7 @@ from klas_hf.anchors.batches import TokenBatch, token_batches
 from klas_hf.anchors.classes import check_classes
 from klas_hf.anchors.dense import is_dense
 from klas_hf.anchors.images import ImageBatch, image_batches
-from klas_hf.anchors.weights import evaluating
+from klas_hf.anchors.weights import check_whole_here, evaluating
 from klas_hf.evaluation.models import Measurement
 from klas_hf.evaluation.multilabel import evaluate_multilabel
 from klas_hf.evaluation.segmentation import evaluate_segmentation
@@ -51,7 +51,7 @@ def evaluate(model: PreTrainedModel, batches: Iterable[object], *, classes: Sequ
 
     Raises:
         ValueError, TypeError: nothing to measure on, no labels, labels that the model does not have, or classes for
-            text.
+            text; or a model that several processes share out.
 
     Example:
         >>> measured = evaluate(target, batches)
@@ -61,6 +61,7 @@ def evaluate(model: PreTrainedModel, batches: Iterable[object], *, classes: Sequ
         >>> sorted(measured.metrics), measured.details["images"]
         (['accuracy', 'accuracy_among', 'loss'], 20)
     """
+    check_whole_here(model)
     check_classes(batches, model.config)
     if is_dense(model):
         if classes is not None:
@@ -86,8 +87,9 @@ def evaluate_divergence(model: PreTrainedModel, target: PreTrainedModel, batches
         batches: as for `evaluate`, with or without labels; padding and BOS of text are left out.
 
     Raises:
-        ValueError: nothing to compare on.
+        ValueError: nothing to compare on, or a model that several processes share out.
     """
+    check_whole_here(model), check_whole_here(target)
     task, sums = task_of(target), RatioSums(())
     with evaluating(model), evaluating(target):
         for batch in progress(task.read(shared_out(batches)), "comparing outputs"):

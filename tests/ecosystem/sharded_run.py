@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator
+from accelerate_choice import choose
 from safetensors.torch import save_file
 from stitched_examples import coloured_images, counting_text
 from torch import Tensor, nn
@@ -113,22 +112,6 @@ def training(trainable: str, processes: int) -> TrainingConfig:
         trainable=trainable, max_steps=STEPS, per_device_batch_size=BATCH // processes, gradient_accumulation_steps=1,
         learning_rate=1e-3,
     )  # fmt: skip
-
-
-def choose(shards: bool) -> None:
-    """Let accelerate shard (FSDP2) or make replicas.
-
-    Its shards are for accelerators, and of CPU processes it quietly makes replicas: its state is told what it would
-    find on those.
-    """
-    AcceleratorState._reset_state()
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
-    Accelerator()
-    if shards:
-        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
-        )
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
 def in_transformers(folder: Path, kind: str) -> tuple[nn.Module, list[float]]:
