@@ -89,7 +89,8 @@ def evaluate_divergence(model: PreTrainedModel, target: PreTrainedModel, batches
     Raises:
         ValueError: nothing to compare on, or a model that several processes share out.
     """
-    check_whole_here(model), check_whole_here(target)
+    for one in (model, target):
+        check_whole_here(one)
     task, sums = task_of(target), RatioSums(())
     with evaluating(model), evaluating(target):
         for batch in progress(task.read(shared_out(batches)), "comparing outputs"):
