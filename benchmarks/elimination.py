@@ -25,9 +25,9 @@ from klas_hf.data.text import (
     train_tokenizer,
 )
 from klas_hf.maths.buckets import best_of_buckets, bucket_of
-from klas_hf.rows import markdown_table
 from klas_hf.scores.functional import BUCKETS, SCREENED
 from klas_hf.scores.functional_settings import enough_rows
+from klas_hf.tables import markdown_table
 
 SHAPES = ((16, 32), (28, 48))  # blocks, width
 LENGTH, VOCABULARY, ITEMS = 32, 512, 128
