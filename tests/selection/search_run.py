@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tiny_models import tiny_model, token_ids
 
-from klas_hf import FunctionalScoring, SearchConfig, search_paths
+from klas_hf import FunctionalScoring, SearchConfig, Usage, search_paths
 from klas_hf.processes import process_state
 
 
@@ -22,7 +22,10 @@ def main() -> None:
     anchors = [tiny_model(seed=1), tiny_model(large=True, seed=2)]
     found = search_paths(anchors, data, config, tokens=16, output=folder / "rows.jsonl")
     state = process_state()
-    found.save(folder / f"process{state.process_index}of{state.num_processes}.safetensors")
+    of = f"{state.process_index}of{state.num_processes}.safetensors"
+    found.save(folder / f"process{of}")
+    timed = SearchConfig(joints=2, buckets=4, scoring=scoring, cost="latency")
+    search_paths(anchors, data, timed, tokens=16, usage=Usage(prompt=4)).save(folder / f"timed{of}")
 
 
 if __name__ == "__main__":
