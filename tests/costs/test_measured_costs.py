@@ -26,6 +26,7 @@ USAGE = Usage(prompt=7, batch=2)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(timing, "ROUNDS", 4)
     yield
 
 
