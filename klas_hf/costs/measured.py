@@ -11,6 +11,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,7 @@ def _parts(
     models = [_random(config, dtype, usage) for config in missing.values()]
     found = time_parts([Timed(model, _blocks(model), _inputs(model, usage, size)) for model in models])
     for file, one in zip(missing, found, strict=True):
-        text = json.dumps(asdict(one))
-        write_atomically(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        write_atomically(file, partial(Path.write_text, data=json.dumps(asdict(one)), encoding="utf-8"))
     return [
         PartTimes(**json.loads(_file(config, dtype, usage, size).read_text(encoding="utf-8"))) for config in configs
     ]

@@ -81,7 +81,7 @@ class Answers(StoppingCriteria):
         for request in self.requests:
             request.close()
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return torch.tensor([request.over for request in self.requests], device=input_ids.device)
 
 
