@@ -4,7 +4,8 @@
 
 A supernet of two random Llamas is served by a process of its own. Clients ask at the same time, each request with a
 budget of its own, all after one long beginning; those that are refused ask again as they are told to. Then one client
-asks the same of every path in turn, with and without what the paths share of the beginning.
+asks the same of every path in turn, with and without what the paths share of the beginning. Last, requests for one path
+are sent all at once and one after the other, in turn, with prompts that have nothing in common.
 """
 
 import json
@@ -44,6 +45,9 @@ class Options:
     requests: int = field(default=48, metadata={"help": "in all"})
     most: int = field(default=4, metadata={"help": "requests that the server lets in at once"})
     threads: int = field(default=1, metadata={"help": "torch threads of the server"})
+    together: int = field(default=8, metadata={"help": "requests for one path, at once and one after the other"})
+    rounds: int = field(default=5, metadata={"help": "of these"})
+    only_together: bool = field(default=False, metadata={"help": "measure nothing else"})
 
 
 VOCABULARY = 4_000
@@ -55,10 +59,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_supernet(options, f"{folder}/net")
         print(f"torch {torch.__version__}, {options}\n", flush=True)
-        with served(options, f"{folder}/net", "1 GB") as url:
+        with served(options, f"{folder}/net", "1 GB", 2 * options.together) as url:  # places are freed late
+            at_once(options, url)
+        if options.only_together:
+            return
+        with served(options, f"{folder}/net", "1 GB", options.most) as url:
             under_load(options, url)
             shared = in_turn(options, url)
-        with served(options, f"{folder}/net", "0.001 KB") as url:
+        with served(options, f"{folder}/net", "0.001 KB", options.most) as url:
             alone = in_turn(options, url)
     print(f"\nseconds to the first token of {options.prompt} on each path in turn, for a new beginning each round:")
     lines = [["path", "nothing kept", "beginnings kept", "ratio"]]
@@ -89,12 +97,12 @@ def anchor(options: Options, place: int) -> PreTrainedModel:
 
 
 @contextmanager
-def served(options: Options, folder: str, prefixes: str) -> Iterator[str]:
+def served(options: Options, folder: str, prefixes: str, most: int) -> Iterator[str]:
     """The address of `klas-hf serve` in a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = ["serve", folder, "--host", "127.0.0.1", "--port", str(port), "--most", str(options.most)]
+    arguments = ["serve", folder, "--host", "127.0.0.1", "--port", str(port), "--most", str(most)]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     process = subprocess.Popen(
         [sys.executable, "-m", "klas_hf.cli", *arguments, "--prefixes", prefixes], env=environment,
@@ -149,6 +157,26 @@ def under_load(options: Options, url: str) -> None:
         f"\n{len(answers)} of {options.requests} requests answered whole in {taken:.1f} s by {options.clients} clients,"
         f" {options.requests * options.tokens / taken:.0f} tokens/s; refused and sent again: {sum(refused.values())}"
     )
+
+
+def at_once(options: Options, url: str) -> None:
+    """Tokens a second of some requests for one path, one after the other and all at once; rounds of both in turn."""
+    path, lengths = PATHS[0], (options.prompt // 4, options.prompt)
+    print(f"{options.together} requests of {options.tokens} tokens for {path}, medians of {options.rounds} rounds:")
+    lines = [["tokens of the prompt", "one after the other, tokens/s", "at once, tokens/s", "ratio"]]
+    for length in lengths:
+        rates: dict[int, list[float]] = {1: [], options.together: []}
+        for number in range(options.rounds):
+            for clients, found in rates.items():
+                seeds = [1000 * number + 100 * clients + one for one in range(options.together)]
+                begun = time.perf_counter()
+                with ThreadPoolExecutor(clients) as pool:
+                    prompts = [words(length, seed) for seed in seeds]
+                    list(pool.map(lambda prompt: ask(url, f"net@{path}", prompt, options.tokens), prompts))
+                found.append(options.together * options.tokens / (time.perf_counter() - begun))
+        one, all_ = (median(found) for found in rates.values())
+        lines.append([str(length), f"{one:.1f}", f"{all_:.1f}", f"{all_ / one:.2f}"])
+    print(markdown_table(lines) + "\n", flush=True)
 
 
 def in_turn(options: Options, url: str) -> dict[str, float]:

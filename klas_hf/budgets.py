@@ -1,5 +1,6 @@
 """What a model costs, and a budget in the words that people use: a share of the dearest anchor, bytes, milliseconds."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,29 @@ class Cost:
         """What is known beside MACs and parameters, by name: for rows, over which curves are drawn."""
         known = {name: getattr(self, name) for name in COSTS if name not in ("macs", "parameters")}
         return {name: value for name, value in known.items() if value}
+
+    def of(self, name: str, bytes_per_parameter: float) -> float:
+        """One of the costs.
+
+        Args:
+            name: one of `COSTS`.
+            bytes_per_parameter: what weights take where they were not counted in bytes.
+
+        Raises:
+            ValueError: an unknown name, or what was not measured.
+
+        Example:
+            >>> Cost(macs=1000, parameters=50).of("weight_bytes", bytes_per_parameter=2)
+            100
+        """
+        if name not in COSTS:
+            raise ValueError(f"got the cost {name!r}; expected one of {', '.join(COSTS)}")
+        if name == "weight_bytes":
+            return self.weight_bytes or self.parameters * bytes_per_parameter
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"got the cost {name!r}, which was not measured; expected a search with usage=Usage(…)")
+        return value
 
     @property
     def per_second(self) -> float | None:
@@ -136,42 +160,56 @@ class Budget:
         """Whether it takes measuring on a device to know what is within it."""
         return any(one is not None for one in (self.seconds, self.latency, self.per_second, self.peak_bytes))
 
-    def allows(self, cost: Cost, dearest: Cost, bytes_per_parameter: float) -> bool:
+    def allows(self, cost: Cost, dearest: Cost, bytes_per_parameter: float, *, but: str = "") -> bool:
         """Whether a model of this cost is within it.
+
+        Args:
+            but: a cost whose limit is left out of account.
 
         Raises:
             ValueError: it is about what was not measured.
         """
-        return all(value <= limit for value, limit in self._limits(cost, dearest, bytes_per_parameter))
+        limits = self._limits(cost, dearest, bytes_per_parameter)
+        return all(value <= limit for name, value, limit in limits if name != but)
 
     def excess(self, cost: Cost, dearest: Cost, bytes_per_parameter: float) -> float:
         """How many times over the budget a model is, by what it exceeds most; at most 1 within it."""
-        return max(value / limit for value, limit in self._limits(cost, dearest, bytes_per_parameter))
+        return max(value / limit for _, value, limit in self._limits(cost, dearest, bytes_per_parameter))
 
     def is_above(self, dearest: Cost, bytes_per_parameter: float) -> bool:
         """Whether it leaves room even beside the dearest anchor."""
-        return all(value < limit for value, limit in self._limits(dearest, dearest, bytes_per_parameter))
+        return all(value < limit for _, value, limit in self._limits(dearest, dearest, bytes_per_parameter))
 
-    def _limits(self, cost: Cost, dearest: Cost, bytes_per_parameter: float) -> list[tuple[float, float]]:
-        """What a model takes, and what it may take, wherever there is a limit."""
+    def binding(self, dearest: Cost, bytes_per_parameter: float) -> tuple[str, float]:
+        """The cost that it limits most, by name (see `COSTS`), and the share of the dearest anchor's that is left.
+
+        Example:
+            >>> Budget.of("600, 1 KB").binding(Cost(macs=1000, parameters=1000), bytes_per_parameter=2)
+            ('weight_bytes', 0.5)
+        """
+        limits = self._limits(dearest, dearest, bytes_per_parameter)
+        shares = [(name, limit / value if value else math.inf) for name, value, limit in limits]
+        return min(shares, key=lambda pair: pair[1], default=("macs", math.inf))
+
+    def _limits(self, cost: Cost, dearest: Cost, bytes_per_parameter: float) -> list[tuple[str, float, float]]:
+        """What a model takes of a cost, by its name in `COSTS`, and what it may take, wherever there is a limit."""
         if self.timed and cost.latency is None:
             raise ValueError(
                 f"got a budget of {self.text}, and costs that were not measured on a device; expected a search with "
                 "usage=Usage(…), which says how the model will be run"
             )
-        per_second = None if self.per_second is None else 1 / self.per_second
         limits = (
-            (cost.macs, None if self.share is None else self.share * dearest.macs),
-            (cost.macs, self.macs),
-            (cost.parameters, self.parameters),
-            (cost.weight_bytes or cost.parameters * bytes_per_parameter, self.weight_bytes),
-            (cost.kv_bytes_per_token, self.kv_bytes_per_token),
-            (cost.seconds, self.seconds),
-            (cost.latency, self.latency),
-            (1 / cost.per_second if cost.per_second else None, per_second),
-            (cost.peak_bytes, self.peak_bytes),
+            ("macs", None if self.share is None else self.share * dearest.macs),
+            ("macs", self.macs),
+            ("parameters", self.parameters),
+            ("weight_bytes", self.weight_bytes),
+            ("kv_bytes_per_token", self.kv_bytes_per_token),
+            ("seconds", self.seconds),
+            ("latency", self.latency),
+            ("latency", None if self.per_second is None else cost.batch / self.per_second),
+            ("peak_bytes", self.peak_bytes),
         )
-        return [(value, limit) for value, limit in limits if limit is not None and value is not None]
+        return [(name, cost.of(name, bytes_per_parameter), limit) for name, limit in limits if limit is not None]
 
 
 def check_budget(budget: Budget, costs: Sequence[Cost], dearest: Cost, bytes_per_parameter: float) -> None:
@@ -202,7 +240,7 @@ def _nearest(budget: Budget, costs: Sequence[Cost], dearest: Cost, bytes_per_par
 
 def described(cost: Cost, dearest: Cost, bytes_per_parameter: float) -> str:
     """A cost in words."""
-    size = (cost.weight_bytes or cost.parameters * bytes_per_parameter) / 1e9
+    size = cost.of("weight_bytes", bytes_per_parameter) / 1e9
     told = [f"{cost.parameters:,} parameters", f"{size:.3g} GB"]
     if cost.seconds is not None and cost.latency is not None and cost.peak_bytes is not None:
         if cost.token_seconds is not None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, reduce
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
 from huggingface_hub.utils import are_progress_bars_disabled
 from numpy.typing import NDArray
 from torch import Tensor
@@ -52,6 +52,14 @@ def sum_over_processes(value: Tensor) -> Tensor:
 def sum_array_over_processes(value: NDArray[np.float64]) -> NDArray[np.float64]:
     """The same for a numpy array."""
     return sum_over_processes(torch.from_numpy(value)).numpy()
+
+
+def from_main_process(make: Callable[[], T]) -> T:
+    """What the main process makes, for every process: what is timed differs each time."""
+    state = process_state()
+    if state.num_processes == 1:
+        return make()
+    return broadcast_object_list([make() if state.is_main_process else None])[0]
 
 
 def progress(items: Iterable[T], description: str, unit: str = "batch") -> Iterator[T]:

@@ -37,7 +37,7 @@ def run(options: MakeOptions) -> int:
 
 def _run(options: MakeOptions, output: Path) -> int:
     from klas_hf.budgets import Budget
-    from klas_hf.selection.plan import SearchPlan, search_within, unallocated_anchors
+    from klas_hf.selection.plan import SearchPlan, unallocated_anchors
 
     budget = Budget.of(options.budget)
     state = {} if options.dry_run else _begun(output, options)
@@ -46,7 +46,7 @@ def _run(options: MakeOptions, output: Path) -> int:
         return 0
     shapes = unallocated_anchors(options.anchors)
     data = read_data(options)
-    plan = SearchPlan(shapes, data.searched, search_within(budget), options.length, options.usage(budget))
+    plan = SearchPlan(shapes, data.searched, None, options.length, options.usage(budget), budget)
     plan.check(budget)
     if options.dry_run:
         say(_foretold(plan, budget, data, options))
@@ -125,8 +125,8 @@ def _foretold(plan: "SearchPlan", budget: "Budget", data: MakeData, options: Mak
     lines = [
         f"weights to be read: {human_bytes(weights)} of {names(options.anchors)}",
         f"dearest anchor: {teacher}, {human_count(dearest.macs)} MACs, {human_count(dearest.parameters)} parameters",
-        f"search: {len(first):,} paths of one joint, {within:,} of them within {budget.text}, then their neighbours; "
-        f"at most {plan.forwards:,} runs of a block on one of {items:,} sequences or images"
+        f"search over {plan.config.cost}: {len(first):,} paths of one joint, {within:,} of them within {budget.text}, "
+        f"then their neighbours; at most {plan.forwards:,} runs of a block on one of {items:,} sequences or images"
         f"{f' (a run of the head, for every path, counts as {plan.head:,})' if plan.head else ''}, "
         f"{_time(plan.forwards * dearest.macs / plan.anchors[plan.reference].num_blocks, rate)}",
         f"healing: {options.steps:,} steps of up to {options.contenders} paths, and short runs to find their rates, "

@@ -86,17 +86,16 @@ def read_data(options: MakeOptions) -> MakeData:
 def searched(options: MakeOptions, budget: "Budget", data: MakeData, output: Path) -> "PathScores":
     """The paths that were found, now or before."""
     from klas_hf.scores.path_scores import PathScores
-    from klas_hf.selection.plan import search_within
     from klas_hf.selection.search import search_paths
 
     file = output / "paths.safetensors"
     if file.exists():
         return PathScores.load(file)
     anchors = [load_model(anchor) for anchor in options.anchors]
-    file_of_rows, config = output / WORK / "search.jsonl", search_within(budget)
     found = search_paths(
-        anchors, data.searched, config, tokens=options.length, usage=options.usage(budget), output=file_of_rows
-    )
+        anchors, data.searched, tokens=options.length, usage=options.usage(budget), budget=budget,
+        output=output / WORK / "search.jsonl",
+    )  # fmt: skip
     if is_main_process():
         found.save(file)
     return found
@@ -138,6 +137,7 @@ def measured(
     options: MakeOptions, reference: int, found: "PathScores", data: MakeData, output: Path
 ) -> list[ResultRow]:
     """Rows of the anchors and, last, of the model, on what was held out."""
+    from klas_hf.budgets import Budget
     from klas_hf.evaluation import Measurement, evaluate, evaluate_anchor, evaluate_stitches
 
     def measure(model: Any) -> Measurement:
@@ -145,16 +145,15 @@ def measured(
 
     shared = {"data": options.data, "split": options.test_split, "samples": options.samples, "labels": options.labels}
     file, count = RowFile(output / "rows.jsonl", {"command": "make"} | shared), len(options.anchors)
+    about: dict[str, Any] = {"rows": file, "tokens": options.length, "usage": options.usage(Budget.of(options.budget))}
     rows = []
     for place, anchor in enumerate(options.anchors):
         rule = "target" if place == reference else "source" if count == 2 else f"anchor {place}"
-        rows.append(
-            evaluate_anchor(load_model(anchor), measure, rule=rule, rows=file, position=place, tokens=options.length)
-        )
+        rows.append(evaluate_anchor(load_model(anchor), measure, rule=rule, position=place, **about))
     model = load_model(str(output))
     return rows + evaluate_stitches(
-        [model.config.path], lambda _: model, measure, rule="made", rows=file, training=model.config.training,
-        anchors=found.provenance["anchors"], tokens=options.length,
+        [model.config.path], lambda _: model, measure, rule="made", training=model.config.training,
+        anchors=found.provenance["anchors"], **about,
     )  # fmt: skip
 
 

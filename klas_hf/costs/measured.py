@@ -2,7 +2,7 @@
 
 Seconds are sums over parts and stitching layers, bytes of activations the most of any part. An anchor is measured once
 for a device, a dtype, a usage and versions of the libraries; what was found is kept in the cache of Hugging Face
-(`HF_HOME`), as numbers.
+(`HF_HOME`), as numbers. Anchors that are measured together run in turn, all of them in memory with random weights.
 """
 
 import copy
@@ -11,6 +11,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 from klas_hf.anchors.families import decoder_family
 from klas_hf.anchors.vision import is_vision
 from klas_hf.budgets import Cost
-from klas_hf.costs.timing import PartTimes, time_joint, time_parts
+from klas_hf.costs.timing import PartTimes, Timed, time_joint, time_parts
 from klas_hf.costs.usage import Usage
 from klas_hf.files import write_atomically
 from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
@@ -105,7 +106,7 @@ def measure_times(
         layers: of each, the widths and positions at the input of each block and after the last.
         size: (height, width) of images.
     """
-    parts = [_parts(config, dtype, usage, size) for config in configs]
+    parts = _parts(configs, dtype, usage, size)
     images = is_vision(configs[0])
     ends = {
         (width, other, positions if images else usage.prompt)
@@ -127,7 +128,7 @@ def measure_whole(model: PreTrainedModel | PreTrainedConfig, cost: Cost, usage: 
     """The cost of a model with its seconds and bytes, timed as it is; a configuration with random weights."""
     if not isinstance(model, PreTrainedModel):
         model = _random(model, model.dtype or torch.float32, usage)
-    found, images = time_parts(model.eval(), [], _inputs(model, usage, size)), cost.image_height > 0
+    (found,), images = time_parts([Timed(model.eval(), [], _inputs(model, usage, size))]), cost.image_height > 0
     return replace(
         cost,
         weight_bytes=weight_bytes(cost.parameters, linear_weights(model), model.dtype.itemsize, usage),
@@ -145,8 +146,23 @@ def linear_weights(module: nn.Module) -> int:
     return sum(one.weight.numel() for one in found if isinstance(one, nn.Linear))
 
 
-def _parts(config: PreTrainedConfig, dtype: torch.dtype, usage: Usage, size: tuple[int, int]) -> PartTimes:
-    """Measured now, or before."""
+def _parts(
+    configs: Sequence[PreTrainedConfig], dtype: torch.dtype, usage: Usage, size: tuple[int, int]
+) -> list[PartTimes]:
+    """Measured before, or now, all together."""
+    files = {_file(config, dtype, usage, size): config for config in configs}
+    missing = {file: config for file, config in files.items() if not file.is_file()}
+    models = [_random(config, dtype, usage) for config in missing.values()]
+    found = time_parts([Timed(model, _blocks(model), _inputs(model, usage, size)) for model in models])
+    for file, one in zip(missing, found, strict=True):
+        write_atomically(file, partial(Path.write_text, data=json.dumps(asdict(one)), encoding="utf-8"))
+    return [
+        PartTimes(**json.loads(_file(config, dtype, usage, size).read_text(encoding="utf-8"))) for config in configs
+    ]
+
+
+def _file(config: PreTrainedConfig, dtype: torch.dtype, usage: Usage, size: tuple[int, int]) -> Path:
+    """Where what an anchor takes is kept."""
     about = {
         "config": config.to_json_string(use_diff=False),
         "usage": asdict(replace(usage, weight_bits=None, device=None)),
@@ -156,13 +172,7 @@ def _parts(config: PreTrainedConfig, dtype: torch.dtype, usage: Usage, size: tup
         "versions": library_versions(),
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    file = Path(constants.HF_HOME) / "klas_hf" / "times" / f"{digest}.json"
-    if file.is_file():
-        return PartTimes(**json.loads(file.read_text(encoding="utf-8")))
-    model = _random(config, dtype, usage)
-    found = time_parts(model, _blocks(model), _inputs(model, usage, size))
-    write_atomically(file, lambda path: path.write_text(json.dumps(asdict(found)), encoding="utf-8"))
-    return found
+    return Path(constants.HF_HOME) / "klas_hf" / "times" / f"{digest}.json"
 
 
 def device_name(device: torch.device) -> str:

@@ -1,7 +1,8 @@
 """Seconds and bytes of a model's parts, measured once on the user's device: what is before its blocks, each, the rest.
 
-The parts are timed inside the whole model by hooks, so that what a path takes is the sum of its parts' times. What is
-timed are shapes, not values: random weights do, and an anchor's are not read.
+The parts are timed inside the whole model by hooks, so that what a path takes is the sum of its parts' times. Models
+that are to be compared run in turn, for machines grow faster and slower by the minute. What is timed are shapes, not
+values: random weights do, and an anchor's are not read.
 """
 
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-WARM, ROUNDS, STEPS = 2, 7, 8  # runs that do not count, runs that do, tokens written in each
+WARM, ROUNDS, STEPS = 2, 12, 8  # runs that do not count, runs that do, tokens written in each
 
 
 @dataclass(frozen=True)
 class PartTimes:
-    """Medians for one model; each list is of what is before the blocks, of every block, and of what is after.
+    """What one model takes; each list is of what is before the blocks, of every block, and of what is after.
 
     Attributes:
         seconds: of one forward: over the prompt, or over the images.
@@ -36,6 +37,21 @@ class PartTimes:
     seconds: Sequence[float]
     token_seconds: Sequence[float]
     peak_bytes: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A model to be timed.
+
+    Attributes:
+        model: on the device, in the dtype that it will run in.
+        blocks: the first and the last module of each block, in their order; none: the whole model as one part.
+        inputs: token ids or images, on the device.
+    """
+
+    model: PreTrainedModel
+    blocks: Sequence[tuple[nn.Module, nn.Module]]
+    inputs: Mapping[str, Tensor]
 
 
 class _Clock:
@@ -91,48 +107,61 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 
 @torch.no_grad()
-def time_parts(
-    model: PreTrainedModel, blocks: Sequence[tuple[nn.Module, nn.Module]], inputs: Mapping[str, Tensor]
-) -> PartTimes:
-    """Time a model's parts.
-
-    Args:
-        model: on the device, in the dtype that it will run in.
-        blocks: the first and the last module of each block, in their order; none: the whole model as one part.
-        inputs: token ids or images, on the device.
-    """
-    clock, memory = _Clock(model.device), LiveBytes()
-    forwards, decodes = [], []
+def time_parts(models: Sequence[Timed]) -> list[PartTimes]:
+    """Time the parts of models, which run in turn, so that what slows the machine for a while slows all of them."""
+    forwards: list[list[list[float]]] = [[] for _ in models]
+    decodes: list[list[list[float]]] = [[] for _ in models]
     for number in range(WARM + ROUNDS):
-        with _marked(blocks, clock.mark):
-            cache = DynamicCache(config=model.config) if "input_ids" in inputs else None
-            forward, decode = _round(model, inputs, cache, clock, STEPS if cache is not None else 0)
-        if number >= WARM:
-            forwards.append(forward)
-            decodes += decode
-    peaks: list[int] = []
-    with memory, _marked(blocks, partial(_peak, memory, peaks)):
-        _peak(memory, [])
-        model(**inputs, **({"use_cache": False, "logits_to_keep": 1} if "input_ids" in inputs else {}))
-        _peak(memory, peaks)
-    return PartTimes(_medians(forwards), _medians(decodes), peaks)
+        for place, one in enumerate(models):
+            forward, decode = _round(one)
+            if number >= WARM:
+                forwards[place].append(forward)
+                decodes[place] += decode
+    return [
+        PartTimes(usual(forward), usual(decode), _peaks(one))
+        for forward, decode, one in zip(forwards, decodes, models, strict=True)
+    ]
 
 
-def _round(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], cache: Any, clock: _Clock, steps: int
-) -> tuple[list[float], list[list[float]]]:
-    """Seconds of the parts in one forward over the inputs, and in so many steps of one token after them."""
+def usual(rounds: Sequence[Sequence[float]]) -> list[float]:
+    """What parts take in the middle half of the rounds by what all parts take: means, so that they add up.
+
+    Example:
+        >>> usual([[1, 2], [2, 3], [9, 9], [0, 1]])
+        [1.5, 2.5]
+    """
+    order, cut = sorted(rounds, key=sum), len(rounds) // 4
+    return [fmean(part) for part in zip(*order[cut : len(order) - cut], strict=True)]
+
+
+def _round(timed: Timed) -> tuple[list[float], list[list[float]]]:
+    """Seconds of the parts in one forward over the inputs, and of text in some steps of one token after them."""
+    model, inputs, clock = timed.model, timed.inputs, _Clock(timed.model.device)
+    cache = DynamicCache(config=model.config) if "input_ids" in inputs else None
     options: dict[str, Any] = {} if cache is None else {"past_key_values": cache, "logits_to_keep": 1}
-    clock.mark()
-    model(**inputs, **options)
-    clock.mark()
-    forward, decodes = clock.read(), []
-    for _ in range(steps):
+    with _marked(timed.blocks, clock.mark):
         clock.mark()
-        model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache)
+        model(**inputs, **options)
         clock.mark()
-        decodes.append(clock.read())
+        forward, decodes = clock.read(), []
+        for _ in range(STEPS if cache is not None else 0):
+            clock.mark()
+            model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache)
+            clock.mark()
+            decodes.append(clock.read())
     return forward, decodes
+
+
+def _peaks(timed: Timed) -> list[int]:
+    """Most bytes of tensors that live at once, in each part of one forward."""
+    memory, peaks, options = LiveBytes(), list[int](), dict[str, Any]()
+    if "input_ids" in timed.inputs:
+        options = {"use_cache": False, "logits_to_keep": 1}
+    with memory, _marked(timed.blocks, partial(_peak, memory, peaks)):
+        _peak(memory, [])
+        timed.model(**timed.inputs, **options)
+        _peak(memory, peaks)
+    return peaks
 
 
 @contextmanager
@@ -154,10 +183,6 @@ def _peak(memory: LiveBytes, peaks: list[int]) -> None:
     memory.peak = memory.live
 
 
-def _medians(rounds: Sequence[Sequence[float]]) -> list[float]:
-    return [median(part) for part in zip(*rounds, strict=True)]
-
-
 @torch.no_grad()
 def time_checking(model: PreTrainedModel, prompt: int, most: int) -> tuple[float, ...]:
     """How many times longer reading 1 + n tokens takes than reading one, behind a prompt, for n from 0 to `most`."""
@@ -175,8 +200,8 @@ def time_checking(model: PreTrainedModel, prompt: int, most: int) -> tuple[float
             seconds += clock.read()
             cache.crop(-count)
         rounds.append(seconds)
-    medians = _medians(rounds[WARM:])
-    return tuple(one / medians[0] for one in medians)
+    seconds = usual(rounds[WARM:])
+    return tuple(one / seconds[0] for one in seconds)
 
 
 @torch.no_grad()

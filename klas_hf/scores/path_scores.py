@@ -46,6 +46,7 @@ class PathScores:
         provenance: fingerprints, settings, versions, forwards that it took.
         joints: of each path, what `StitchedModel.from_path` is to make of its joints, and what its cost is for.
         depths: number of blocks of each anchor.
+        cost: what the search was for the best of every size of, one of `COSTS`.
 
     Example:
         >>> found = search_paths([source, target], batches, tokens=16)
@@ -64,6 +65,7 @@ class PathScores:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     joints: tuple[str, ...] = ()
     depths: tuple[int, ...] = ()
+    cost: str = "macs"
 
     def __post_init__(self) -> None:
         if not self.joints:
@@ -79,11 +81,11 @@ class PathScores:
         lines = [
             f"{len(self)} paths through {', '.join(self.names)}; the best of every size, nats against the dearest:"
         ]
+        costs, name = self._values(None), "MACs" if self.cost == "macs" else self.cost
         for path in self.pareto():
             place = self.place(path)
-            lines.append(
-                f"  {self.share(path):4.0%} of the MACs: {path}  {self.divergence[place]:.4f} ({kind_of(path)})"
-            )
+            share = costs[place] / costs[self._dearest]
+            lines.append(f"  {share:4.0%} of the {name}: {path}  {self.divergence[place]:.4f} ({kind_of(path)})")
         return "\n".join(lines)
 
     def place(self, path: Path) -> int:
@@ -109,11 +111,11 @@ class PathScores:
         """The cost of the dearest anchor."""
         return self.costs[self._dearest]
 
-    def pareto(self, over: str = "macs") -> tuple[Path, ...]:
+    def pareto(self, over: str | None = None) -> tuple[Path, ...]:
         """The paths that no cheaper or equally dear one, anchors included, is predicted to beat, cheapest first.
 
         Args:
-            over: the cost; a field of `Cost`, or its `latency`.
+            over: one of `COSTS`; None: what was searched over.
 
         Raises:
             ValueError: it is unknown, or was not measured.
@@ -177,13 +179,14 @@ class PathScores:
         in_turn = zip_longest([path for path in alike if path not in first], apart)
         return (*first, *(path for pair in in_turn for path in pair if path is not None))[:count]
 
-    def plot(self, path: str | File | None = None, *, over: str = "macs") -> "Figure":
+    def plot(self, path: str | File | None = None, *, over: str | None = None) -> "Figure":
         """Divergence over cost: kinds of paths by colour, the best of every size, the line between the anchors.
 
         Args:
             path: where PNG and SVG are written, beside each other; None writes nothing.
             over: as for `pareto`.
         """
+        over = over or self.cost
         shares = self._values(over) / (self.dearest.macs if over == "macs" else 1)
         series = []
         for kind in KINDS:
@@ -196,13 +199,9 @@ class PathScores:
         series.append(plotting.Series("best of every size", list(shares[front]), list(self.divergence[front])))
         return plotting.lines(series, AXES[over], "KL to the dearest anchor, nats", "Paths by cost", path)
 
-    def _values(self, over: str) -> np.ndarray:
+    def _values(self, over: str | None) -> np.ndarray:
         """A cost of every path."""
-        if over not in AXES:
-            raise ValueError(f"got over={over!r}; expected one of {sorted(AXES)}")
-        values = [getattr(cost, over) for cost in self.costs]
-        if None in values or (over == "weight_bytes" and 0 in values):
-            raise ValueError(f"got over={over!r}, which was not measured; expected a search with usage=Usage(…)")
+        values = [cost.of(over or self.cost, self.bytes_per_parameter) for cost in self.costs]
         return np.array(values, dtype=np.float64)
 
     def save(self, path: str | File) -> File:
@@ -215,6 +214,7 @@ class PathScores:
             "provenance": dict(self.provenance),
             "joints": list(self.joints),
             "depths": list(self.depths),
+            "cost": self.cost,
         }
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ("divergence", "error")}
         return write_atomically(path, lambda part: save_file(arrays, part, {"klas_hf_paths": json.dumps(plain)}))
@@ -238,6 +238,7 @@ class PathScores:
                 tuple(map(Path.parse, plain["paths"])), **arrays, costs=tuple(Cost(**cost) for cost in plain["costs"]),
                 names=tuple(plain["names"]), bytes_per_parameter=plain["bytes_per_parameter"],
                 provenance=plain["provenance"], joints=tuple(plain["joints"]), depths=tuple(plain["depths"]),
+                cost=plain.get("cost", "macs"),
             )  # fmt: skip
 
     @cached_property

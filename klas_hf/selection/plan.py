@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from klas_hf.anchors.dense import dense_head, is_dense
 from klas_hf.anchors.language import anchor_config
 from klas_hf.anchors.loading import load_anchors
 from klas_hf.anchors.vision import is_vision
-from klas_hf.budgets import Budget, Cost, check_budget
+from klas_hf.budgets import COSTS, Budget, Cost, check_budget
 from klas_hf.costs import PathCosts, Usage, measure_path_costs
 from klas_hf.paths import Path
+from klas_hf.processes import from_main_process
 from klas_hf.scores.functional_settings import FunctionalScoring, calibration_and_scored, enough_rows
 from klas_hf.scores.path_scores import KINDS, kind_of
 from klas_hf.selection.moves import Moves
@@ -34,7 +35,8 @@ class SearchConfig:
         joints: that a path may have.
         kinds: of paths, of "pruned", "stitch", "mixed", and "repeated" for those that run a block twice.
         least_slice: blocks that a slice has at least.
-        cheapest: share of the dearest anchor's MACs below which nothing is searched.
+        cost: what buckets are of, one of `COSTS`; None: what the budget limits most, MACs without one.
+        cheapest: share of the dearest anchor's cost below which nothing is searched.
         screened: share of the scored items that candidates are first measured on.
         forwards: runs of a block on one sequence or image that may be spent; None: three times what scoring all
             stitches between the anchors' costs on all items takes (of one anchor, all its cuts).
@@ -56,6 +58,7 @@ class SearchConfig:
     joints: int = 3
     kinds: tuple[str, ...] = ("pruned", "stitch", "mixed")
     least_slice: int = 1
+    cost: str | None = None
     cheapest: float = 0.2
     screened: float = 0.125
     forwards: int | None = None
@@ -72,13 +75,18 @@ class SearchConfig:
                 raise ValueError(f"got {name}={getattr(self, name)}; expected a share above 0 and at most 1")
         if not self.kinds or not set(self.kinds) < set(KINDS) - {"anchor"} | {""}:
             raise ValueError(f"got kinds={self.kinds}; expected some of {KINDS[1:]}")
+        if self.cost not in (None, *COSTS):
+            raise ValueError(f"got cost={self.cost!r}; expected one of {', '.join(COSTS)}")
 
 
-def search_within(budget: Budget) -> SearchConfig:
-    """The default search; for a small share of the dearest anchor's MACs one that looks below it too."""
-    if budget.share is None or 0.8 * budget.share >= SearchConfig.cheapest:
-        return SearchConfig()
-    return SearchConfig(cheapest=0.8 * budget.share)
+def search_within(
+    budget: Budget, dearest: Cost, bytes_per_parameter: float, config: SearchConfig | None = None
+) -> SearchConfig:
+    """The search for a budget: over the cost that it limits most; by default, for a small share, below that too."""
+    cost, share = budget.binding(dearest, bytes_per_parameter)
+    if config is None:
+        return SearchConfig(cost=cost, cheapest=min(SearchConfig.cheapest, 0.8 * share))
+    return replace(config, cost=config.cost or cost)
 
 
 class SearchPlan:
@@ -87,11 +95,13 @@ class SearchPlan:
     Args:
         anchors: those that are searched; their weights are not looked at.
         data: batches, as for `search_paths`.
-        config: settings of the search.
+        config: settings of the search; None takes the defaults.
         tokens: sequence length that a language model's costs are counted for.
         usage: how the models will be run; given, paths have costs in seconds.
+        budget: what a path is searched for; None: one for every size.
 
     Attributes:
+        config: the settings, with the cost that is searched over.
         costs: of every path.
         reference: position of the dearest anchor.
         dearest: its cost.
@@ -109,21 +119,25 @@ class SearchPlan:
         self,
         anchors: Sequence[Anchor],
         data: Iterable[Any],
-        config: SearchConfig,
+        config: SearchConfig | None,
         tokens: int,
         usage: Usage | None = None,
+        budget: Budget | None = None,
     ):
-        self.config, self.anchors = config, anchors
-        self.calibration, self.scored = map(list, calibration_and_scored(anchors[0], data, config.scoring))
+        self.anchors, self.budget = anchors, budget
+        scoring = (config or SearchConfig()).scoring
+        self.calibration, self.scored = map(list, calibration_and_scored(anchors[0], data, scoring))
         first = self.scored[0]
         size = tuple(first.inputs["pixel_values"].shape[-2:]) if "pixel_values" in first.inputs else None
-        self.costs: PathCosts = measure_path_costs(
-            [anchor.model for anchor in anchors], tokens=tokens, image_size=size, usage=usage
+        models = [anchor.model for anchor in anchors]
+        self.costs: PathCosts = from_main_process(
+            lambda: measure_path_costs(models, tokens=tokens, image_size=size, usage=usage)
         )
         self.wholes = [Path.parse(f"{place}[:]") for place in range(len(anchors))]
-        self._macs: dict[Path, int] = {}
-        self.reference = max(range(len(anchors)), key=lambda place: self.macs(self.wholes[place]))
+        self._values: dict[Path, float] = {}
+        self.reference = max(range(len(anchors)), key=lambda place: self.costs.of(self.wholes[place]).macs)
         self.dearest = self.costs.of(self.wholes[self.reference])
+        self.config = config = self._settled(config)
         grids = [anchor.grids(first) for anchor in anchors]
         self.moves = Moves(grids, config.joints, config.least_slice, "repeated" in config.kinds)
         self.few = max(1, round(len(self.scored) * config.screened))
@@ -154,22 +168,26 @@ class SearchPlan:
         """What a path costs, with such joints."""
         return self.costs.of(path, identity=self.joint(path) == "merged")
 
-    def macs(self, path: Path) -> int:
-        """MACs of a path."""
-        if path not in self._macs:
-            self._macs[path] = self.cost(path).macs
-        return self._macs[path]
+    def value(self, path: Path) -> float:
+        """What a path takes of the cost that is searched over."""
+        if path not in self._values:
+            self._values[path] = self._of(self.cost(path))
+        return self._values[path]
 
     def place(self, path: Path) -> int | None:
         """The cost bucket of a path; None where nothing is searched."""
-        macs, low = self.macs(path), self.config.cheapest * self.dearest.macs
-        if not low <= macs < self.dearest.macs:
+        value, dearest = self.value(path), self._of(self.dearest)
+        low = self.config.cheapest * dearest
+        if not low <= value < dearest:
             return None
-        return int((macs - low) * self.config.buckets // (self.dearest.macs - low))
+        return int((value - low) * self.config.buckets // (dearest - low))
 
     def searched(self, path: Path) -> bool:
-        """Whether a path is of the kinds and costs that are asked for."""
-        return kind_of(path) in self.config.kinds and self.place(path) is not None
+        """Whether a path is of the kinds and costs that are asked for, and within the other limits of the budget."""
+        return self._sized(path) and (
+            self.budget is None
+            or self.budget.allows(self.cost(path), self.dearest, self.bytes_per_parameter, but=str(self.config.cost))
+        )
 
     def first(self) -> list[Path]:
         """The paths of one joint that a search begins with."""
@@ -190,17 +208,33 @@ class SearchPlan:
 
     def check(self, budget: Budget) -> None:
         """Raise ValueError, with the range, for a budget that no path will meet or that even the dearest meets."""
-        costs = [self.cost(path) for path in [*self.wholes, *self.first()]]
+        costs = [self.cost(path) for path in [*self.wholes, *filter(self._sized, self.moves.single())]]
         check_budget(budget, costs, self.dearest, self.bytes_per_parameter)
+
+    def _settled(self, config: SearchConfig | None) -> SearchConfig:
+        """The settings with the cost that is searched over, of which the dearest anchor must take some."""
+        if self.budget is not None:
+            config = search_within(self.budget, self.dearest, self.bytes_per_parameter, config)
+        config = config or SearchConfig()
+        config = config if config.cost else replace(config, cost="macs")
+        if not self.dearest.of(str(config.cost), self.bytes_per_parameter):
+            raise ValueError(f"got cost={config.cost!r}, of which these anchors take nothing; expected another")
+        return config
+
+    def _of(self, cost: Cost) -> float:
+        return cost.of(str(self.config.cost), self.bytes_per_parameter)
+
+    def _sized(self, path: Path) -> bool:
+        return kind_of(path) in self.config.kinds and self.place(path) is not None
 
     def _all_pairs(self) -> int:
         """What scoring all stitches between the anchors' costs on all items takes; of one anchor, all its cuts."""
         prices, alone = 0, len(self.anchors) == 1
         for path in self.moves.single():
             if alone or path.stitch is not None:
-                ends = [self.macs(self.wholes[one.anchor]) for one in path.slices]
+                ends = [self.cost(self.wholes[one.anchor]).macs for one in path.slices]
                 low = self.config.cheapest * self.dearest.macs if alone else ends[0]
-                if low <= self.macs(path) <= ends[1]:
+                if low <= self.cost(path).macs <= ends[1]:
                     prices += self.price(path, None)
         return prices
 

@@ -1,10 +1,10 @@
 """The best model of every size: a search over paths through one, two or more anchors, by functional KL.
 
-Paths of one joint come first: every cut of an anchor, every stitch of two, measured on a few items. The best of each
-cost bucket are grown by moves (`Moves`), their neighbours measured, and so on, until no bucket gets better or the
-forwards that are allowed have run; at the end the best of each bucket is measured on all items. Nothing is trained. The
-idea is the beam search of greedy depth pruning, with the least-squares joints of ReplaceMe (arXiv 2505.02819) and
-SN-Net's stitches as further moves.
+A size is MACs, or another cost: bytes, seconds, whatever a budget limits. Paths of one joint come first: every cut of
+an anchor, every stitch of two, measured on a few items. The best of each cost bucket are grown by moves (`Moves`),
+their neighbours measured, and so on, until no bucket gets better or the forwards that are allowed have run; at the end
+the best of each bucket is measured on all items. Nothing is trained. The idea is the beam search of greedy depth
+pruning, with the least-squares joints of ReplaceMe (arXiv 2505.02819) and SN-Net's stitches as further moves.
 """
 
 import math
@@ -15,6 +15,7 @@ from typing import Any
 
 from klas_hf.anchors.anchor import Anchor, check_anchors
 from klas_hf.anchors.loading import load_anchors
+from klas_hf.budgets import Budget, Cost
 from klas_hf.costs.usage import Usage
 from klas_hf.paths import Path
 from klas_hf.processes import process_state
@@ -35,6 +36,7 @@ def search_paths(
     *,
     tokens: int = 128,
     usage: Usage | None = None,
+    budget: Budget | Cost | str | float | None = None,
     output: str | File | None = None,
     revisions: Sequence[str | None] | None = None,
     **loading: Any,
@@ -47,6 +49,8 @@ def search_paths(
         config: settings; None takes the defaults.
         tokens: sequence length that a language model's costs are counted for.
         usage: how the models will be run; given, the anchors' parts are timed, and budgets may be in seconds.
+        budget: that a path is searched for: sizes are of the cost that it limits most (`SearchConfig.cost` names
+            another), and paths beyond its other limits are left out.
         output: JSONL file of all that was measured; a search that was interrupted goes on from it.
         revisions: of the anchors on the Hub.
         loading: of anchors named by Hub id or folder, as for `from_pretrained`: dtype, device_map, attn_implementation,
@@ -56,16 +60,16 @@ def search_paths(
         All paths that were measured on all items, the anchors among them.
 
     Raises:
-        ValueError: an anchor twice, other vocabularies or classes, too little data, or an output of another search.
+        ValueError: an anchor twice, other vocabularies or classes, too little data, a cost that takes a usage to be
+            known, or an output of another search.
 
     Example:
         >>> found = search_paths([source, target], batches, tokens=16)
         >>> found.best("60%").joints > 0, found.pareto()[-1] == Path.parse("1[:]")
         (True, True)
     """
-    return _Search(
-        load_anchors(anchors, revisions, **loading), data, config or SearchConfig(), tokens, output, usage
-    ).run()
+    wanted = None if budget is None else Budget.of(budget)
+    return _Search(load_anchors(anchors, revisions, **loading), data, config, tokens, output, usage, wanted).run()
 
 
 class _Search:
@@ -75,15 +79,16 @@ class _Search:
         self,
         anchors: list[Anchor],
         data: Iterable[Any],
-        config: SearchConfig,
+        config: SearchConfig | None,
         tokens: int,
         output: str | File | None,
         usage: Usage | None,
+        budget: Budget | None,
     ):
-        self.config, self.usage = config, usage
-        self.anchors = anchors
+        self.anchors, self.usage = anchors, usage
         check_anchors(self.anchors, least=1)
-        self.plan = SearchPlan(self.anchors, data, config, tokens, usage)
+        self.plan = SearchPlan(self.anchors, data, config, tokens, usage, budget)
+        self.config = config = self.plan.config
         self.scorer = PathScorer(
             self.anchors, self.plan.reference, self.plan.calibration, self.plan.scored,
             temperature=config.scoring.temperature, ridge=config.scoring.ridge,
@@ -95,7 +100,7 @@ class _Search:
         self.settings = plain | {
             "temperature": config.scoring.temperature, "ridge": config.scoring.ridge, "tokens": tokens,
             "anchors": fingerprints, "data": self.plan.digest,
-        }  # fmt: skip
+        } | ({} if budget is None else {"budget": budget.text})  # fmt: skip
         self.rows = None if output is None else RowFile(output, {"search": self.settings})
         self.known: dict[tuple[Path, int | None], tuple[float, float]] = {}
         self.priced: set[tuple[Path, int | None]] = set()
@@ -136,11 +141,12 @@ class _Search:
                 self.improved[move] = self.improved.get(move, 0) + better
         self._measure(self._finalists(), None)
         full = {path: self.known[path, None] for path, batches in self.priced if batches is None}
-        full = dict(sorted(full.items(), key=lambda pair: (self.plan.macs(pair[0]), str(pair[0]))))
+        full = dict(sorted(full.items(), key=lambda pair: (self.plan.value(pair[0]), str(pair[0]))))
         costs, joints = [self.plan.cost(path) for path in full], tuple(map(self.plan.joint, full))
         return as_scores(
             full, costs, names=tuple(anchor.name for anchor in self.anchors),
             bytes_per_parameter=self.plan.bytes_per_parameter, joints=joints, depths=tuple(self.plan.moves.depths),
+            cost=self.config.cost,
             provenance=self.settings
             | {"versions": library_versions(), "spent": self.spent, "limit": self.plan.forwards}
             | ({} if self.usage is None else {"usage": asdict(self.usage)}),
@@ -176,23 +182,24 @@ class _Search:
                 if self.plan.searched(path):
                     yield path
 
-    def _promise(self, front: Sequence[tuple[int, float]], parent: Path, move: str) -> float:
+    def _promise(self, front: Sequence[tuple[float, float]], parent: Path, move: str) -> float:
         """Low for neighbours of paths that are near the best of their size, by moves that have paid before."""
         paid = (self.improved.get(move, 0) + 1) / (self.tried.get(move, 0) + 2)
         return self._excess(front, parent) / paid
 
-    def _excess(self, front: Sequence[tuple[int, float]], path: Path) -> float:
+    def _excess(self, front: Sequence[tuple[float, float]], path: Path) -> float:
         """How many times the divergence is that of the best path that costs no more, as screened."""
-        own = self.known[path, self.plan.few][0]
-        best = min((value for macs, value in front if macs <= self.plan.macs(path)), default=own)
+        own, size = self.known[path, self.plan.few][0], self.plan.value(path)
+        best = min((value for cost, value in front if cost <= size), default=own)
         return max(own, 1e-12) / max(best, 1e-12)
 
-    def _front(self) -> list[tuple[int, float]]:
-        """MACs and divergence of what no cheaper path beats, as screened."""
-        front: list[tuple[int, float]] = []
-        for macs, value in sorted((self.plan.macs(path), self.known[path, self.plan.few][0]) for path in self._kept(1)):
+    def _front(self) -> list[tuple[float, float]]:
+        """Cost and divergence of what no cheaper path beats, as screened."""
+        front: list[tuple[float, float]] = []
+        found = ((self.plan.value(path), self.known[path, self.plan.few][0]) for path in self._kept(1))
+        for cost, value in sorted(found):
             if not front or value < front[-1][1]:
-                front.append((macs, value))
+                front.append((cost, value))
         return front
 
     def _finalists(self) -> list[Path]:

@@ -1,8 +1,8 @@
 """The server of transformers (`transformers serve`) with a supernet in the place of its models.
 
 Requests, answers and streams are transformers' own; what differs is which model a request means, how long an answer may
-be, and what happens when too much is asked at once. Requests for one path run after each other, those for different
-paths at the same time.
+be, that requests for one path are answered in batches, and what happens when too much is asked at once. Different paths
+run at the same time.
 """
 
 from typing import Any
@@ -16,9 +16,10 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import BaseGenerateManager, GenerateManager, GenerationState
+from transformers.cli.serving.utils import BaseGenerateManager, GenerationState
 
-from klas_hf.serving.paths import PathModel, ServedSupernet, UnknownModel
+from klas_hf.serving.batching import ALONE, BatchManager
+from klas_hf.serving.paths import ServedSupernet, UnknownModel
 
 RETRY_SECONDS = 1
 
@@ -63,6 +64,7 @@ class _OnPath:
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         path = self.served.path_of(body.get("model"), body.pop("budget", None))
+        ALONE.set(body.get("seed") is not None)
         return await self.handler.handle_request(body | {"model": f"{self.served.name}@{path}"}, request_id)
 
 
@@ -96,28 +98,12 @@ class _Manager(ModelManager):
 
 
 class _State(GenerationState):
-    """One thread for each path."""
+    """One thread for each path, which answers together what waits together."""
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
         if model_id not in self._generate_managers:
-            self._generate_managers[model_id] = _Fitting()
+            self._generate_managers[model_id] = BatchManager()
         return self._generate_managers[model_id]
-
-
-class _Fitting(GenerateManager):
-    """Refuses, before an answer begins, what is longer than the path's anchors read."""
-
-    def generate_streaming(
-        self, model: PathModel, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        model.fit(inputs["input_ids"].shape[-1], gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
-
-    async def generate_non_streaming(
-        self, model: PathModel, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        model.fit(inputs["input_ids"].shape[-1], gen_config)
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
 
 
 class _Admission:

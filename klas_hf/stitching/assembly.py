@@ -18,6 +18,12 @@ from klas_hf.budgets import Budget, Cost
 from klas_hf.models import StitchedModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.paths import Stitch
+<<<<<<< HEAD
+=======
+from klas_hf.scores.path_scores import PathScores
+from klas_hf.selection.plan import SearchConfig, SearchPlan, unallocated_anchors
+from klas_hf.selection.search import search_paths
+>>>>>>> serve
 from klas_hf.stitching.calibration import sampled
 
 if TYPE_CHECKING:
@@ -172,11 +178,11 @@ def _searched(
     )
     ids = batches[0].inputs.get("input_ids") if batches else None
     tokens = 128 if ids is None else ids.shape[1]
-    search = search or search_within(budget)
     usage = Usage() if usage is None and budget.timed else usage
-    SearchPlan(shapes, batches, search, tokens, usage).check(budget)
+    about: dict[str, Any] = {"usage": usage, "budget": budget}
+    SearchPlan(shapes, batches, search, tokens, **about).check(budget)
     given = {name: value for name, value in kwargs.items() if name not in _OF_ASSEMBLY and value is not None}
-    found = search_paths(anchors, batches, search, tokens=tokens, usage=usage, revisions=revisions, **given)
+    found = search_paths(anchors, batches, search, tokens=tokens, revisions=revisions, **about, **given)
     return assemble_best(anchors, found, budget, revisions=revisions, **kwargs | {"calibration": batches})
 
 

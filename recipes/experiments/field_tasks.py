@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from klas_hf.anchors.weights import evaluating
 from klas_hf.costs.measured import device_name
-from klas_hf.costs.timing import time_parts
+from klas_hf.costs.timing import Timed, time_parts
 from klas_hf.data.text import TextBatches, held_out, python_documentation, text_windows
 from klas_hf.evaluation import Measurement, predict_sequences
 from klas_hf.processes import process_state
@@ -144,7 +144,7 @@ def speed_task(prompt: int) -> FieldTask:
     def measure(model: PreTrainedModel) -> Measurement:
         ids = torch.ones(1, prompt, dtype=torch.long, device=model.device)
         with evaluating(model):
-            times = time_parts(model, (), {"input_ids": ids})
+            (times,) = time_parts([Timed(model, (), {"input_ids": ids})])
         seconds, per_token = sum(times.seconds), sum(times.token_seconds)
         return Measurement({"first_token": seconds, "per_token": per_token, "bytes": weight_bytes(model)})
 

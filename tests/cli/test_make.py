@@ -226,6 +226,10 @@ def test_a_budget_may_be_in_seconds_and_bytes(
     usage = found.provenance["usage"]
     assert (usage["prompt"], usage["batch"], usage["weight_bits"]) == (5, 2, 8)
     assert all(cost.latency and cost.weight_bytes < 4 * cost.parameters for cost in found.costs)
+    assert found.cost == "macs"  # 80 % is the narrowest of the three
+    assert all(row.cost("latency") > 0 for row in read_rows(output / "rows.jsonl"))
+    assert _make(language, "text", tmp_path / "other", "--dry_run", budget=f"{found.dearest.parameters / 1.6e6} M") == 0
+    assert "search over parameters: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

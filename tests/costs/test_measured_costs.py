@@ -8,14 +8,17 @@ from pathlib import Path as Folder
 import pytest
 import torch
 from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import trim_mean
 from tiny_models import tiny_config, tiny_model
 from tiny_vision import tiny_pair
 from torch import nn
 
 from klas_hf import Usage, measure_costs, measure_path_costs
-from klas_hf.costs import measured
+from klas_hf.costs import measured, timing
 from klas_hf.costs.measured import PathTimes
-from klas_hf.costs.timing import LiveBytes, PartTimes, time_parts
+from klas_hf.costs.timing import LiveBytes, PartTimes, Timed, time_parts, usual
 
 USAGE = Usage(prompt=7, batch=2)
 
@@ -23,6 +26,7 @@ USAGE = Usage(prompt=7, batch=2)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(timing, "ROUNDS", 4)
     yield
 
 
@@ -30,22 +34,41 @@ def slow(module: nn.Module, seconds: float) -> None:
     module.register_forward_hook(lambda *_: time.sleep(seconds))
 
 
-def test_every_part_is_timed_by_itself() -> None:
+def test_every_part_is_timed_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "ROUNDS", 8)
+    monkeypatch.setattr(timing, "STEPS", 2)
     model = tiny_model(large=True)
     blocks = list(model.model.layers)
-    slow(blocks[1], 0.004)
-    slow(model.lm_head, 0.006)
+    slow(blocks[1], 0.02)
+    slow(model.lm_head, 0.03)
     ids = {"input_ids": torch.ones(2, 7, dtype=torch.long)}
-    found = time_parts(model, [(block, block) for block in blocks], ids)
+    plain = tiny_model()
+    other, found = time_parts([Timed(plain, [], ids), Timed(model, [(block, block) for block in blocks], ids)])
     for seconds in (found.seconds, found.token_seconds):
         assert len(seconds) == 7
-        assert seconds[2] >= 0.004 and seconds[6] >= 0.006
-        assert max(seconds[:2] + seconds[3:6]) < 0.004
+        assert seconds[2] >= 0.02 and seconds[6] >= 0.03
+        assert max(seconds[:2] + seconds[3:6]) < 0.02
     assert not [module for module in blocks[0].modules() if module._forward_pre_hooks]
-    whole = time_parts(model, [], ids)
+    assert len(other.seconds) == 1 and other.seconds[0] < 0.05
+    (whole,) = time_parts([Timed(model, [], ids)])
     assert len(whole.seconds) == len(whole.token_seconds) == len(whole.peak_bytes) == 1
-    assert whole.seconds[0] >= 0.01
+    assert whole.seconds[0] >= 0.05
     assert whole.peak_bytes[0] == max(found.peak_bytes)
+
+
+@given(st.lists(st.lists(st.floats(0, 9), min_size=3, max_size=3), min_size=1, max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_parts_add_up_to_the_trimmed_mean_of_the_whole(rounds: list[list[float]]) -> None:
+    assert sum(usual(rounds)) == pytest.approx(trim_mean([sum(one) for one in rounds], 0.25))
+
+
+def test_models_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, ran = [tiny_model(), tiny_model(large=True)], []
+    for model in models:
+        model.register_forward_pre_hook(lambda module, _: ran.append(module))
+    monkeypatch.setattr(timing, "STEPS", 0)
+    time_parts([Timed(model, [], {"input_ids": torch.ones(1, 4, dtype=torch.long)}) for model in models])
+    assert ran[: 2 * timing.ROUNDS] == models * timing.ROUNDS
 
 
 def test_living_tensors_are_counted() -> None:

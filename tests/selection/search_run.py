@@ -10,7 +10,7 @@ from accelerate_choice import choose
 from tiny_models import tiny_model, token_ids
 from torch.distributed.fsdp import fully_shard
 
-from klas_hf import FunctionalScoring, SearchConfig, StitchedModel, evaluate, score_stitches, search_paths
+from klas_hf import FunctionalScoring, SearchConfig, StitchedModel, Usage, evaluate, score_stitches, search_paths
 from klas_hf.processes import process_state
 
 
@@ -27,7 +27,10 @@ def main() -> None:
     config = SearchConfig(joints=2, buckets=4, scoring=scoring)
     anchors = [tiny_model(seed=1), tiny_model(large=True, seed=2)]
     found = search_paths(anchors, data, config, tokens=16, output=folder / "rows.jsonl")
-    found.save(folder / f"process{state.process_index}of{state.num_processes}.safetensors")
+    of = f"{state.process_index}of{state.num_processes}.safetensors"
+    found.save(folder / f"process{of}")
+    timed = SearchConfig(joints=2, buckets=4, scoring=scoring, cost="latency")
+    search_paths(anchors, data, timed, tokens=16, usage=Usage(prompt=4)).save(folder / f"timed{of}")
     scores = score_stitches(*anchors, data, tokens=16, functional=scoring)
     model = StitchedModel.from_anchors(*anchors, (2, 2), calibration=data)
     labelled = [batch | {"labels": batch["input_ids"]} for batch in data]

@@ -107,10 +107,11 @@ def test_the_curve_can_be_drawn_over_any_cost(tmp_path: Folder) -> None:
         figure = other.plot(tmp_path / over, over=over)
         drawn = [float(x) for line in figure.axes[0].lines for x in line.get_xdata()]
         assert all(pytest.approx(getattr(cost, over)) in drawn for cost in other.costs)
-    with pytest.raises(ValueError, match="got over='joy'; expected one of"):
+    with pytest.raises(ValueError, match="got the cost 'joy'; expected one of"):
         found.pareto("joy")
     with pytest.raises(ValueError, match="was not measured; expected a search with usage"):
-        scores(weight_bytes=0).plot(over="weight_bytes")
+        scores(peak_bytes=None).plot(over="peak_bytes")
+    assert scores(weight_bytes=0).pareto("weight_bytes") == found.paths  # then as many as the dtype has
 
 
 def test_stitches_may_be_kept_within_a_budget() -> None:

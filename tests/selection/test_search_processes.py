@@ -18,7 +18,11 @@ def run(folder: Path, processes: int, configured: str = "replicas") -> Path:
     folder.mkdir()
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else []
     launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"] if processes == 2 else []
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+    settings = {
+        "HF_HOME": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]),
+    }
     done = subprocess.run(
         [sys.executable, *launch, str(HERE / "search_run.py"), str(folder), configured],
         capture_output=True, text=True, env=os.environ | settings, timeout=200,
@@ -47,5 +51,7 @@ def test_two_processes_find_what_one_finds(configured: str, alone: Path, tmp_pat
         assert there["loss"] == pytest.approx(found["loss"], rel=1e-6)
         sharded = "got LlamaForCausalLM with weights that several processes share out; expected whole ones"
         assert [text.startswith(sharded) for text in there["refused"]] == [True] * 2 * (configured == "fsdp2")
+    timed = [PathScores.load(both / f"timed{number}of2.safetensors") for number in (0, 1)]
+    assert timed[0].paths == timed[1].paths and timed[0].costs == timed[1].costs  # the main process's clock
     rows = [(folder / "rows.jsonl").read_text().splitlines()[1:] for folder in (alone, both)]
     assert [json.loads(row)["path"] for row in rows[0]] == [json.loads(row)["path"] for row in rows[1]]

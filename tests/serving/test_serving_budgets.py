@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path as Folder
 from typing import Any
 
 import pytest
@@ -21,8 +21,9 @@ import uvicorn
 from saved_models import ascii_tokenizer
 from tiny_models import tiny_model, token_ids
 
-from klas_hf import ResultRow, RowFile, StitchedSupernet, StitchedSupernetForCausalLM, Usage
+from klas_hf import Path, ResultRow, RowFile, StitchedSupernet, StitchedSupernetForCausalLM, Usage
 from klas_hf.cli import main
+from klas_hf.serving import batching
 from klas_hf.serving.app import build_app
 from klas_hf.serving.paths import ServedSupernet
 
@@ -155,6 +156,106 @@ def test_requests_of_different_budgets_at_the_same_time(served: ServedSupernet, 
     assert served.prefixes.reused > before
 
 
+@contextmanager
+def waiting(served: ServedSupernet, monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[list[int]]:
+    """A path that is busy until `count` further requests for it wait; the sizes of the batches that it answers."""
+    sizes: list[int] = []
+    asked, whole, ask = threading.Semaphore(0), served.supernet.generate, batching.BatchManager._ask
+
+    def counted(*args: Any) -> None:
+        ask(*args)
+        asked.release()
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(kwargs.get("input_ids", args[0] if args else ())))
+        if len(sizes) == 1:
+            assert all(asked.acquire(timeout=30) for _ in range(1 + count))
+        return whole(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batching.BatchManager, "_ask", counted)
+        patch.setattr(served.supernet, "generate", slowly)
+        yield sizes
+
+
+def test_what_waits_together_is_answered_together_as_alone(
+    served: ServedSupernet, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and answers of other lengths, streamed or not."""
+    prompts = ["the quick brown fox", "a", "one big cat sang", "the lazy dog", "a big bird sang the quick brown fox"]
+
+    def ask(number: int) -> str:
+        about: dict[str, Any] = {"prompt": prompts[number], "max_tokens": 3 + 2 * number, "temperature": 0}
+        if number % 2:
+            return client.completions.create(model=f"tiny@{PATHS[0]}", **about).choices[0].text
+        chunks = list(client.completions.create(model=f"tiny@{PATHS[0]}", stream=True, **about))
+        assert chunks[-1].usage.completion_tokens == 3 + 2 * number
+        assert chunks[-1].choices[0].finish_reason == "length"
+        return "".join(chunk.choices[0].text for chunk in chunks)
+
+    with waiting(served, monkeypatch, 4) as sizes, ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(ask, range(5)))
+    assert sum(sizes) == 5 and max(sizes) >= 3
+    assert answers == [expected(served, PATHS[0], one, 3 + 2 * n) for n, one in enumerate(prompts)]
+
+
+def test_answers_of_a_batch_end_where_they_end_alone(
+    served: ServedSupernet, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a token of the model's; those that are generated otherwise run by themselves."""
+    prompts = ["the quick brown fox", "a big bird", "one cat"]
+    ids = [served.tokenizer(one, return_tensors="pt")["input_ids"] for one in prompts]
+    model = served.supernet.path_model("0[:]")
+    said = [model.generate(one, do_sample=False, max_new_tokens=8)[0, one.shape[1] :].tolist() for one in ids]
+    last = said[1][2]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", last)
+    whole = [one[: one.index(last) + 1] if last in one else one for one in said]
+
+    def ask(number: int) -> Any:
+        about: dict[str, Any] = {"seed": 5} if number == 3 else {"stop": ["zzz"]} if number == 4 else {}
+        return client.completions.create(
+            model="tiny@0[:]", prompt=prompts[number % 3], max_tokens=8, temperature=0, **about
+        )
+
+    with waiting(served, monkeypatch, 2) as sizes, ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(ask, range(5)))
+    assert sum(sizes) == 5 and max(sizes) >= 2 and sizes.count(1) >= 2
+    for number, answer in enumerate(answers):
+        assert answer.usage.completion_tokens == len(whole[number % 3])
+        assert answer.choices[0].finish_reason == ("stop" if last in whole[number % 3] else "length")
+        assert answer.choices[0].text == served.tokenizer.decode(whole[number % 3], skip_special_tokens=True)
+
+
+def test_who_leaves_a_batch_or_breaks_it_is_told(served: ServedSupernet) -> None:
+    ended: list[tuple[str, Exception | None]] = []
+
+    def request(name: str, text: str, cancelled: bool = False) -> batching.Request:
+        def take(token: int) -> None:
+            if cancelled:
+                raise batching._GenerationCancelled
+
+        settings = served.models[Path.parse("0[:]")].generation_config
+        settings.max_new_tokens = 4
+        ids = served.tokenizer(text, return_tensors="pt")["input_ids"]
+        return batching.Request(ids, settings, take, lambda error: ended.append((name, error)))
+
+    one, other = request("one", "a cat", cancelled=True), request("other", "the lazy dog")
+    assert one.goes_with(other)
+    other.settings.temperature = 0.5
+    assert not one.goes_with(other)
+    batching.generate_together(served.models[Path.parse("0[:]")], [one, other])
+    assert [(name, type(error)) for name, error in ended] == [
+        ("one", batching._GenerationCancelled), ("other", type(None))
+    ]  # fmt: skip
+    assert (one.taken, other.taken) == (0, 4)
+    manager = batching.BatchManager()
+    manager._waiting.append(request("third", "a"))
+    manager._answer(None)
+    assert ended[2][0] == "third" and isinstance(ended[2][1], AttributeError)
+    manager._answer(None)  # nothing waits
+    assert len(ended) == 3
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -226,7 +327,7 @@ def test_too_many_are_told_to_come_again_and_none_is_lost(
 
 
 @pytest.mark.slow
-def test_budgets_in_seconds_where_they_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_in_seconds_where_they_were_measured(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     timed = ServedSupernet(supernet_of(), ascii_tokenizer(), "tiny", usage=Usage(prompt=4))
     seconds = sorted(one["seconds_per_token"] for one in timed.listed())
@@ -239,7 +340,7 @@ def test_budgets_in_seconds_where_they_were_measured(tmp_path: Path, monkeypatch
 
 
 def test_the_command_says_what_it_serves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[Any] = []
     monkeypatch.setattr("klas_hf.serving.app.uvicorn.Server.run", lambda server: ran.append(server.config))
