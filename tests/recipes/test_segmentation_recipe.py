@@ -111,12 +111,14 @@ def test_the_papers_setting_runs_on_noise(processes: int, scenes: Path, tmp_path
         "--config", str(RECIPES / "ade20k_mask2former.yaml"), "--data", str(scenes), "--anchors",
         str(tmp_path / "small"), str(tmp_path / "large"), "--image_size", "64", "64", "--max_steps", "2",
         "--probe_epochs", "1", "--calibration_images", "8", "--search_forwards", "2000", "--num_workers", "1",
-        "--output_dir", str(tmp_path / "out"), launcher=launcher,
+        "--scored_images", "4", "--batch_size", "2", "--output_dir", str(tmp_path / "out"), launcher=launcher,
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()[1:]]
     given = {row["path"]: row["macs"] for row in rows if row["rule"] == "as given"}
     assert given == {f"{n}[:]": measure_costs(anchor, image_size=64).macs for n, anchor in enumerate(anchors)}
     assert {row["rule"] for row in rows} == {"as given", "anchor", "klas", "snnet", "functional", "search", "random"}
+    found = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text().splitlines()[1:]]
+    assert {row["details"]["items"] for row in found if row["setting"]["batches"] is None} == {4}  # of six
     report = (tmp_path / "out" / "report.md").read_text()
     assert all(f"| class {number} |" in report for number in range(150))
 
