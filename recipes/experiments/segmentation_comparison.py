@@ -40,7 +40,7 @@ from klas_hf.training import TrainingConfig, train_stitches
 
 RULES = ("klas", "snnet", "functional", "search", "random")
 _CHOICE = ("rules", "search_forwards")  # which paths are trained, not how
-WHOLES = [AnchorPath.parse("0[:]"), AnchorPath.parse("1[:]")]
+_WHOLES = [AnchorPath.parse("0[:]"), AnchorPath.parse("1[:]")]
 SHOWN = 4  # test images whose predictions are kept, to be looked at
 
 
@@ -81,8 +81,9 @@ class SegmentationSettings:
     def __post_init__(self) -> None:
         if unknown := [rule for rule in self.rules if rule not in RULES]:
             raise ValueError(f"got the rules {unknown}; expected some of {RULES}")
-        if self.buckets < 1:
-            raise ValueError(f"got buckets={self.buckets}; expected at least 1")
+        for name in ("buckets", "calibration_images", "scored_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected at least 1")
 
 
 class SegmentationComparison:
@@ -130,7 +131,7 @@ class SegmentationComparison:
     def anchor_rows(self) -> list[ResultRow]:
         """The anchors as they were given, on the test images."""
         found = []
-        for path in WHOLES:
+        for path in _WHOLES:
             found += evaluate_stitches(
                 [path], self._assembled, self._measure_of(f"{path} as given"), rule="as given", rows=self.rows,
                 anchors=self.fingerprints, training=None,
@@ -139,7 +140,7 @@ class SegmentationComparison:
 
     def measured(self, rule: str) -> list[ResultRow]:
         """The rows of a rule's paths, trained alike; those of "anchor" are the anchors, trained like the rest."""
-        paths = WHOLES if rule == "anchor" else self.selection(rule)
+        paths = _WHOLES if rule == "anchor" else self.selection(rule)
         found = []
         for path in paths:
             found += evaluate_stitches(
