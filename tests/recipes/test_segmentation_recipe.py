@@ -42,7 +42,7 @@ def test_settings_files_have_known_options_only(name: str) -> None:
         (["--anchors", "a"], "expected two"),
         (["--anchors", "a", "b", "--rules", "best"], "'best'"),
         (["--anchors", "a", "b", "--image_size", "4"], "expected height and width"),
-        (["--anchors", "a", "b", "--scored_images", "0"], "got --scored_images 0; expected at least 1"),
+        (["--anchors", "a", "b", "--scored_images", "0"], "got scored_images=0; expected at least 1"),
     ],
 )
 def test_bad_options_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
