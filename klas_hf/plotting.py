@@ -138,7 +138,7 @@ def pictures(
     Args:
         columns: title → images `(height, width, 3)`, uint8, or masks `(height, width)` of class numbers; numbers that
             have no name stay white.
-        names: of the classes, at most 20.
+        names: of the classes; those that are in no mask are not in the legend.
     """
     from matplotlib import colormaps
     from matplotlib.patches import Patch
@@ -146,7 +146,11 @@ def pictures(
     rows = max(map(len, columns.values()))
     height, width = next(iter(columns.values()))[0].shape[:2]
     figure = _figure(width=2.2 * len(columns), height=2.2 * rows * height / width + 1.0)
-    colours = np.array([colormaps["tab20"](number)[:3] for number in range(len(names))] + [(1.0, 1.0, 1.0)])
+    masks = [one for shown in columns.values() for one in shown if one.ndim == 2]
+    seen = sorted({int(number) for mask in masks for number in np.unique(mask) if number < len(names)})
+    palette = colormaps["tab20" if len(seen) <= 20 else "turbo"].resampled(max(20, len(seen)))
+    colours = np.ones((len(names) + 1, 3))
+    colours[seen] = palette(range(len(seen)))[:, :3]
     for across, (title, shown) in enumerate(columns.items()):
         for down, one in enumerate(shown):
             axes = figure.add_subplot(rows, len(columns), down * len(columns) + across + 1)
@@ -154,8 +158,8 @@ def pictures(
             axes.set_axis_off()
             if not down:
                 axes.set_title(title, fontsize=7)
-    patches = [Patch(color=tuple(colour), label=name) for colour, name in zip(colours[:-1], names, strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 11), fontsize=7)
+    patches = [Patch(color=tuple(colours[number]), label=names[number]) for number in seen]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(seen), 11), fontsize=7)
     return _write(figure, path)
 
 

@@ -70,3 +70,11 @@ def test_pictures_stand_in_rows_with_white_where_there_is_no_class(tmp_path: Pat
     colours = [tuple(patch.get_facecolor())[:3] for patch in figure.legends[0].get_patches()]
     assert [tuple(shown[2][0, column]) for column in (0, 1)] == colours
     assert (tmp_path / "shown.png").exists()
+
+
+def test_pictures_of_many_classes_have_a_colour_for_each_that_is_in_them() -> None:
+    mask = np.arange(0, 150, 5).reshape(5, 6)
+    figure = plotting.pictures({"label": [mask]}, [f"class {number}" for number in range(150)])
+    shown = figure.axes[0].images[0].get_array()
+    assert len(np.unique(np.asarray(shown).reshape(-1, 3), axis=0)) == 30
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"class {number}" for number in mask.flat]

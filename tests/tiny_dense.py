@@ -63,7 +63,7 @@ def head_config(head: str, **changes: Any) -> PreTrainedConfig:
 
 def tiny_dense(head: str, kind: str = "swin", *, large: bool = False, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random dense model in eval mode, none of whose norms is at a special value."""
-    config = head_config(head, backbone_config=tiny_backbone(kind, large=large), **changes)
+    config = head_config(head, **{"backbone_config": tiny_backbone(kind, large=large)} | changes)
     torch.manual_seed(seed)
     model = (UperNetForSemanticSegmentation if head == "upernet" else Mask2FormerForUniversalSegmentation)(config)
     with torch.no_grad():

@@ -75,9 +75,8 @@ class SegmentationSet(Dataset, WithClasses):
 
     def select(self, indices: Sequence[int]) -> "SegmentationSet":
         """The images at these indices, in their order."""
-        pairs = [self.pairs[index] for index in indices]
         return SegmentationSet(
-            pairs, self.names, self.size, void=self.void, reduce_labels=self.reduce_labels,
+            _Chosen(self.pairs, indices), self.names, self.size, void=self.void, reduce_labels=self.reduce_labels,
             cache_bytes=self.cache_bytes,
         )  # fmt: skip
 
@@ -143,6 +142,19 @@ def load_segmentation(
 
     rows = datasets.load_dataset(str(data), split=split)
     return SegmentationSet(_Rows(rows, image_column, label_column), names, size, **options)
+
+
+class _Chosen(Sequence[tuple[Any, Any]]):
+    """Some of the pairs, each opened when it is asked for."""
+
+    def __init__(self, pairs: Sequence[tuple[Any, Any]], indices: Sequence[int]):
+        self.pairs, self.indices = pairs, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.pairs[self.indices[index]]
 
 
 class _Rows(Sequence[tuple[Any, Any]]):

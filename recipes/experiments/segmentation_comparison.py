@@ -21,7 +21,7 @@ from klas_hf.anchors.vision import VisionAnchor, load_vision_anchor
 from klas_hf.costs import measure_costs, measure_path_costs
 from klas_hf.data.images import ImageBatches
 from klas_hf.data.segmentation import SegmentationSet
-from klas_hf.evaluation import Measurement, evaluate, evaluate_anchor, evaluate_stitches
+from klas_hf.evaluation import Measurement, evaluate, evaluate_stitches
 from klas_hf.evaluation.segmentation import segmentation_scores
 from klas_hf.models import StitchedModel
 from klas_hf.paths import Path as AnchorPath
@@ -40,6 +40,7 @@ from klas_hf.training import TrainingConfig, train_stitches
 
 RULES = ("klas", "snnet", "functional", "search", "random")
 _CHOICE = ("rules", "search_forwards")  # which paths are trained, not how
+_WHOLES = [AnchorPath.parse("0[:]"), AnchorPath.parse("1[:]")]
 SHOWN = 4  # test images whose predictions are kept, to be looked at
 
 
@@ -67,6 +68,9 @@ class SegmentationSettings:
     )
     buckets: int = field(default=3, metadata={"help": "cost buckets of equal width between the anchors"})
     calibration_images: int = field(default=100, metadata={"help": "images that joints are fitted to"})
+    scored_images: int = field(
+        default=128, metadata={"help": "validation images that functional KL is measured on, drawn at random"}
+    )
     batch_size: int = field(default=8, metadata={"help": "images per batch where nothing is trained"})
     probe_epochs: int = field(default=20, metadata={"help": "most epochs of the probes"})
     search_forwards: int | None = field(
@@ -77,8 +81,9 @@ class SegmentationSettings:
     def __post_init__(self) -> None:
         if unknown := [rule for rule in self.rules if rule not in RULES]:
             raise ValueError(f"got the rules {unknown}; expected some of {RULES}")
-        if self.buckets < 1:
-            raise ValueError(f"got buckets={self.buckets}; expected at least 1")
+        for name in ("buckets", "calibration_images", "scored_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected at least 1")
 
 
 class SegmentationComparison:
@@ -125,16 +130,17 @@ class SegmentationComparison:
 
     def anchor_rows(self) -> list[ResultRow]:
         """The anchors as they were given, on the test images."""
-        return [
-            evaluate_anchor(
-                model, self._measure_of(f"{place}[:] as given"), rule="as given", rows=self.rows, position=place
-            )
-            for place, model in enumerate(self.models)
-        ]  # fmt: skip
+        found = []
+        for path in _WHOLES:
+            found += evaluate_stitches(
+                [path], self._assembled, self._measure_of(f"{path} as given"), rule="as given", rows=self.rows,
+                anchors=self.fingerprints, training=None,
+            )  # fmt: skip
+        return found
 
     def measured(self, rule: str) -> list[ResultRow]:
         """The rows of a rule's paths, trained alike; those of "anchor" are the anchors, trained like the rest."""
-        paths = [AnchorPath.parse("0[:]"), AnchorPath.parse("1[:]")] if rule == "anchor" else self.selection(rule)
+        paths = _WHOLES if rule == "anchor" else self.selection(rule)
         found = []
         for path in paths:
             found += evaluate_stitches(
@@ -179,11 +185,11 @@ class SegmentationComparison:
             for anchor in self.anchors
         ]  # fmt: skip
         running = FunctionalScoring(
-            calibration=self._calibration, temperature=self.settings.temperature, scored_items=None
-        )
-        scores = score_stitches(
-            *self.anchors, self.batches(self.task.validation), probes=probes, score="klas", functional=running
-        )
+            calibration=self._calibration, temperature=self.settings.temperature,
+            scored_items=self.settings.scored_images,
+        )  # fmt: skip
+        mixed = self._drawn(self.task.validation, len(self.task.validation))  # of which functional KL takes the first
+        scores = score_stitches(*self.anchors, mixed, probes=probes, score="klas", functional=running)
         if process_state().is_main_process:
             scores.save(file)
         return scores
@@ -197,9 +203,8 @@ class SegmentationComparison:
             buckets=2 * self.settings.buckets, cheapest=self.macs[0] / self.macs[1], merged=False, scoring=scoring,
             forwards=self.settings.search_forwards,
         )  # fmt: skip
-        return search_paths(
-            self.anchors, self.batches(self.task.validation), config, output=self.output / "search.jsonl"
-        )
+        scored = self._drawn(self.task.validation, self.settings.scored_images)
+        return search_paths(self.anchors, scored, config, output=self.output / "search.jsonl")
 
     def batches(self, images: SegmentationSet) -> ImageBatches:
         """Batches of images, as the anchors take them."""
@@ -211,9 +216,12 @@ class SegmentationComparison:
 
     @cached_property
     def _calibration(self) -> list[Any]:
-        count = min(self.settings.calibration_images, len(self.task.train))
-        order = torch.randperm(len(self.task.train), generator=torch.Generator().manual_seed(0))[:count]
-        return list(self.batches(self.task.train.select(sorted(order.tolist()))))
+        return list(self._drawn(self.task.train, self.settings.calibration_images))
+
+    def _drawn(self, images: SegmentationSet, count: int) -> ImageBatches:
+        """So many images at random, at most all; alike in every run."""
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        return self.batches(images.select(order[:count].tolist()))
 
     def _scored(self, score: str) -> dict[AnchorPath, float]:
         one = self.scores.with_score(score)
@@ -230,14 +238,17 @@ class SegmentationComparison:
         return {path: float(found.divergence[n]) for n, path in enumerate(found.paths) if path.joints}
 
     def _random(self) -> dict[AnchorPath, float]:
-        stitches = self.scores.with_score("functional").stitches
+        stitches = self.scores.with_score("klas").stitches  # functional KL of some is not known
         drawn = np.random.default_rng(self.training.seed).random(len(stitches))
         return {stitch.path: float(value) for stitch, value in zip(stitches, drawn, strict=True)}
 
-    def _trained(self, path: AnchorPath) -> PreTrainedModel:
-        model = StitchedModel.from_path(
+    def _assembled(self, path: AnchorPath) -> PreTrainedModel:
+        return StitchedModel.from_path(
             self.models, path, calibration=self._calibration, image_size=self.task.train.size
         )
+
+    def _trained(self, path: AnchorPath) -> PreTrainedModel:
+        model = self._assembled(path)
         if self.training.max_steps != 0:
             train_stitches(
                 model, self.task.train, self.training, teacher=self._teacher,

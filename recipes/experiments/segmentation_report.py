@@ -59,12 +59,12 @@ def _classes(comparison: SegmentationComparison) -> str:
     """IoU of every class, of the anchors and of each rule's dearest path."""
     rows = [("anchor", row) for row in comparison.measured("anchor")]
     rows += [(rule, comparison.measured(rule)[-1]) for rule in comparison.settings.rules if comparison.selection(rule)]
-    names = list(rows[0][1].details["iou"])
-    lines = [f"| path | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for rule, row in rows:
-        values = [row.details["iou"][name] for name in names]
+    heads = " | ".join(f"{rule} `{row.path}`" for rule, row in rows)
+    lines = [f"| class | {heads} |", "|---" * (len(rows) + 1) + "|"]
+    for name in rows[0][1].details["iou"]:
+        values = [row.details["iou"][name] for _, row in rows]
         shown = " | ".join("–" if value is None else f"{value:.3f}" for value in values)
-        lines.append(f"| {rule} `{row.path}` | {shown} |")
+        lines.append(f"| {name} | {shown} |")
     return "## IoU of every class, of anchors and each rule's dearest path\n\n" + "\n".join(lines)
 
 
@@ -89,7 +89,7 @@ def _show(comparison: SegmentationComparison) -> None:
         "label": [mask.numpy() for _, mask in images],
     }
     ends = comparison.measured("anchor")
-    middle = [rows[len(rows) // 2] for rule in comparison.settings.rules if (rows := comparison.measured(rule))][:2]
+    middle = [rows[len(rows) // 2] for rule in comparison.settings.rules if (rows := comparison.measured(rule))]
     for row in [ends[0], *middle, ends[1]]:
         columns[f"{row.rule} {row.path}\n{row.metrics['mean_iou']:.3f}"] = list(comparison.shown(str(row.path)))
     plotting.pictures(columns, comparison.task.test.names, comparison.output / "predictions")

@@ -42,6 +42,21 @@ def test_reduced_labels_begin_at_one() -> None:
     assert found[0][1].tolist() == [[255, 0], [2, 255]]
 
 
+def test_chosen_images_are_opened_when_they_are_read() -> None:
+    class Counted(list):
+        opened = 0
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:  # type: ignore[override]
+            self.opened += 1
+            return super().__getitem__(index)
+
+    pairs = Counted((Image.new("RGB", (2, 2), (n, 0, 0)), Image.new("L", (2, 2), n % 3)) for n in range(9))
+    found = SegmentationSet(pairs, NAMES, (2, 2)).select([7, 2, 5]).select([2, 0])
+    assert len(found) == 2 and pairs.opened == 0
+    assert [int(found[n][0][0, 0, 0]) for n in (0, 1)] == [5, 7]
+    assert pairs.opened == 2
+
+
 def test_halves_without_the_other_are_named(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         write(tmp_path, name, np.zeros((4, 4)))

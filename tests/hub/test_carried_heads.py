@@ -11,18 +11,19 @@ import uninstalled
 from kan_examples import tiny_kan
 from PIL import Image
 from tiny_dense import SIZE, outputs, tiny_dense_pair
-from tiny_vision import tiny_pair
+from tiny_vision import tiny_classifier, tiny_pair
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForUniversalSegmentation,
     DetrForObjectDetection,
     Mask2FormerImageProcessorPil,
     PreTrainedModel,
+    RTDetrForObjectDetection,
 )
 from transformers.dynamic_module_utils import get_imports
 
 from klas_hf import KANForImageClassification, KANForManyTasks, StitchedModel, compress_kan
-from klas_hf.models.configuration_stitched_dense import DetrConfig
+from klas_hf.models.configuration_stitched_dense import DetrConfig, RTDetrConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:the stitching layer is random")]
 PIXELS = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(3))
@@ -34,6 +35,7 @@ AUTO = {
     "mask2former": "AutoModelForUniversalSegmentation",
     "upernet": "AutoModelForSemanticSegmentation",
     "detr": "AutoModelForObjectDetection",
+    "rt_detr": "AutoModelForObjectDetection",
 }
 SCRIPT = """
 import json
@@ -83,7 +85,22 @@ def models() -> dict[str, tuple[PreTrainedModel, dict[str, Any]]]:
         "mask2former": (StitchedModel.from_anchors(*tiny_dense_pair("mask2former"), (2, 3), image_size=SIZE), {}),
         "upernet": (StitchedModel.from_anchors(*tiny_dense_pair("upernet"), (2, 3), image_size=SIZE), {}),
         "detr": (DetrForObjectDetection(DetrConfig(backbone_config=backbone, **detr)).eval(), {}),
+        "rt_detr": (tiny_rt_detr(), {}),
     }
+
+
+def tiny_rt_detr() -> RTDetrForObjectDetection:
+    """On a stitched ResNet of four stages, three of whose maps it takes."""
+    small, large = (
+        tiny_classifier("resnet", hidden_sizes=widths, depths=depths).float()
+        for widths, depths in (([8, 12, 16, 20], [1, 2, 1, 1]), ([12, 16, 24, 28], [2, 2, 2, 1]))
+    )
+    backbone = StitchedModel.from_anchors(small, large, stitch=(2, 3), image_size=SIZE).config
+    backbone.out_features = ["stage2", "stage3", "stage4"]
+    sizes = {"encoder_in_channels": [16, 24, 28], "decoder_in_channels": [16] * 3, "d_model": 16}
+    sizes |= {"encoder_hidden_dim": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5, "num_denoising": 0}
+    return RTDetrForObjectDetection(RTDetrConfig(backbone_config=backbone, **sizes, **heads)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +109,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("saved")
     for name, (model, options) in models().items():
         model.save_pretrained(root / name)
-        pixels = PIXELS if name in ("mask2former", "upernet") else PIXELS[..., :32, :32]
+        pixels = PIXELS if name in ("mask2former", "upernet", "rt_detr") else PIXELS[..., :32, :32]
         with torch.no_grad():
             output = model(pixel_values=pixels, **options)
         keys = [
