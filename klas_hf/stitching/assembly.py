@@ -18,12 +18,6 @@ from klas_hf.budgets import Budget, Cost
 from klas_hf.models import StitchedModel
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.paths import Stitch
-<<<<<<< HEAD
-=======
-from klas_hf.scores.path_scores import PathScores
-from klas_hf.selection.plan import SearchConfig, SearchPlan, unallocated_anchors
-from klas_hf.selection.search import search_paths
->>>>>>> serve
 from klas_hf.stitching.calibration import sampled
 
 if TYPE_CHECKING:
@@ -159,7 +153,7 @@ def _searched(
 ) -> StitchedModel:
     """The model of the best path within a budget, searched for on the calibration data."""
     from klas_hf.costs import Usage
-    from klas_hf.selection.plan import SearchPlan, search_within, unallocated_anchors
+    from klas_hf.selection.plan import SearchPlan, unallocated_anchors
     from klas_hf.selection.search import search_paths
 
     if kwargs.get("calibration") is None:
