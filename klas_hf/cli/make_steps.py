@@ -149,7 +149,11 @@ def measured(
     rows = []
     for place, anchor in enumerate(options.anchors):
         rule = "target" if place == reference else "source" if count == 2 else f"anchor {place}"
-        rows.append(evaluate_anchor(load_model(anchor), measure, rule=rule, position=place, **about))
+        rows.append(
+            evaluate_anchor(
+                load_model(anchor), measure, rule=rule, position=place, image_size=options.image_size, **about
+            )
+        )
     model = load_model(str(output))
     return rows + evaluate_stitches(
         [model.config.path], lambda _: model, measure, rule="made", training=model.config.training,

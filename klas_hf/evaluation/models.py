@@ -107,6 +107,7 @@ def evaluate_anchor(
     training: Mapping[str, Any] | None = None,
     seed: int = 0,
     tokens: int = 128,
+    image_size: int | tuple[int, int] | None = None,
     usage: Usage | None = None,
 ) -> ResultRow:
     """Measure an anchor itself: the ends of a curve.
@@ -117,6 +118,7 @@ def evaluate_anchor(
         rule: the name under which the row is kept, such as "source" or "target".
         position: of the anchor among those that paths are made of; None: no path names it.
         training: how it was fine-tuned, as JSON values; None: it was not.
+        image_size: of the images that costs are counted for, as for `measure_costs`.
 
     Returns:
         Its row, measured now or before; one of other weights does not count.
@@ -133,10 +135,11 @@ def evaluate_anchor(
         ('1[:]', True, 1)
     """
     path = None if position is None else f"{position}[:]"
-    like = _wanted(rule, path, seed, tokens, [fingerprint(model)], training, used(usage))
+    setting = used(usage) | ({} if image_size is None else {"image_size": image_size})
+    like = _wanted(rule, path, seed, tokens, [fingerprint(model)], training, setting)
     row = rows.find(like)
     if row is None:
-        row = _measured(like, model, measure(model), usage)
+        row = _measured(like, model, measure(model), usage, image_size)
         rows.append(row, to_disk=process_state().is_main_process)
     return row
 
@@ -155,8 +158,11 @@ def used(usage: Usage | None) -> dict[str, Any]:
     return {} if usage is None else {"usage": asdict(usage)}
 
 
-def _measured(row: ResultRow, model: PreTrainedModel, measured: Measurement, usage: Usage | None) -> ResultRow:
-    cost = measure_costs(model, tokens=row.setting["tokens"], usage=usage)
+def _measured(
+    row: ResultRow, model: PreTrainedModel, measured: Measurement, usage: Usage | None,
+    image_size: int | tuple[int, int] | None = None,
+) -> ResultRow:  # fmt: skip
+    cost = measure_costs(model, tokens=row.setting["tokens"], image_size=image_size, usage=usage)
     fits = model.config.to_dict().get("joint_fits")
     details = {"kv_bytes_per_token": cost.kv_bytes_per_token} | cost.details | ({"joint_fits": fits} if fits else {})
     return replace(

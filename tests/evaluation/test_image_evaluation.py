@@ -14,6 +14,7 @@ from scipy.stats import sem
 from tiny_supernets import stitches_of, supernet_of, three_vits, tiny_supernet
 from tiny_vision import blocks, embedding, tiny_classifier, tiny_pair
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from klas_hf import (
@@ -26,7 +27,7 @@ from klas_hf import (
     measure_costs,
     recalibrate_batch_norm,
 )
-from klas_hf.evaluation import predict_probabilities
+from klas_hf.evaluation import Measurement, evaluate_anchor, predict_probabilities
 from klas_hf.evaluation import supernets as evaluation
 
 AMONG = [3, 0, 1]
@@ -306,3 +307,13 @@ def test_images_that_a_target_does_not_take_are_refused(tmp_path: Path) -> None:
     large = [{"pixel_values": torch.zeros(2, 3, 48, 48), "labels": torch.tensor([0, 1])}]
     with pytest.raises(ValueError, match=r"got images of \(48, 48\) pixels for a vit"):
         evaluate_supernet(supernet, large, rule="all", rows=rows_in(tmp_path))
+
+
+def test_an_anchors_row_counts_the_images_that_it_is_given(tmp_path: Path) -> None:
+    model, rows = tiny_classifier("resnet"), RowFile(tmp_path / "rows.jsonl", {})
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 96, 96, dtype=model.dtype))
+    options: dict[str, Any] = {"rule": "source", "rows": rows, "position": 0}
+    given = [evaluate_anchor(model, lambda _: Measurement({}), image_size=size, **options) for size in (96, None, 96)]
+    assert given[0].macs == pytest.approx(counter.get_total_flops() / 2, rel=1e-6)
+    assert given[1].macs == measure_costs(model).macs > given[0].macs == given[2].macs and len(rows) == 2
