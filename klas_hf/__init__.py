@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         StitchedVisionConfig,
     )
     from klas_hf.models.configuration_supernet import StitchedSupernetConfig
-    from klas_hf.paths import Path, Slice, Stitch, StitchCosts
+    from klas_hf.paths import Path, Slice, Stitch
     from klas_hf.probes import ImageProbeConfig, ImageProbeNet, ProbeConfig, ProbeNet
     from klas_hf.probes.training import train_probes
     from klas_hf.rows import ResultRow, RowFile
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stitches
     from klas_hf.selection.search import search_paths
     from klas_hf.selection.snnet import snnet_groups, snnet_stitches
+    from klas_hf.stitch_costs import StitchCosts
     from klas_hf.stitching import (
         StitchedSupernet,
         StitchedSupernetForCausalLM,
@@ -110,7 +111,7 @@ _PLACES = {
         "StitchedVisionConfig",
     ),
     "klas_hf.models.configuration_supernet": ("StitchedSupernetConfig",),
-    "klas_hf.paths": ("Path", "Slice", "Stitch", "StitchCosts"),
+    "klas_hf.paths": ("Path", "Slice", "Stitch"),
     "klas_hf.probes": ("ImageProbeConfig", "ImageProbeNet", "ProbeConfig", "ProbeNet"),
     "klas_hf.probes.training": ("train_probes",),
     "klas_hf.rows": ("ResultRow", "RowFile"),
@@ -135,6 +136,7 @@ _PLACES = {
     "klas_hf.selection.plan": ("SearchConfig",),
     "klas_hf.selection.search": ("search_paths",),
     "klas_hf.selection.snnet": ("snnet_groups", "snnet_stitches"),
+    "klas_hf.stitch_costs": ("StitchCosts",),
     "klas_hf.stitching": (
         "StitchedSupernet",
         "StitchedSupernetForCausalLM",

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from klas_hf.paths import Path, Slice, Stitch, StitchCosts
+from klas_hf.paths import Path, Slice, Stitch
+from klas_hf.stitch_costs import StitchCosts
 
 
 def costs(source_total: int = 1_050, target_total: int = 9_500) -> StitchCosts:

@@ -25,7 +25,8 @@ from klas_hf.cli.headers import stored_tensors
 from klas_hf.cli.output import human_bytes, human_count, names
 from klas_hf.costs import measure_costs, measure_stitch_costs
 from klas_hf.models.vision_kinds import vision_kind
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Stitch
+from klas_hf.stitch_costs import StitchCosts
 from klas_hf.stitching.images import check_grids, common_size
 
 __all__ = ["examine_anchors"]

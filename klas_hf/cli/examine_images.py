@@ -16,7 +16,8 @@ from klas_hf.cli.headers import StoredTensor
 from klas_hf.data.images import common_processing
 from klas_hf.models import StitchedForImageClassification
 from klas_hf.models.vision_shapes import trace
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Stitch
+from klas_hf.stitch_costs import StitchCosts
 from klas_hf.stitching.images import common_size, stitched_vision_config
 from klas_hf.stitching.loading import load_parts
 

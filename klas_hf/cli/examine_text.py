@@ -12,7 +12,8 @@ from klas_hf.cli.findings import Finding, attempted, ok, problem, warning
 from klas_hf.cli.headers import StoredTensor
 from klas_hf.cli.output import human_count
 from klas_hf.models.configuration_stitched import kv_shape
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Stitch
+from klas_hf.stitch_costs import StitchCosts
 from klas_hf.stitching.language import slice_keys
 
 Configs = tuple[PreTrainedConfig, PreTrainedConfig]

@@ -17,7 +17,7 @@ from klas_hf.costs.usage import Usage
 from klas_hf.costs.vision import anchor_costs, classifier_costs, vision_stitch_costs
 from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
 from klas_hf.models.vision_features import image_size as size_of
-from klas_hf.paths import StitchCosts
+from klas_hf.stitch_costs import StitchCosts
 
 __all__ = ["Cost", "PathCosts", "Usage", "measure_costs", "measure_path_costs", "measure_stitch_costs"]
 

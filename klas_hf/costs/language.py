@@ -12,7 +12,7 @@ from klas_hf.costs.counting import macs_by_module, parameter_count
 from klas_hf.costs.measured import linear_weights
 from klas_hf.costs.paths import AnchorCosts, stitch_costs
 from klas_hf.models.configuration_stitched import StitchedConfig, kv_shape
-from klas_hf.paths import StitchCosts
+from klas_hf.stitch_costs import StitchCosts
 
 
 def decoder_costs(config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> Cost:

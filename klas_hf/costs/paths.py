@@ -9,7 +9,8 @@ import numpy as np
 
 from klas_hf.budgets import Cost
 from klas_hf.costs.measured import PathTimes, joints_between
-from klas_hf.paths import Path, Stitch, StitchCosts
+from klas_hf.paths import Path, Stitch
+from klas_hf.stitch_costs import StitchCosts
 
 
 @dataclass(frozen=True)

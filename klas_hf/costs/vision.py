@@ -19,7 +19,7 @@ from klas_hf.models import StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import dropped_prefix
 from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.models.vision_shapes import FeatureShape, classifier, trace
-from klas_hf.paths import StitchCosts
+from klas_hf.stitch_costs import StitchCosts
 
 
 def classifier_costs(config: PreTrainedConfig, size: tuple[int, int]) -> Cost:

@@ -20,10 +20,10 @@ from klas_hf.maths.divergences import consecutive_kl, pairwise_ce, pairwise_kl, 
 from klas_hf.maths.least_squares import RIDGE
 from klas_hf.maths.similarities import PairMoments
 from klas_hf.models.vision_features import Features
-from klas_hf.paths import StitchCosts
 from klas_hf.probes import ImageProbeNet
 from klas_hf.processes import process_state, sum_array_over_processes, sum_over_processes
 from klas_hf.scores.probed import Distributions
+from klas_hf.stitch_costs import StitchCosts
 
 MOMENT_BYTES = 4 << 30
 MOMENT_IMAGES = 256

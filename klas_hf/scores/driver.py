@@ -12,7 +12,6 @@ from klas_hf.anchors.loading import check_different, load_pair
 from klas_hf.anchors.streaming import stream
 from klas_hf.anchors.vision import VisionAnchor, is_vision
 from klas_hf.costs import measure_stitch_costs
-from klas_hf.paths import StitchCosts
 from klas_hf.probes import ProbeNet, fit_probes
 from klas_hf.rows import library_versions
 from klas_hf.scores.answers import WORKSPACE_BYTES
@@ -21,6 +20,7 @@ from klas_hf.scores.functional import FunctionalResult, score_functionally
 from klas_hf.scores.functional_settings import FunctionalScoring
 from klas_hf.scores.probed import Distributions, ProbedSums
 from klas_hf.scores.values import NEEDED, PROBED, SCORES, STITCHED, StitchScores, check_score
+from klas_hf.stitch_costs import StitchCosts
 
 
 def score_stitches(

@@ -27,10 +27,11 @@ from klas_hf.maths.buckets import best_of_buckets, bucket_of
 from klas_hf.maths.estimates import RatioSums
 from klas_hf.maths.least_squares import LinearFit, warn_of_few_rows
 from klas_hf.maths.similarities import PairMoments
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Stitch
 from klas_hf.processes import sum_array_over_processes
 from klas_hf.scores.answers import Reference
 from klas_hf.scores.functional_settings import FunctionalScoring, calibration_and_scored, enough_rows
+from klas_hf.stitch_costs import StitchCosts
 
 Array = NDArray[np.float64]
 Pair = tuple[int, int]

@@ -18,7 +18,8 @@ from klas_hf import plotting
 from klas_hf.actions import Publishable
 from klas_hf.files import understood, write_atomically
 from klas_hf.maths.estimates import normal_interval
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Stitch
+from klas_hf.stitch_costs import StitchCosts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

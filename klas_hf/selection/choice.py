@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klas_hf.maths.buckets import Spacing, bucket_of
-from klas_hf.paths import Path, Stitch, StitchCosts
+from klas_hf.paths import Path, Stitch
 from klas_hf.scores.values import StitchScores
+from klas_hf.stitch_costs import StitchCosts
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Literal
 import numpy as np
 
 from klas_hf.maths.buckets import Spacing
-from klas_hf.paths import StitchCosts
 from klas_hf.scores.values import StitchScores
 from klas_hf.selection.choice import Candidates, StitchSelection, merge_selections
 from klas_hf.selection.klas import best_stitches
+from klas_hf.stitch_costs import StitchCosts
 
 DepthRule = Literal["index", "proportional"]
 

@@ -12,8 +12,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Stitch
 from klas_hf.selection.choice import StitchSelection, merge_selections
+from klas_hf.stitch_costs import StitchCosts
 
 Stages = Literal["all_but_last", "middle"]
 _STITCHED_STAGES = {"all_but_last": slice(None, -1), "middle": slice(1, -1)}

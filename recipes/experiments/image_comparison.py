@@ -24,7 +24,7 @@ from klas_hf.data.image_data import ImageTask
 from klas_hf.data.images import ImageSet, image_batches
 from klas_hf.evaluation import evaluate, evaluate_supernet, predict_probabilities
 from klas_hf.evaluation.supernets import supernet_rows
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Stitch
 from klas_hf.probes import ImageProbeConfig, ImageProbeNet
 from klas_hf.probes.training import train_probes
 from klas_hf.processes import process_state
@@ -39,6 +39,7 @@ from klas_hf.selection.choice import StitchSelection, merge_selections
 from klas_hf.selection.klas import select_stitches
 from klas_hf.selection.rivals import min_kl_stitches, random_stitches
 from klas_hf.selection.snnet import Stages, snnet_groups, snnet_stitches
+from klas_hf.stitch_costs import StitchCosts
 from klas_hf.stitching.supernet import StitchedSupernet
 from klas_hf.training import TrainingConfig, train_stitches
 

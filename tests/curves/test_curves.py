@@ -18,9 +18,10 @@ from klas_hf.curves.tradeoff import (
     higher_is_better,
     plot_curves,
 )
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Stitch
 from klas_hf.rows import ResultRow
 from klas_hf.scores.values import StitchScores
+from klas_hf.stitch_costs import StitchCosts
 
 points = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 8)), min_size=1, max_size=15)
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klas_hf.curves.regret import bucket_picks
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Stitch
 from klas_hf.rows import ResultRow
 from klas_hf.scores.values import StitchScores
+from klas_hf.stitch_costs import StitchCosts
 
 
 def scores_of(values: np.ndarray, source: list[int], target: list[int], positions: tuple[int, int]) -> StitchScores:

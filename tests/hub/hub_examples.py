@@ -10,7 +10,7 @@ from tiny_vision import images, possible, tiny_classifier
 from transformers import PreTrainedModel, ViTImageProcessor
 
 from klas_hf import ResultRow, StitchedForCausalLM, StitchedModel, StitchScores
-from klas_hf.paths import StitchCosts
+from klas_hf.stitch_costs import StitchCosts
 
 STITCH = (2, 3)
 CARD = "---\nlicense: {licence}\n---\n# An anchor\n"

@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 from scipy import stats
 
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Stitch
 from klas_hf.scores.values import NEEDED, PROBED, SCORES, StitchScores, check_score
+from klas_hf.stitch_costs import StitchCosts
 
 
 def scores(m: int = 3, n: int = 5) -> StitchScores:

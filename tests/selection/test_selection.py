@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klas_hf.maths.buckets import Spacing, bucket_of
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Stitch
 from klas_hf.scores.values import StitchScores
 from klas_hf.selection.choice import Overlap, StitchSelection, merge_selections, overlap, recovery
 from klas_hf.selection.klas import best_stitches, match_stitches, near_bucket_minimum, select_stitches
 from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stitches
+from klas_hf.stitch_costs import StitchCosts
 
 
 def costs(m: int, n: int, *, source_block: int = 100, target_block: int = 300, head: int = 50) -> StitchCosts:

@@ -6,9 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from klas_hf.paths import Stitch, StitchCosts
+from klas_hf.paths import Stitch
 from klas_hf.selection.choice import StitchSelection
 from klas_hf.selection.snnet import Stages, snnet_groups, snnet_stitches
+from klas_hf.stitch_costs import StitchCosts
 
 ONE = 10  # MACs of a source block; target blocks cost three times as much
 
