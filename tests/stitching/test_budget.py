@@ -126,5 +126,7 @@ def test_a_small_share_is_searched_for_below_what_a_search_looks_at_by_itself() 
     model = StitchedModel.from_anchors(small, large, budget=0.19, calibration=batches())
     share = measure_costs(model, tokens=12).macs / measure_costs(large, tokens=12).macs
     assert share <= 0.19 < 0.2 == SearchConfig.cheapest
-    assert search_within(Budget.of("2B")) == search_within(Budget.of(0.6)) == SearchConfig()
-    assert search_within(Budget.of(0.1)).cheapest == pytest.approx(0.08)
+    dearest = Cost(macs=10**9, parameters=3 * 10**9)
+    assert search_within(Budget.of("2B"), dearest, 2) == SearchConfig(cost="parameters")
+    assert search_within(Budget.of(0.6), dearest, 2) == SearchConfig(cost="macs")
+    assert search_within(Budget.of(0.1), dearest, 2).cheapest == pytest.approx(0.08)
