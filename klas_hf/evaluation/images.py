@@ -14,7 +14,7 @@ from klas_hf.anchors.images import image_batches
 from klas_hf.anchors.weights import evaluating
 from klas_hf.paths import Path
 from klas_hf.processes import progress
-from klas_hf.stitching.supernet import StitchedSupernet
+from klas_hf.stitching import StitchedSupernet
 from klas_hf.training.batch_norm import batch_norms, recalibrate_batch_norm
 
 

@@ -16,7 +16,7 @@ from klas_hf.evaluation.models import Measurement, used
 from klas_hf.paths import Path
 from klas_hf.processes import process_state, progress, shared_out
 from klas_hf.rows import AnyPath, ResultRow, RowFile
-from klas_hf.stitching.supernet import StitchedSupernet
+from klas_hf.stitching import StitchedSupernet
 from klas_hf.stitching.supernet_budgets import path_costs
 
 GROUP = 24  # paths that are evaluated in one pass, and written when it ends

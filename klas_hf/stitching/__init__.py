@@ -11,16 +11,13 @@ if TYPE_CHECKING:
     from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
     from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
 
-_MODULE_OF = {
-    "StitchedSupernet": "supernet",
-    "StitchedSupernetForCausalLM": "supernet_language",
-    "StitchedSupernetForImageClassification": "supernet_images",
-}
+_KINDS = ("supernet_language", "supernet_images")
 
 __all__ = ["StitchedSupernet", "StitchedSupernetForCausalLM", "StitchedSupernetForImageClassification"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module 'klas_hf.stitching' has no attribute {name!r}")
-    return getattr(import_module(f"klas_hf.stitching.{_MODULE_OF[name]}"), name)
+    kinds = [import_module(f"klas_hf.stitching.{kind}") for kind in _KINDS]  # StitchedSupernet chooses among them
+    return next(getattr(kind, name) for kind in kinds if hasattr(kind, name))

@@ -124,7 +124,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
                 "got dense models for a supernet; expected image classifiers or causal language models. Make each path "
                 "by itself: StitchedModel.from_path"
             )
-        kind = next(kind for kind in _kinds() if kind.anchor_class is type(loaded[0]))
+        kind = next(kind for kind in StitchedSupernet.__subclasses__() if kind.anchor_class is type(loaded[0]))
         check_paths(loaded, chosen)
         layers = shared_layers(loaded, chosen, shared)
         config = StitchedSupernetConfig(
@@ -175,7 +175,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         with explained_damage(pretrained_model_name_or_path, hub, []):
             named = kwargs.get("config") or StitchedSupernetConfig.from_pretrained(pretrained_model_name_or_path, **hub)
             (name,) = named.architectures or ["nothing"]
-        by_name = {kind.__name__: kind for kind in _kinds()}
+        by_name = {kind.__name__: kind for kind in cls.__subclasses__()}
         if name not in by_name:
             raise ValueError(f"got a checkpoint of {name!r}; expected a supernet, one of {sorted(by_name)}")
         return by_name[name].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -358,11 +358,3 @@ class StitchedSupernet(Publishable, PreTrainedModel):
     def _made_joints(self) -> nn.ModuleList:
         ends = self._joint_ends()
         return nn.ModuleList(self.anchor(a).joint(stop, self.anchor(b), start) for a, stop, b, start in ends)
-
-
-def _kinds() -> "tuple[type[StitchedSupernet], ...]":
-    """The supernets of text and of images, whose modules import this one."""
-    from klas_hf.stitching.supernet_images import StitchedSupernetForImageClassification
-    from klas_hf.stitching.supernet_language import StitchedSupernetForCausalLM
-
-    return StitchedSupernetForCausalLM, StitchedSupernetForImageClassification

@@ -40,7 +40,7 @@ from klas_hf.selection.klas import select_stitches
 from klas_hf.selection.rivals import min_kl_stitches, random_stitches
 from klas_hf.selection.snnet import Stages, snnet_groups, snnet_stitches
 from klas_hf.stitch_costs import StitchCosts
-from klas_hf.stitching.supernet import StitchedSupernet
+from klas_hf.stitching import StitchedSupernet
 from klas_hf.training import TrainingConfig, train_stitches
 
 RULES = (*SCORES, "snnet", "min_kl", "random", "every")

@@ -24,7 +24,7 @@ from klas_hf.scores.driver import score_stitches
 from klas_hf.scores.functional_settings import FunctionalScoring
 from klas_hf.scores.values import StitchScores
 from klas_hf.selection.rivals import random_stitches
-from klas_hf.stitching.supernet import StitchedSupernet
+from klas_hf.stitching import StitchedSupernet
 from klas_hf.training import TrainingConfig, train_stitches
 
 

@@ -38,7 +38,7 @@ from klas_hf.rows import ResultRow
 from klas_hf.scores.compared import ImageScoring
 from klas_hf.selection.choice import StitchSelection
 from klas_hf.selection.snnet import snnet_groups, snnet_stitches
-from klas_hf.stitching.supernet import StitchedSupernet
+from klas_hf.stitching import StitchedSupernet
 from klas_hf.training import recalibrate_batch_norm
 
 CLASSES, SIDE = 4, 8
