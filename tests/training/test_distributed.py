@@ -34,7 +34,8 @@ def launch(folder: Path, processes: int, trainable: str, batch_size: int, accumu
     return found | {"state": load_file(folder / "state.safetensors")}
 
 
-@pytest.mark.parametrize(("trainable", "accumulation"), [pytest.param("full", 1, marks=pytest.mark.slow), ("lora", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("trainable", "accumulation"), [("full", 1), ("lora", 2)])
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, trainable: str, accumulation: int) -> None:
     one = launch(tmp_path / "one", 1, trainable, 4, accumulation)
     two = launch(tmp_path / "two", 2, trainable, 2, accumulation)
