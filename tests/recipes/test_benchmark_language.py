@@ -44,7 +44,10 @@ from klas_hf.data.text import held_out, text_windows, train_tokenizer  # noqa: E
 from klas_hf.hub.results import own_rows  # noqa: E402
 from klas_hf.rows import read_rows  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per", "ignore:.*states a licence")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per", "ignore:.*states a licence"),
+]
 TASKS = ["perplexity_documentation", "documentation", "documentation_next_word"]
 LIMIT, WINDOW = 6, 40
 HARNESS = Folder(lm_eval.__file__).parent / "tasks"

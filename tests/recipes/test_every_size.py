@@ -28,7 +28,7 @@ from klas_hf.budgets import Budget  # noqa: E402
 from klas_hf.data.text import TextBatches, text_examples  # noqa: E402
 from klas_hf.evaluation import evaluate_divergence  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")]
 SETTINGS = StudySettings(
     lengths=(3,), seeds=(0, 1), buckets=3, search=SearchConfig(joints=2, forwards=4000), contenders=2,
     rivals=("search, by score alone", "klas", "random", "shortgpt", "replaceme", "linear patch"),
