@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 from klas_hf.anchors.families import decoder_family
 from klas_hf.anchors.vision import is_vision
 from klas_hf.budgets import Cost
-from klas_hf.costs.timing import PartTimes, Timed, time_joint, time_parts
+from klas_hf.costs.timing import ROUNDS, PartTimes, Timed, time_joint, time_parts
 from klas_hf.costs.usage import Usage
 from klas_hf.files import write_atomically
 from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
@@ -185,6 +185,7 @@ def _file(config: PreTrainedConfig, dtype: torch.dtype, usage: Usage, size: tupl
         "dtype": str(dtype),
         "size": size,
         "versions": library_versions(),
+        "rounds": (ROUNDS, TURNS),
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     return Path(constants.HF_HOME) / "klas_hf" / "times" / f"{digest}.json"
