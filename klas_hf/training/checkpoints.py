@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from klas_hf.files import remove_folder, understood, write_folder_atomically
+from klas_hf.processes import process_state
 from klas_hf.training.held_out import HeldOut
 
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
@@ -148,6 +149,13 @@ class Checkpoints:
         for step, older in self._numbered().items():
             if step != progress.step:
                 remove_folder(older)
+
+    def remove(self) -> None:
+        """Remove all checkpoints. Every process must call this."""
+        if process_state().is_main_process:
+            for folder in self._numbered().values():
+                remove_folder(folder)
+        process_state().wait_for_everyone()
 
     def _numbered(self) -> dict[int, Path]:
         """Folders of checkpoints by step."""

@@ -22,9 +22,9 @@ from klas_hf.training.loop import TrainingResult, held_out_loss, train_stitches
 
 DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that may be tried
-BEGINNING = 0.128  # over the head's width: the rate tried first (Adam's go with 1 / width, arXiv 2203.03466)
+BEGINNING = 0.03  # over the head's width: the rate tried first (Adam's go with 1 / width, arXiv 2203.03466)
+HIGHEST = 2  # places above that rate, up to which the whole run may be at a higher one than the short runs'
 SWEEP_SHARE = 0.2  # of the steps, that each rate is tried for
-CAREFUL_SHARE = 0.5  # where a short run leaves the model worse than it was: it may only have been too short
 HELD_OUT = 10  # every tenth example, where no validation examples are given
 
 
@@ -36,7 +36,8 @@ class HealingResult:
         training: the run at the rate that was chosen.
         learning_rate: that rate.
         distillation_weight: the share of the loss that was distillation.
-        tried: rate → held-out loss of its short run, in nats per label; infinite where it diverged.
+        tried: rate → held-out loss of its short run, or of its whole one where that was no better than the start, in
+            nats per label; infinite where it diverged.
         start, end: held-out loss before and after.
 
     Example:
@@ -76,10 +77,11 @@ def heal(
             whichever does better goes on, unless the settings give a `distillation_weight`. None: the labels alone.
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
-        rates: learning rates that may be tried, ascending: first the one nearest to 0.128 / width of the head (1e-3 at
-            128, 4e-5 at 3072; ten times that for LoRA), then higher ones while they do better; lower ones only until
-            one is better than the start, for in short runs too low a rate looks better than it is (LOG.md). One alone
-            is not tried, nor is what to learn from then.
+        rates: learning rates that may be tried, ascending: first the one nearest to 0.03 / width of the head (3e-4 at
+            128, 1e-5 at 3072; ten times that for LoRA), then higher ones while they do better in short runs. The best
+            rate grows with the length of a run (LOG.md), so the whole run is at the next higher one, up to ten times
+            the first; at lower ones where it was no better than the start. One alone is not tried, nor is what to learn
+            from then.
         output_dir: where checkpoints of the run that was chosen go; it is resumed from there as it was.
 
     Returns:
@@ -87,7 +89,7 @@ def heal(
 
     Raises:
         ValueError: too few examples to hold some out, or as `train_stitches`.
-        TrainingDiverged: at every rate that was tried; the model is as it was.
+        TrainingDiverged: at every rate that was tried, or the lowest; the model is as it was.
 
     Example:
         >>> model = StitchedModel.from_path([source, target], "0[:2] 1[3:]", calibration=batches)
@@ -101,17 +103,32 @@ def heal(
     if choose:
         config = replace(config, distillation_weight=DISTILLATION_WEIGHT)
     train, held = (data, validation) if validation is not None else _split(data)
+    start = _Start(model)
     tried: dict[float, float] = {}
     if (begun := _begun(output_dir)) is not None:
         config = replace(config, **begun)
     elif len(rates) > 1:
         bar = held_out_loss(teacher, held, config) if teacher is not None and choose else -math.inf
-        tried, weight = _sweep(model, train, held, teacher, config, rates, bar)
-        config = replace(config, learning_rate=min(tried, key=tried.__getitem__), distillation_weight=weight)
+        rate, weight, tried = _sweep(model, train, held, teacher, config, rates, bar, start)
+        config = replace(config, learning_rate=rate, distillation_weight=weight)
     elif rates:
         config = replace(config, learning_rate=rates[0])
-    result = train_stitches(model, train, config, teacher=teacher, validation=held, output_dir=output_dir)
-    losses = [loss for _, loss in result.validation]
+    lower = [rate for rate in rates if rate < config.learning_rate]
+    while True:
+        try:
+            result = train_stitches(model, train, config, teacher=teacher, validation=held, output_dir=output_dir)
+            losses = [loss for _, loss in result.validation]
+            if min(losses) < losses[0] or not lower:
+                break
+            tried[config.learning_rate] = losses[-1]
+            start.put_back()
+        except TrainingDiverged:
+            start.put_back()
+            if not lower:
+                raise
+            tried[config.learning_rate] = math.inf
+        Checkpoints(output_dir, {}).remove()
+        config = replace(config, learning_rate=lower.pop())
     return HealingResult(result, config.learning_rate, config.distillation_weight, tried, losses[0], min(losses))
 
 
@@ -140,60 +157,71 @@ def healing_config(steps: int = 300, **changes: Any) -> TrainingConfig:
 
 def _sweep(
     model: PreTrainedModel, train: Any, held: Any, teacher: PreTrainedModel | None, config: TrainingConfig,
-    rates: Sequence[float], bar: float,
-) -> tuple[dict[float, float], float]:  # fmt: skip
-    """Held-out losses of short runs, the model put back after each, and the share of distillation that does best.
+    rates: Sequence[float], bar: float, start: "_Start",
+) -> tuple[float, float, dict[float, float]]:  # fmt: skip
+    """The rate and the share of distillation for the whole run, and held-out losses of short runs.
 
-    From one rate upwards while they get better; or, by longer runs, downwards until one is better than the start. The
-    first run that does better than `bar`, the teacher's own loss, is done on the labels alone too.
+    From one rate upwards while they get better, or downwards while they diverge, the model put back after each; the
+    rate is the next higher one than the best. The first run that does better than `bar`, the teacher's own loss, is
+    done on the labels alone too.
     """
     total = config.max_steps if config.max_steps is not None else max(1, len(train) // config.per_device_batch_size)
-    start = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    record = model.config.training if hasattr(model.config, "training") else None
+    steps = max(1, round(total * SWEEP_SHARE))
     found: dict[float, float] = {}
     diverged: dict[float, TrainingDiverged] = {}
-    before, weight = math.inf, config.distillation_weight
+    weight = config.distillation_weight
 
-    def run(rate: float, share: float = SWEEP_SHARE) -> float:
+    def run(rate: float) -> float:
         nonlocal weight, bar
-        if once(rate, share, weight) < bar:
+        if once(rate, weight) < bar:
             bar, both = -math.inf, found[rate]
-            if once(rate, share, 0.0) < both:
+            if once(rate, 0.0) < both:
                 weight = 0.0
             else:
                 found[rate] = both
                 diverged.pop(rate, None)
         return found[rate]
 
-    def once(rate: float, share: float, weight: float) -> float:
-        nonlocal before
-        steps = max(1, round(total * share))
+    def once(rate: float, weight: float) -> float:
         trial = replace(
             config, learning_rate=rate, max_steps=steps, eval_steps=steps, save_steps=10**9, distillation_weight=weight
         )
         try:
             result = train_stitches(model, train, trial, teacher=teacher, validation=held)
-            before, found[rate] = result.validation[0][1], result.validation[-1][1]
+            found[rate] = result.validation[-1][1]
             if not math.isfinite(found[rate]):  # in the last step, whose loss nobody saw
                 raise TrainingDiverged(f"got a held-out loss of {found[rate]} at a rate of {rate:g}; lower the rates")
         except TrainingDiverged as error:
             found[rate], diverged[rate] = math.inf, error
-        model.load_state_dict(start)
+        start.put_back()
         return found[rate]
 
     first = BEGINNING / _head_width(model) * (10 if config.trainable == "lora" else 1)
-    place = min(range(len(rates)), key=lambda place: abs(math.log(rates[place] / first)))
-    if run(rates[place]) < before:
-        while place + 1 < len(rates) and run(rates[place + 1]) < found[rates[place]]:
-            place += 1
-    else:
-        while (rates[place] in diverged or run(rates[place], CAREFUL_SHARE) >= before) and place:
-            place -= 1
-    if hasattr(model.config, "training"):
-        model.config.training = record
+    begun = place = min(range(len(rates)), key=lambda place: abs(math.log(rates[place] / first)))
+    run(rates[place])
+    while place + 1 < len(rates) and rates[place] not in diverged and run(rates[place + 1]) < found[rates[place]]:
+        place += 1
+    while place and rates[place] in diverged:
+        place -= 1
+        run(rates[place])
     if len(diverged) == len(found):
         raise diverged[min(diverged)]
-    return found, weight
+    higher = min(place + (place < begun + HIGHEST), len(rates) - 1)
+    return rates[place if rates[higher] in diverged else higher], weight, found
+
+
+class _Start:
+    """What a model was, to be put back."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        self.record = getattr(model.config, "training", None)
+
+    def put_back(self) -> None:
+        self.model.load_state_dict(self.state)
+        if hasattr(self.model.config, "training"):
+            self.model.config.training = self.record
 
 
 def _begun(folder: str | Path | None) -> dict[str, Any] | None:
