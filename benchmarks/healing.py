@@ -1,6 +1,6 @@
 """What LOG.md says of rates and joints before healing, on any family of the studies.
 
-    python benchmarks/healing.py rates "1[:2] 1[5:6] 1[7:]" "0[:5] 1[5:]"    # loss after so many steps, by rate
+    python benchmarks/healing.py rates "1[:2] 1[5:6] 1[7:]" "0[:5] 1[5:]"    # held-out loss by steps and rate
     python benchmarks/healing.py joints "1[:1] 1[7:]" "1[:2] 1[5:]"          # start and healed, by joint
 
 Takes the options of recipes/every_size.py that name a family (`--family vit`, `--cache_dir …`).
@@ -18,7 +18,7 @@ from families import FamilyArguments, family_of
 
 from klas_hf import StitchedModel, evaluate, heal, healing_config, train_stitches
 
-STEPS, RATES = (10, 20, 30, 60, 90, 100, 300), (3e-4, 1e-3, 3e-3)
+STEPS, RATES = (20, 50, 100, 300), (3e-4, 1e-3, 3e-3, 1e-2)
 JOINTS = ("least_squares", "merged", "identity")
 
 
@@ -29,11 +29,12 @@ def main() -> None:
     parser.add_argument("--family", default="quickstart")
     parser.add_argument("--cache_dir", default="outputs/study_anchors")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="of rates")
+    parser.add_argument("--joint", default="least_squares", choices=JOINTS, help="of rates")
     options = parser.parse_args()
     family = family_of(FamilyArguments(family=options.family, cache_dir=options.cache_dir))
     for path in options.paths:
         if options.what == "rates":
-            rates(family, path, options.steps)
+            rates(family, path, options.steps, options.joint)
         else:
             joints(family, path)
 
@@ -49,18 +50,19 @@ def measured(family: Family, model: StitchedModel) -> str:
     return f"{evaluate(model, family.test, classes=family.classes).metrics[family.metric]:.4f}"
 
 
-def rates(family: Family, path: str, steps: list[int]) -> None:
+def rates(family: Family, path: str, steps: list[int], joint: str) -> None:
     """One run, with its own cosine, of each length at each rate; half labels, half distilled."""
-    begun = start(family, path, "least_squares")
-    print(f"{path}: start {measured(family, begun)}", flush=True)
+    begun = start(family, path, joint)
     for count in steps:
         ends = []
         for rate in RATES:
             model = copy.deepcopy(begun)
-            settings = {"learning_rate": rate, "distillation_weight": 0.5} | dict(family.healing)
-            train_stitches(model, family.train, healing_config(count, **settings), teacher=family.anchors[1])
-            ends.append(f"{rate:g} {measured(family, model)}")
-        print(f"{path}: {count} steps: {', '.join(ends)}", flush=True)
+            settings = {"learning_rate": rate, "distillation_weight": 0.5, "eval_steps": count} | dict(family.healing)
+            config = healing_config(count, **settings)
+            options = {"teacher": family.anchors[1], "validation": family.validation}
+            (_, before), (_, after) = train_stitches(model, family.train, config, **options).validation
+            ends.append(f"{rate:g} {after:.4f} (kept: {measured(family, model)})")
+        print(f"{path}: {before:.4f}; {count} steps: {', '.join(ends)}", flush=True)
 
 
 def joints(family: Family, path: str) -> None:
