@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -21,10 +22,10 @@ from klas_hf.training.config import TrainingConfig
 from klas_hf.training.loop import TrainingResult, held_out_loss, train_stitches
 
 DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # that may be tried
-BEGINNING = 0.03  # over the head's width: the rate tried first (Adam's go with 1 / width, arXiv 2203.03466)
-HIGHEST = 2  # places above that rate, up to which the whole run may be at a higher one than the short runs'
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # that may be tried
+MIDDLE = 0.09  # over the head's width: the middle of the rates tried (Adam's go with 1 / width, arXiv 2203.03466)
 SWEEP_SHARE = 0.2  # of the steps, that each rate is tried for
+LONGER = 60  # steps, over which a whole run bears so many times the best rate of the short ones (LOG.md)
 HELD_OUT = 10  # every tenth example, where no validation examples are given
 
 
@@ -77,11 +78,11 @@ def heal(
             whichever does better goes on, unless the settings give a `distillation_weight`. None: the labels alone.
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
-        rates: learning rates that may be tried, ascending: first the one nearest to 0.03 / width of the head (3e-4 at
-            128, 1e-5 at 3072; ten times that for LoRA), then higher ones while they do better in short runs. The best
-            rate grows with the length of a run (LOG.md), so the whole run is at the next higher one, up to ten times
-            the first; at lower ones where it was no better than the start. One alone is not tried, nor is what to learn
-            from then.
+        rates: learning rates that may be tried, ascending: the three about 0.09 / width of the head (1e-3 at 128, 3e-5
+            at 3072; ten times that for LoRA), and higher ones while they do better in short runs. Those best for short
+            runs are too low for long ones (LOG.md), so the whole one is at the best of a parabola through them times
+            steps / 60, from 1 to 5; at lower ones of `rates` where it was no better than the start. One alone is not
+            tried, nor is what to learn from then.
         output_dir: where checkpoints of the run that was chosen go; it is resumed from there as it was.
 
     Returns:
@@ -161,9 +162,8 @@ def _sweep(
 ) -> tuple[float, float, dict[float, float]]:  # fmt: skip
     """The rate and the share of distillation for the whole run, and held-out losses of short runs.
 
-    From one rate upwards while they get better, or downwards while they diverge, the model put back after each; the
-    rate is the next higher one than the best. The first run that does better than `bar`, the teacher's own loss, is
-    done on the labels alone too.
+    Three rates are tried, higher ones while they get better and lower ones while all diverge, the model put back after
+    each. The first run that does better than `bar`, the teacher's own loss, is done on the labels alone too.
     """
     total = config.max_steps if config.max_steps is not None else max(1, len(train) // config.per_device_batch_size)
     steps = max(1, round(total * SWEEP_SHARE))
@@ -196,18 +196,32 @@ def _sweep(
         start.put_back()
         return found[rate]
 
-    first = BEGINNING / _head_width(model) * (10 if config.trainable == "lora" else 1)
-    begun = place = min(range(len(rates)), key=lambda place: abs(math.log(rates[place] / first)))
-    run(rates[place])
-    while place + 1 < len(rates) and rates[place] not in diverged and run(rates[place + 1]) < found[rates[place]]:
-        place += 1
-    while place and rates[place] in diverged:
-        place -= 1
-        run(rates[place])
+    middle = MIDDLE / _head_width(model) * (10 if config.trainable == "lora" else 1)
+    place = min(range(len(rates)), key=lambda place: abs(math.log(rates[place] / middle)))
+    low, high = max(0, place - 1), min(len(rates) - 1, place + 1)
+    for rate in rates[low : high + 1]:
+        run(rate)
+    while high + 1 < len(rates) and rates[high] not in diverged and found[rates[high]] == min(found.values()):
+        high += 1
+        run(rates[high])
+    while low and len(diverged) == len(found):
+        low -= 1
+        run(rates[low])
     if len(diverged) == len(found):
         raise diverged[min(diverged)]
-    higher = min(place + (place < begun + HIGHEST), len(rates) - 1)
-    return rates[place if rates[higher] in diverged else higher], weight, found
+    return min(rates[-1], _best_rate(found) * min(max(1.0, total / LONGER), 1 / SWEEP_SHARE)), weight, found
+
+
+def _best_rate(losses: Mapping[float, float]) -> float:
+    """The rate of least loss, by a parabola in its logarithm through the best one and those beside it."""
+    rates = sorted(rate for rate, loss in losses.items() if math.isfinite(loss))
+    best = min(rates, key=losses.__getitem__)
+    first = min(max(0, rates.index(best) - 1), max(0, len(rates) - 3))
+    beside = rates[first : first + 3]
+    if len(beside) < 3:
+        return best
+    curvature, slope, _ = np.polyfit(np.log(beside), [losses[rate] for rate in beside], 2)
+    return float(np.clip(np.exp(-slope / (2 * curvature)), beside[0], beside[-1])) if curvature > 0 else best
 
 
 class _Start:

@@ -1,6 +1,7 @@
 """Healing: held-out loss, the best weights kept, rates found; never worse than the start."""
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path as Folder
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from klas_hf import StitchedModel, TrainingConfig, TrainingDiverged, evaluate, heal, healing_config, train_stitches
 from klas_hf.data.images import ImageSet, map_labels
 from klas_hf.training.healing import RATES
+from klas_hf.training.loop import TrainingResult
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
 QUICK = TrainingConfig(
@@ -103,7 +105,8 @@ def test_healing_finds_a_rate_and_whether_the_teacher_helps_and_is_never_worse(k
     start = copy.deepcopy(model.state_dict())
     config = replace(QUICK, max_steps=20, learning_rate=1.0)
     result = heal(model, TRAIN, teacher=dearest, validation=HELD, config=config, rates=(1e-6, 1e-3, 2e-2, 50.0))
-    assert result.learning_rate in (1e-3, 2e-2) and result.tried[result.learning_rate] == min(result.tried.values())
+    assert set(result.tried) == {1e-6, 1e-3, 2e-2, 50.0} and result.tried[2e-2] == min(result.tried.values())
+    assert 1e-3 < result.learning_rate < 50
     assert result.end < result.start
     assert evaluate(model, batches(HELD)).metrics["loss"] == pytest.approx(result.end, rel=1e-5)
     assert model.config.training["settings"]["distillation_weight"] == result.distillation_weight == knows / 2
@@ -135,28 +138,53 @@ def test_an_interrupted_healing_goes_on_with_what_was_chosen(distilled: bool, tm
 
 
 @pytest.mark.parametrize(
-    ("width", "trainable", "first"),
-    [(32, "full", 1e-3), (128, "full", 3e-4), (1024, "full", 3e-5), (128, "lora", 3e-3), (None, "full", 3e-3)],
+    ("width", "trainable", "middle"),
+    [(32, "full", 3e-3), (128, "full", 1e-3), (1024, "full", 1e-4), (128, "lora", 1e-2), (None, "full", 1e-2)],
 )
-def test_the_rate_tried_first_goes_with_one_over_the_width(width: int | None, trainable: str, first: float) -> None:
+def test_the_rates_tried_go_with_one_over_the_width(width: int | None, trainable: str, middle: float) -> None:
     config = replace(QUICK, max_steps=1, trainable=trainable)
     if width is None:  # a classifier whose head reads 16 features
         result = heal(tiny_vit(), ToyImages(), config=config)
     else:
         result = heal(tiny_model(hidden_size=width, num_hidden_layers=1), TRAIN, config=config)
-    assert next(iter(result.tried)) == first and set(result.tried) <= set(RATES)
+    place = RATES.index(middle)
+    assert tuple(result.tried)[:3] == RATES[place - 1 : place + 2]
+
+
+@pytest.mark.parametrize(("steps", "times"), [(20, 1), (150, 2.5), (900, 5)])
+def test_long_runs_are_at_higher_rates_than_short_ones(
+    steps: int, times: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of losses that are a parabola in the logarithm of the rate, with its least at 6e-4."""
+    runs: list[TrainingConfig] = []
+
+    def train(model: Any, data: Any, config: TrainingConfig, **_: Any) -> TrainingResult:
+        runs.append(config)
+        return TrainingResult(1, (), 0.0, 1, ((0, 9.0), (1, 2 + math.log(config.learning_rate / 6e-4) ** 2)))
+
+    monkeypatch.setattr("klas_hf.training.healing.train_stitches", train)
+    result = heal(tiny_model(hidden_size=128), TRAIN, config=replace(QUICK, max_steps=steps))
+    assert [run.max_steps for run in runs] == [steps // 5] * 3 + [steps]
+    assert result.learning_rate == runs[-1].learning_rate == pytest.approx(times * 6e-4)
 
 
 @pytest.mark.parametrize("checkpoints", [True, False])
-def test_lower_rates_follow_where_a_whole_run_is_no_better_than_the_start(checkpoints: bool, tmp_path: Folder) -> None:
-    """Of a model that needs no healing: there the first rates do harm."""
+def test_lower_rates_follow_where_a_whole_run_is_no_better_than_the_start(
+    checkpoints: bool, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("klas_hf.training.healing.MIDDLE", 16 * 0.3)  # so that the first rates do harm
     model = tiny_model(seed=2)
     train_stitches(model, TRAIN, replace(QUICK, max_steps=60), validation=HELD)
     config, folder = replace(QUICK, max_steps=20), tmp_path if checkpoints else None
     result = heal(
-        copy.deepcopy(model), TRAIN, validation=HELD, config=config, rates=(1e-6, 1e-5, 1.0, 3.0), output_dir=folder
+        copy.deepcopy(model),
+        TRAIN,
+        validation=HELD,
+        config=config,
+        rates=(1e-6, 1e-5, 0.1, 0.3, 1.0),
+        output_dir=folder,
     )
-    assert list(result.tried) == [1e-5, 1.0] and result.tried[1.0] >= result.start
+    assert {0.1, 0.3, 1.0} <= set(result.tried) and min(result.tried.values()) >= result.start
     assert result.learning_rate == 1e-5 and result.end < result.start
     alone = copy.deepcopy(model)  # the run at the rate that did harm left nothing behind
     again = train_stitches(alone, TRAIN, replace(config, learning_rate=1e-5), validation=HELD)
@@ -170,7 +198,7 @@ def test_a_model_that_no_rate_makes_better_stays_as_it_was() -> None:
     config = replace(QUICK, max_steps=20)
     kept = copy.deepcopy(model.state_dict())
     result = heal(model, TRAIN, validation=HELD, config=config, rates=(1.0, 3.0))
-    assert list(result.tried) == [1.0, 3.0] and result.end == result.start
+    assert result.end == result.start
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, kept[name]), name
 
