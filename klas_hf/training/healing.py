@@ -25,7 +25,7 @@ DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # that may be tried
 MIDDLE = 0.09  # over the head's width: the middle of the rates tried (Adam's go with 1 / width, arXiv 2203.03466)
 SWEEP_SHARE = 0.2  # of the steps, that each rate is tried for
-LONGER = 60  # steps, over which a whole run bears so many times the best rate of the short ones (LOG.md)
+LONGER = 40  # steps, over which a whole run bears so many times the best rate of the short ones (LOG.md)
 HELD_OUT = 10  # every tenth example, where no validation examples are given
 
 
@@ -81,7 +81,7 @@ def heal(
         rates: learning rates that may be tried, ascending: the three about 0.09 / width of the head (1e-3 at 128, 3e-5
             at 3072; ten times that for LoRA), and higher ones while they do better in short runs. Those best for short
             runs are too low for long ones (LOG.md), so the whole one is at the best of a parabola through them times
-            steps / 60, from 1 to 5; at lower ones of `rates` where it was no better than the start. One alone is not
+            steps / 40, from 1 to 5; at lower ones of `rates` where it was no better than the start. One alone is not
             tried, nor is what to learn from then.
         output_dir: where checkpoints of the run that was chosen go; it is resumed from there as it was.
 

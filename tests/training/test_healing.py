@@ -151,7 +151,7 @@ def test_the_rates_tried_go_with_one_over_the_width(width: int | None, trainable
     assert tuple(result.tried)[:3] == RATES[place - 1 : place + 2]
 
 
-@pytest.mark.parametrize(("steps", "times"), [(20, 1), (150, 2.5), (900, 5)])
+@pytest.mark.parametrize(("steps", "times"), [(20, 1), (100, 2.5), (900, 5)])
 def test_long_runs_are_at_higher_rates_than_short_ones(
     steps: int, times: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
