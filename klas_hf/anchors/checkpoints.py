@@ -1,11 +1,12 @@
 """An anchor's configuration and its tensors one by one, so that only those used are ever read."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from klas_hf.anchors.language import anchor_config, explained_access
 from klas_hf.models.checkpoint_files import check_inside
 from klas_hf.models.vision_kinds import vision_kind
 
+ADVISED = 1 << 20  # bytes that the system takes advice on at once: it may leave out what goes beyond its own read-ahead
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -47,6 +49,7 @@ class AnchorCheckpoint:
         self._files: dict[str, Any] = {}
         self.hub, self.shared = hub, shared
         self._anchor = anchor
+        self._places: dict[str, dict[str, tuple[int, int]]] = {}  # path → where in the file each tensor lies
         self._opening = Lock()  # transformers reads in several threads
         self.names: dict[str, str] = {}  # key → name in the files, where that is another
         if isinstance(anchor, PreTrainedModel):
@@ -97,6 +100,22 @@ class AnchorCheckpoint:
                 f"the anchor {str(self._anchor)!r} has {shard} without {key}, which {_INDEX} says it holds ({error}); "
                 "expected the files as they were saved. Download or save it again"
             ) from error
+
+    def announce(self, key: str) -> None:
+        """Tell the system which bytes of a file are read next: around a page that is touched it would fetch megabytes.
+
+        Nothing is done for models in memory, and where the system does not take advice (macOS, Windows).
+        """
+        key = self.names.get(key, key)
+        if key in self._tensors or not hasattr(os, "posix_fadvise"):
+            return
+        with open(self._path(self._shards[key]), "rb") as file:
+            with self._opening:
+                if file.name not in self._places:
+                    self._places[file.name] = _places(file)
+            start, stop = self._places[file.name][key]
+            for place in range(start, stop, ADVISED):
+                os.posix_fadvise(file.fileno(), place, min(ADVISED, stop - place), os.POSIX_FADV_WILLNEED)
 
     def _find_shards(self) -> dict[str, str]:
         """Tensor name → file name."""
@@ -149,7 +168,9 @@ class UnreadTensor:
         self.checkpoint, self.key = checkpoint, key
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.checkpoint.tensor(self.key)[index]
+        found = self.checkpoint.tensor(self.key)
+        self.checkpoint.announce(self.key)
+        return found[index]
 
 
 class DecoderCheckpoint(AnchorCheckpoint):
@@ -220,6 +241,17 @@ def _commit(anchor: str | Path, hub: dict[str, Any]) -> str | None:
         return hub.get("revision")
     with explained_access(anchor):
         return extract_commit_hash(cached_file(anchor, CONFIG_NAME, **hub), None) or hub.get("revision")
+
+
+def _places(file: BinaryIO) -> dict[str, tuple[int, int]]:
+    """Of each tensor of a safetensors file that is whole: its first byte, and the one behind its last."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    return {
+        key: (8 + length + about["data_offsets"][0], 8 + length + about["data_offsets"][1])
+        for key, about in header.items()
+        if key != "__metadata__"
+    }
 
 
 def _open(path: str) -> Any:

@@ -45,12 +45,15 @@ def dense_anchor_costs(config: PreTrainedConfig, size: tuple[int, int]) -> Ancho
     backbone = model.get_submodule(dense_head(config).backbone)
     slices = backbone.slices[0]
     kind = vision_kind(body)
-    called = [*kind.embed, *(name for block in kind.blocks(body) for name in block.modules)]
-    inside = sum(counted[module] for name in called for module in slices.get_submodule(name).modules())
+
+    def macs(names: tuple[str, ...]) -> int:
+        return sum(counted[module] for name in names for module in slices.get_submodule(name).modules())
+
+    embed, blocks = macs(kind.embed), [macs(block.modules) for block in kind.blocks(body)]
     parameters = parameter_count(model) - parameter_count(slices) - parameter_count(backbone.norms)
     return parts_of(
-        body, slices, counted, trace(body, size), head_macs=sum(counted.values()) - inside, head_parameters=parameters,
-        maps=tuple(states), map_norms=kind.normed_features,
+        body, slices, embed, blocks, trace(body, size), head_macs=sum(counted.values()) - embed - sum(blocks),
+        head_parameters=parameters, maps=tuple(states), map_norms=kind.normed_features,
     )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from klas_hf.costs.measured import linear_weights
 from klas_hf.costs.paths import AnchorCosts, stitch_costs
 from klas_hf.models import StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import dropped_prefix
-from klas_hf.models.vision_kinds import vision_kind
-from klas_hf.models.vision_shapes import FeatureShape, classifier, trace
+from klas_hf.models.vision_kinds import VISION_KINDS, vision_kind
+from klas_hf.models.vision_shapes import FeatureShape, classifier, trace, traced
 from klas_hf.stitch_costs import StitchCosts
 
 
@@ -32,7 +32,11 @@ def _classifier_costs(model_type: str, settings: str, size: tuple[int, int]) -> 
     # Every stitching of two anchors asks for their costs, and counting takes longer than loading a small model.
     config = CONFIG_MAPPING[model_type].from_dict(json.loads(settings))
     model = _on_meta(config)
-    macs = sum(_macs_by_module(model, config.num_channels, size).values())
+    if config.model_type in VISION_KINDS:
+        macs = sum(traced(config, size).macs)
+    else:
+        pixels = torch.zeros(1, config.num_channels, *size, device="meta", dtype=model.dtype)
+        macs = sum(macs_by_module(model, pixel_values=pixels).values())
     return Cost(macs, parameter_count(model), image_height=size[0], image_width=size[1])
 
 
@@ -76,21 +80,21 @@ def anchor_costs(config: PreTrainedConfig, size: tuple[int, int]) -> AnchorCosts
     Raises:
         ValueError: its kind is unknown.
     """
-    shapes = trace(config, size)  # first, for it says what does not fit
+    found = traced(config, size)
     kind, model = vision_kind(config), _on_meta(config)
-    counted = _macs_by_module(model, config.num_channels, size)
-    head = [model.get_submodule(name) for name in kind.head if _has(model, name)]
+    embed, *blocks, head = found.macs
     return parts_of(
-        config, model, counted, shapes,
-        head_macs=sum(counted[module] for one in head for module in one.modules()),
-        head_parameters=sum(map(parameter_count, head)),
+        config, model, embed, blocks, found.shapes,
+        head_macs=head,
+        head_parameters=sum(parameter_count(model.get_submodule(name)) for name in kind.head if _has(model, name)),
     )  # fmt: skip
 
 
 def parts_of(
     config: PreTrainedConfig,
     model: nn.Module,
-    counted: dict[nn.Module, int],
+    embed_macs: int,
+    block_macs: list[int],
     shapes: Sequence[FeatureShape],
     **head: Any,
 ) -> AnchorCosts:
@@ -99,22 +103,19 @@ def parts_of(
     Args:
         config: of the classifier.
         model: it, or what is left of it as a backbone.
-        counted: MACs of each module's own operations.
+        embed_macs, block_macs: of the embedding and of every block.
         shapes: of all states.
         head: the fields of `AnchorCosts` that do not follow from embedding and blocks.
     """
     kind = vision_kind(config)
     blocks = kind.blocks(config)
 
-    def macs(names: tuple[str, ...]) -> int:
-        return sum(counted[module] for name in names for module in model.get_submodule(name).modules())
-
     def parameters(names: tuple[str, ...]) -> int:
         return sum(parameter_count(model.get_submodule(name)) for name in names)
 
     return AnchorCosts(
-        embed_macs=macs(kind.embed),
-        block_macs=[macs(block.modules) for block in blocks],
+        embed_macs=embed_macs,
+        block_macs=block_macs,
         embed_parameters=parameters(kind.embed),
         block_parameters=[parameters(block.modules) for block in blocks],
         widths=[shape.channels for shape in shapes],
@@ -134,7 +135,3 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
         if isinstance(config, StitchedVisionConfig):
             return StitchedForImageClassification(config).eval()
         return classifier(config).eval()
-
-
-def _macs_by_module(model: PreTrainedModel, channels: int, size: tuple[int, int]) -> dict[nn.Module, int]:
-    return macs_by_module(model, pixel_values=torch.zeros(1, channels, *size, device="meta", dtype=model.dtype))

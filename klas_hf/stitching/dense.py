@@ -33,6 +33,7 @@ from klas_hf.anchors.language import HUB_OPTIONS, anchor_config, hub_options
 from klas_hf.anchors.vision import check_labels
 from klas_hf.anchors.vision_states import map_rows
 from klas_hf.anchors.weights import evaluating
+from klas_hf.costs import measure_costs
 from klas_hf.maths.least_squares import RIDGE, LeastSquares
 from klas_hf.models import StitchedBackbone, StitchedVisionConfig
 from klas_hf.models.configuration_stitched_dense import on_stitched
@@ -118,7 +119,8 @@ def stitch_dense(
 def check_dense_pair(first: PreTrainedConfig, last: PreTrainedConfig, size: int | tuple[int, int] | None) -> None:
     """Raise ValueError unless two dense models know the same classes and the source is the cheaper one."""
     check_labels(first, last)
-    check_order(first, last, common_size([body_config(first), body_config(last)], size))
+    size = common_size([body_config(first), body_config(last)], size)
+    check_order([measure_costs(config, image_size=size).macs for config in (first, last)])
 
 
 def set_maps(config: StitchedVisionConfig, maps: Sequence[int], *, laterals: bool) -> dict[str, tuple[int, int]]:

@@ -23,12 +23,11 @@ from klas_hf.anchors.language import HUB_OPTIONS, anchor_config, hub_options
 from klas_hf.anchors.vision import check_labels
 from klas_hf.anchors.vision_states import feature_rows
 from klas_hf.anchors.weights import evaluating
-from klas_hf.costs import measure_costs
 from klas_hf.models import StitchedBackbone, StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import StitchingLayer, dropped_prefix
 from klas_hf.models.vision_features import VisionKind, image_size
 from klas_hf.models.vision_kinds import vision_kind
-from klas_hf.models.vision_shapes import FeatureShape, trace
+from klas_hf.models.vision_shapes import FeatureShape, trace, traced
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.stitching.calibration import sampled
 from klas_hf.stitching.joints import Joint, check_joint, check_writers, fit_joints, merge_joints
@@ -169,12 +168,11 @@ def common_size(configs: Sequence[PreTrainedConfig], size: int | tuple[int, int]
 def check_pair(first: PreTrainedConfig, last: PreTrainedConfig, size: tuple[int, int]) -> None:
     """Raise ValueError unless the two classifiers know the same classes and the source is the cheaper one."""
     check_labels(first, last)
-    check_order(first, last, size)
+    check_order([sum(traced(config, size).macs) for config in (first, last)])
 
 
-def check_order(first: PreTrainedConfig, last: PreTrainedConfig, size: tuple[int, int]) -> None:
-    """Raise ValueError unless the source is the cheaper of two anchors for images."""
-    macs = [measure_costs(config, image_size=size).macs for config in (first, last)]
+def check_order(macs: Sequence[int]) -> None:
+    """Raise ValueError unless the source is the cheaper of two anchors for images of these MACs."""
     if macs[0] > macs[1]:
         raise ValueError(
             f"got a source of {macs[0]:,} MACs and a target of {macs[1]:,}: reversed; expected the cheaper anchor "

@@ -24,6 +24,7 @@ from tiny_vision import (
     tiny_stitched,
 )
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BeitConfig,
     LevitConfig,
@@ -38,6 +39,8 @@ from transformers.models.levit.modeling_levit import LevitAttention, LevitAttent
 
 from klas_hf import Stitch, measure_costs, measure_stitch_costs
 from klas_hf.costs.vision import anchor_costs
+from klas_hf.models import vision_shapes
+from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.paths import Path
 from klas_hf.stitching.images import stitched_vision_config
 
@@ -146,6 +149,23 @@ def test_macs_and_parameters_are_those_of_the_layers(kind: str, large: bool) -> 
     assert cost.macs == sum(macs_by_hooks(model, images(kind, 1)).values())
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert measure_costs(model.config, image_size=SIDE[kind]) == cost
+
+
+@pytest.mark.parametrize("name", ["Swin-Ti", "ResNet-50", "LeViT-192"])
+def test_blocks_that_are_alike_are_counted_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And cost what torch counts in a forward of the whole."""
+    runs: list[str] = []
+    config = PUBLISHED[name][0]
+    kind = type(vision_kind(config))
+    run = kind.run_module
+    monkeypatch.setattr(kind, "run_module", lambda self, *given: runs.append(given[1]) or run(self, *given))
+    vision_shapes._traced.cache_clear()
+    found = measure_costs(config)
+    ran = len(runs)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        vision_shapes.classifier(config).eval()(torch.zeros(1, 3, 224, 224))
+    assert found.macs == counter.get_total_flops() // 2
+    assert 0 < ran < len(set(name for block in vision_kind(config).blocks(config) for name in block.modules))
 
 
 @pytest.mark.parametrize("kind", KINDS)

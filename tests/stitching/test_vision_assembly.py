@@ -1,6 +1,7 @@
 """Stitching two classifiers: what is read, and for which images."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tiny_vision import (
 from torch import Tensor
 
 from klas_hf import Stitch, StitchedForImageClassification, StitchedModel
+from klas_hf.anchors import checkpoints
 from klas_hf.anchors.checkpoints import AnchorCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:the stitching layer is random")
@@ -134,6 +136,21 @@ def test_only_tensors_that_are_used_are_read_each_once(
     for found, anchor, names in zip(read.values(), (source, target), used, strict=True):
         expected = [anchor.state_dict()[name] for name in names]
         assert sorted(map(values, found)) == sorted(map(values, expected))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice")
+def test_the_system_is_told_which_bytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly those of the tensors that are used, of the anchor that is not in memory."""
+    told: list[bytes] = []
+    source, target = tiny_pair("swin")
+    target.save_pretrained(tmp_path)
+    monkeypatch.setattr(checkpoints, "ADVISED", 64)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, _: told.append(os.pread(file, length, start)))
+    StitchedModel.from_anchors(source, tmp_path, (3, 4))
+    names = used_tensors(target, 4, len(blocks(target)), embed=False, head=True)
+    held = [target.state_dict()[name].numpy().tobytes() for name in names]
+    assert sorted(told) == sorted(part[n : n + 64] for part in held for n in range(0, len(part), 64))
+    assert max(map(len, held)) > 64
 
 
 @pytest.mark.parametrize("kind", ["vit", "levit", "resnet"])
