@@ -4,6 +4,7 @@ What is compared runs in one process and in turns, or in child processes that ta
 machine slows both. The least of several times counts.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -136,6 +137,9 @@ def child_main() -> None:
 
 def growth_of(run: Callable[[], object]) -> Mapping[str, float]:
     """Seconds of a call, and MiB that the process, or the accelerator, grew by at its peak."""
+    # Python's collector looks through all that was imported once in a while, for .2 s: within which call is chance.
+    gc.collect()
+    gc.freeze()
     before = _resident("VmRSS")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

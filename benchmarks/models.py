@@ -50,11 +50,11 @@ def llamas(options: Options, scale: int) -> tuple[LlamaForCausalLM, LlamaForCaus
     return small, large
 
 
-def sequences(options: Options, count: int, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Random tokens, in batches of four."""
+def sequences(options: Options, count: int, seed: int = 0, batch_size: int = 4) -> list[dict[str, Tensor]]:
+    """Random tokens, in batches."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, options.vocabulary, (count, options.tokens), generator=generator)
-    return [{"input_ids": part} for part in ids.split(4)]
+    return [{"input_ids": part} for part in ids.split(batch_size)]
 
 
 def halves(small: PreTrainedConfig, large: PreTrainedConfig) -> Stitch:

@@ -1,17 +1,24 @@
 """Functional KL of all pairs against the rears' forwards alone, and the fit of a pruned block against ReplaceMe's."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from benchmarks.measuring import Figure, growth_of, in_child, in_children, seconds
 from benchmarks.models import llamas, sequences
 from benchmarks.options import Options
-from klas_hf import FunctionalScoring, StitchedModel, score_stitches
+from klas_hf import FunctionalScoring, StitchCosts, StitchedModel, score_stitches
 
 GIB = 1024  # MiB
+# Divides widths, vocabulary, tokens of a sequence, and, twice, the memory allowed: all products of matrices shrink by
+# its cube, so that their shares in the whole stay as they are at full size.
+SHRUNK = 16
 
 
 def figures(options: Options) -> Iterator[Figure]:
@@ -19,6 +26,9 @@ def figures(options: Options) -> Iterator[Figure]:
     pairs = f"functional KL of {int(found['pairs'])} pairs of two Llamas, maps included"
     yield Figure(f"{pairs}, time", found["seconds"], "the rears' forwards alone", found["rears"], "s", 1.3)
     yield Figure(f"{pairs}, memory beside the models", found["peak"], "4 GiB", 4 * GIB, "MiB", 1)
+    counted = in_child(options, "scoring:operations")
+    what = f"the default among {int(counted['pairs'])} pairs, Llama 3.2 1B → 3B / {SHRUNK}, operations"
+    yield Figure(what, counted["scoring"], "the rears' forwards alone", counted["rears"], "GFLOP", 1.3)
     ours, theirs = in_children(options, ["scoring:merged", "scoring:replace_me"], repeats=1 if options.quick else 2)
     what = "blocks replaced by a merged least-squares map"
     yield Figure(f"{what}, time", ours["seconds"], "ReplaceMe: activations kept, lstsq", theirs["seconds"], "s", 1)
@@ -26,7 +36,7 @@ def figures(options: Options) -> Iterator[Figure]:
 
 
 def functional(options: Options) -> Mapping[str, float]:
-    """Seconds and MiB of a default scoring pass, and seconds of the rears of the same pairs on the scored sequences."""
+    """Seconds and MiB of a default scoring pass, and seconds of the rears of all its pairs on the scored sequences."""
     small, large = llamas(options, scale=4)
     data, fitting = sequences(options, options.sequences), sequences(options, options.sequences, seed=1)
     settings = FunctionalScoring(calibration=fitting, scored_items=None)
@@ -36,21 +46,65 @@ def functional(options: Options) -> Mapping[str, float]:
     found = growth_of(
         lambda: scores.append(score_stitches(small, large, data, tokens=options.tokens, functional=settings))
     )
-    pairs = [(stitch.source_stop, stitch.target_start) for stitch in scores[0].stitches]
+    pairs = _in_range(scores[0].costs)
     return {**found, "pairs": len(pairs), "rears": _rears(large, pairs, data, options)}
 
 
+def operations(options: Options) -> Mapping[str, float]:
+    """GFLOP of products of matrices and of factorisations: of a default pass, and of all candidates' rears.
+
+    At the depths of Llama 3.2 1B and 3B and with 128 + 128 sequences, so that candidates are eliminated as there.
+    """
+    if not options.quick:
+        sizes = {"scale": SHRUNK, "blocks": 16, "vocabulary": 128_256 // SHRUNK, "tokens": 128 // SHRUNK}
+        options = replace(options, sequences=128, **sizes)
+    small, large = llamas(options, scale=SHRUNK)
+    for model in (small, large):
+        model.set_attn_implementation("eager")  # torch does not count the CPU's kernel of attention
+    at_once = 8  # batches of four in one, and as much more memory allowed for them: products only become larger
+    data, fitting = (sequences(options, options.sequences, seed, 4 * at_once) for seed in range(2))
+    default = FunctionalScoring(calibration=fitting)
+    allowed = {name: at_once * getattr(default, name) // SHRUNK**2 for name in ("rear_bytes", "workspace_bytes")}
+    settings, scores = replace(default, moment_bytes=default.moment_bytes // SHRUNK**2, **allowed), []
+    scoring = _gflop(
+        lambda: scores.append(score_stitches(small, large, data, tokens=options.tokens, functional=settings))
+    )
+    pairs = _in_range(scores[0].costs)
+    rears = _rears(large, pairs, data[:1], options, _gflop) * len(data)
+    return {"pairs": len(pairs), "scoring": scoring, "rears": rears}
+
+
+def _gflop(run: Callable[[], object]) -> float:
+    factorisations = {
+        torch.ops.aten.linalg_cholesky_ex: lambda shape, *_, **__: shape[-1] ** 3 // 3,
+        torch.ops.aten.cholesky_solve: lambda right, lower, *_, **__: 2 * lower[-1] ** 2 * right[-1],
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=factorisations)
+    with counter:
+        run()
+    return counter.get_total_flops() / 1e9
+
+
+def _in_range(costs: StitchCosts) -> list[tuple[int, int]]:
+    """(i, j) of the stitches that cost no less than the source and no more than the target."""
+    inside = costs.possible & (costs.macs >= costs.source_total) & (costs.macs <= costs.target_total)
+    return [(i + 1, j) for i, j in np.argwhere(inside).tolist() if j > 0]
+
+
 @torch.no_grad()
-def _rears(large: LlamaForCausalLM, pairs: list[tuple[int, int]], data: list[dict[str, Tensor]], options: Options):
-    """Seconds of transformers' own forwards of the target's blocks behind each joint."""
+def _rears(
+    large: LlamaForCausalLM, pairs: list[tuple[int, int]], data: list[dict[str, Tensor]], options: Options,
+    measured: Callable[[Callable[[], object]], float] = seconds,
+) -> float:  # fmt: skip
+    """What transformers' own forwards of the target's blocks behind each joint take; alike ones are measured once."""
     layers, taken = large.model.layers, 0.0
     states = torch.randn(*data[0]["input_ids"].shape, large.config.hidden_size, device=options.device)
     states = states.to(large.dtype)
-    for _, start in pairs:
+    for start, count in Counter(start for _, start in pairs).items():
         large.model.layers = nn.ModuleList(layers[start:])
         for batch in data:
             rows = states[: len(batch["input_ids"])]
-            taken += seconds(lambda rows=rows: large(inputs_embeds=rows, use_cache=False).logits)
+            taken += count * measured(lambda rows=rows: large(inputs_embeds=rows, use_cache=False).logits)
     large.model.layers = layers
     return taken
 
