@@ -15,7 +15,7 @@ from benchmarks.__main__ import GROUPS, main, table_of
 from benchmarks.measuring import Figure, in_child, in_turns
 from benchmarks.models import classifier, saved_llamas, vit
 from benchmarks.options import Options
-from klas_hf import StitchedModel, StitchedSupernet
+from klas_hf import FunctionalScoring, StitchedModel, StitchedSupernet, score_stitches
 
 ROOT = Path(__file__).parents[2]
 QUICK = Options(quick=True).settled()
@@ -173,8 +173,26 @@ def test_the_rears_are_the_targets_own_blocks() -> None:
         layer.register_forward_hook(lambda *_, number=number: seen.append(number))
         for number, layer in enumerate(model.model.layers)
     ]
-    taken = scoring._rears(model, [(1, 2), (2, 4)], [{"input_ids": token_ids(2, 6)}], QUICK)
+    batches = [{"input_ids": token_ids(2, 6)}]
+    taken = scoring._rears(model, [(1, 2), (2, 4)], batches, QUICK)
     assert seen == [2, 3, 4, 4] and taken > 0 and len(handles) == len(model.model.layers)
+    assert scoring._rears(model, [(1, 2), (2, 2), (2, 4)], 2 * batches, QUICK, lambda run: 1.5) == 3 * 2 * 1.5
+
+
+def test_pairs_are_those_that_are_scored() -> None:
+    small, large = tiny_model(), tiny_model(large=True)
+    data = [{"input_ids": token_ids(2, 6)}]
+    scores = score_stitches(small, large, data, functional=FunctionalScoring(calibration=data))
+    expected = [(stitch.source_stop, stitch.target_start) for stitch in scores.stitches]
+    assert scoring._in_range(scores.costs) == expected
+
+
+def test_operations_are_those_of_products_and_factorisations() -> None:
+    x, y = torch.randn(7, 4), torch.randn(4, 5)
+    assert scoring._gflop(lambda: x @ y) * 1e9 == pytest.approx(2 * 7 * 4 * 5)
+    gram = x.T @ x
+    solved = scoring._gflop(lambda: torch.cholesky_solve(y, torch.linalg.cholesky_ex(gram)[0])) * 1e9
+    assert solved == pytest.approx(4**3 // 3 + 2 * 4 * 4 * 5)
 
 
 @pytest.mark.parametrize("tokens", [5, 8])
