@@ -23,7 +23,7 @@ class FunctionalScoring:
             than the source and no more than the target.
         temperature: softens both distributions; 4 foretold best of 0.5, 1, 2 and 4 (LOG.md).
         ridge: penalty of the fits, relative to the variance of a standardised feature.
-        moment_bytes: memory that the sums of one group of pairs may take.
+        moment_bytes: memory that the sums of one group of pairs may take. Maps that are solved from them come on top.
         rear_bytes: memory that the states of one forward of a rear, of several stitches together, may take.
         workspace_bytes: memory for distributions.
         scored_items: images or sequences to score on, in whole batches at least so many; None takes all, and then
@@ -45,7 +45,7 @@ class FunctionalScoring:
     candidates: Iterable[Stitch] | None = None
     temperature: float = 4.0
     ridge: float = RIDGE
-    moment_bytes: int = 4 << 30
+    moment_bytes: int = 3 << 30
     rear_bytes: int = 1 << 28
     workspace_bytes: int = WORKSPACE_BYTES
     scored_items: int | None = 128
