@@ -272,7 +272,7 @@ def test_the_curve_is_over_what_the_budget_names(
         assert set(drawn) == {cost}
         assert ("| MB of weights |" in (output / "README.md").read_text()) == (cost == "weight_bytes")
     assert main([*again, "--licence", "mit", "--overwrite", "--cost", "latency"]) == 2
-    assert "got cost='latency' and a row that has ['kv_bytes_per_token', 'macs', 'para" in capsys.readouterr().err
+    assert "'latency' and a row that has ['kv_bytes_per_token', 'macs', 'para" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

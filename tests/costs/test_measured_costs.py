@@ -179,7 +179,7 @@ from klas_hf.costs.timing import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        held = [torch.ones(2**18) for _ in range(8)]
+        held = [torch.ones(2**20) for _ in range(12)]
         del held
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -194,8 +194,8 @@ print(faults())
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 def test_freed_memory_is_used_again() -> None:
-    """8 MiB, made and freed 20 times, are paged in every time at first: pages of 4 KiB, or of 64."""
+    """48 MiB, made and freed 20 times, are paged in every time at first: pages of 4 KiB, or of 64."""
     done = subprocess.run([sys.executable, "-c", PAGED], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     before, after = map(int, done.stdout.split())
-    assert before > 20 * 8 * 2**20 // 2**16 > 20 * after
+    assert before > 20 * 48 * 2**20 // 2**16 > 20 * after
