@@ -148,12 +148,24 @@ class Budget:
         if not isinstance(budget, str):
             raise TypeError(f"got budget={budget!r}; expected {_FORMS}")
         limits: dict[str, Any] = {}
-        for term in re.split(r",|\band\b", budget):
+        for term in _terms(budget):
             name, limit = _limit(term, budget)
             if name in limits:
                 raise ValueError(f"got budget={budget!r}, which limits {name} twice; expected each limit once")
             limits[name] = limit
         return cls(**limits, text=budget)
+
+    @property
+    def cost(self) -> str:
+        """The cost that it names first, by its name in `COSTS`: what models within it are shown over.
+
+        Example:
+            >>> Budget.of("20 ms, 4 GB").cost, Budget.of("60%").cost
+            ('latency', 'macs')
+        """
+        given = [name for name, value in vars(self).items() if value is not None and name != "text"]
+        first = given[0] if len(given) == 1 else _limit(_terms(self.text)[0], self.text)[0]
+        return {"share": "macs", "per_second": "latency"}.get(first, first)
 
     @property
     def timed(self) -> bool:
@@ -248,6 +260,11 @@ def described(cost: Cost, dearest: Cost, bytes_per_parameter: float) -> str:
         told += [f"{1e3 * cost.latency:.3g} ms", f"{cost.batch / cost.latency:.3g}/s"]
         told.append(f"{cost.peak_bytes / 1e6:.3g} MB of activations")
     return f"{cost.macs / dearest.macs:.1%} of the dearest anchor's MACs ({', '.join(told)})"
+
+
+def _terms(budget: str) -> list[str]:
+    """The limits of a budget, as they are given."""
+    return re.split(r",|\band\b", budget)
 
 
 def _limit(term: str, budget: str) -> tuple[str, float]:

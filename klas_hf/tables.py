@@ -4,10 +4,13 @@ import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
+from klas_hf.budgets import COSTS
 from klas_hf.rows import ResultRow, by_model, untuned_beside_tuned
 
 
-def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: int | None = None) -> str:
+def format_table(
+    rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: int | None = None, cost: str = "macs"
+) -> str:
     """Rows as a Markdown table, cheapest first; the mean and its standard error where seeds repeat a row.
 
     Where some models were fine-tuned, those that were not are marked: the two are not to be compared.
@@ -16,12 +19,13 @@ def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: 
         rows: measured models.
         metrics: which figures to show.
         total_macs: MACs that count as 100 %; None leaves that column out.
+        cost: of `COSTS`: another than MACs and parameters gets a column.
 
     Returns:
         The table; parameters and MACs are in millions.
 
     Raises:
-        ValueError: a row lacks a metric.
+        ValueError: a row lacks a metric, or the cost.
 
     Example:
         >>> seeds = [ResultRow("klas", (8, 14), seed, 2_500_000, 30_000, {"loss": 3.0 + seed}) for seed in (0, 1)]
@@ -32,7 +36,8 @@ def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: 
     """
     rows = list(rows)
     share = ["of target"] if total_macs else []
-    lines = [["rule", "path", "M parameters", "M MACs", *share, *metrics]]
+    shown = [] if cost in ("macs", "parameters") else [cost]
+    lines = [["rule", "path", "M parameters", "M MACs", *share, *(COSTS[name][0] for name in shown), *metrics]]
     unfair = bool(untuned_beside_tuned(rows))
     by_rule = {row.rule: [other for other in rows if other.rule == row.rule] for row in rows}
     groups = [group for of_rule in by_rule.values() for group in by_model(of_rule)]
@@ -45,6 +50,7 @@ def format_table(rows: Iterable[ResultRow], metrics: Sequence[str], total_macs: 
             f"{macs / 1e6:,.1f}",
         ]
         cells += [f"{macs / total_macs:.0%}"] if total_macs else []
+        cells += [f"{fmean(row.cost(name) for row in group) / COSTS[name][1]:,.4g}" for name in shown]
         lines.append(cells + [format_mean([row.value(name) for row in group]) for name in metrics])
     return markdown_table(lines)
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from klas_hf.budgets import COSTS
 from klas_hf.cli.data import load_model
 from klas_hf.cli.output import OVERWRITE, check_output, say
 from klas_hf.cli.parsing import Command, flag, positional, two
-from klas_hf.rows import read_rows
+from klas_hf.rows import read_rows, read_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,12 @@ class CardOptions:
     folder: str = positional("the stitched model, as `stitch` or `train` saved it")
     repo_id: str = positional("its place on the Hub: user/name")
     rows: str | None = field(default=None, metadata={"metavar": "FILE", "help": "rows.jsonl of it and its curve"})
+    cost: str | None = field(
+        default=None,
+        metadata={
+            "help": f"over which the curve is drawn: {', '.join(COSTS)}; without it, what their run names, or macs"
+        },
+    )
     dataset: str | None = field(default=None, metadata={"help": "what the rows were measured on: Hub id or name"})
     split: str | None = field(default=None, metadata={"help": "of the dataset"})
     licence: str | None = field(default=None, metadata={"help": "Hub identifier; without it, the anchors'"})
@@ -25,7 +32,9 @@ class CardOptions:
     def about(self) -> dict[str, Any]:
         """Arguments of `model_card`."""
         given = {name: getattr(self, name) for name in ("dataset", "split", "licence", "base_model")}
-        return given | {"rows": None if self.rows is None else read_rows(self.rows)}
+        named = {} if self.rows is None else read_run(self.rows)[0]
+        given |= {"rows": None if self.rows is None else read_rows(self.rows)}
+        return given | {"cost": self.cost or named.get("cost", "macs")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +57,7 @@ def run(options: CardCommandOptions) -> int:
         check_output(folder / picture, options.overwrite)
     processor = saved_processor(options.folder) is not None
     card = model_card(model, options.repo_id, processor=processor, picture=picture, **about)
-    draw_picture(folder, model, describe(model, options.base_model), about["rows"], None)
+    draw_picture(folder, model, describe(model, options.base_model), about["rows"], None, about["cost"])
     card.save(path)
     say(f"Wrote {path}; `klas-hf push` takes it as it is then")
     return 0

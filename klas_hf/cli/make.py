@@ -61,12 +61,12 @@ def _run(options: MakeOptions, output: Path) -> int:
     if state.get("stage") != "healed":
         state |= {"stage": "healed", "healing": healed(options, budget, plan.reference, found, data, output)}
         _note(output, state)
-    rows = measured(options, plan.reference, found, data, output)
-    described(options, rows, found, output)
+    rows = measured(options, budget, plan.reference, found, data, output)
+    described(options, budget, rows, found, output)
     _note(output, state | {"stage": "finished"})
     if is_main_process() and (output / WORK).is_dir():
         remove_folder(output / WORK)
-    say(format_table(rows, list(rows[0].metrics), plan.dearest.macs))
+    say(format_table(rows, list(rows[0].metrics), plan.dearest.macs, budget.cost))
     say(f"\n{rows[-1].path}, for a budget of {budget.text}; {state['healing']}. Saved in {output}")
     return 0
 

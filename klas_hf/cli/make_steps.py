@@ -1,6 +1,6 @@
 """The steps of `klas-hf make`: each reads what the one before it left in the folder, and leaves its own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import warn
@@ -134,18 +134,24 @@ def healed(
 
 
 def measured(
-    options: MakeOptions, reference: int, found: "PathScores", data: MakeData, output: Path
+    options: MakeOptions, budget: "Budget", reference: int, found: "PathScores", data: MakeData, output: Path
 ) -> list[ResultRow]:
     """Rows of the anchors and, last, of the model, on what was held out."""
-    from klas_hf.budgets import Budget
     from klas_hf.evaluation import Measurement, evaluate, evaluate_anchor, evaluate_stitches
 
+    usage = options.usage(budget)
+
     def measure(model: Any) -> Measurement:
-        return evaluate(model, data.held_out)
+        found = evaluate(model, data.held_out)
+        if usage is not None:
+            return found
+        size = model.num_parameters() * model.dtype.itemsize  # which a usage counts
+        return replace(found, details={**found.details, "weight_bytes": size})
 
     shared = {"data": options.data, "split": options.test_split, "samples": options.samples, "labels": options.labels}
-    file, count = RowFile(output / "rows.jsonl", {"command": "make"} | shared), len(options.anchors)
-    about: dict[str, Any] = {"rows": file, "tokens": options.length, "usage": options.usage(Budget.of(options.budget))}
+    run = {"command": "make", "cost": budget.cost} | shared
+    file, count = RowFile(output / "rows.jsonl", run), len(options.anchors)
+    about: dict[str, Any] = {"rows": file, "tokens": options.length, "usage": usage}
     rows = []
     for place, anchor in enumerate(options.anchors):
         rule = "target" if place == reference else "source" if count == 2 else f"anchor {place}"
@@ -161,8 +167,8 @@ def measured(
     )  # fmt: skip
 
 
-def described(options: MakeOptions, rows: list[ResultRow], found: "PathScores", output: Path) -> None:
-    """Pictures and card; without a card, where licences do not allow it, the rest stays."""
+def described(options: MakeOptions, budget: "Budget", rows: list[ResultRow], found: "PathScores", output: Path) -> None:
+    """Pictures and card, over what the budget names; without a card, where licences do not allow it, the rest stays."""
     from klas_hf.hub import model_card
     from klas_hf.hub.folder import draw_picture
     from klas_hf.hub.subjects import describe
@@ -170,10 +176,10 @@ def described(options: MakeOptions, rows: list[ResultRow], found: "PathScores", 
     if not is_main_process():
         return
     model = load_model(str(output))
-    found.plot(output / "paths")
-    draw_picture(output, model, describe(model), rows, None)
+    found.plot(output / "paths", over=budget.cost)
+    draw_picture(output, model, describe(model), rows, None, budget.cost)
     try:
-        card = model_card(model, output.name, rows=rows, dataset=options.data, picture="curve.png")
+        card = model_card(model, output.name, rows=rows, cost=budget.cost, dataset=options.data, picture="curve.png")
     except (ValueError, OSError) as error:
         warn(f"no card was written: {error}. `klas-hf card` writes one later", stacklevel=2)
     else:

@@ -1,5 +1,6 @@
 """What models cost, counted, not estimated."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -45,7 +46,7 @@ def measure_costs(
         and activations.
 
     Raises:
-        ValueError: a family is unknown.
+        ValueError: a family is unknown, or a usage's prompt is longer than the model reads.
 
     Example:
         >>> cost = measure_costs(target, tokens=16)
@@ -125,7 +126,7 @@ def measure_path_costs(
         `PathCosts`, whose `of(path)` is the `Cost` of one path.
 
     Raises:
-        ValueError: a family is unknown, or anchors for text and for images.
+        ValueError: a family is unknown, anchors for text and for images, or a prompt that an anchor does not read.
 
     Example:
         >>> costs = measure_path_costs([source, target], tokens=16)
@@ -134,6 +135,8 @@ def measure_path_costs(
         (True, True)
     """
     configs = [_config(anchor) for anchor in anchors]
+    for config in configs:
+        _check_usage(config, usage)
     kinds = {_kind(config) for config in configs}
     if len(kinds) != 1:
         raise ValueError(
@@ -141,8 +144,6 @@ def measure_path_costs(
         )
     if kinds != {_TEXT}:
         size = _pair(image_size, configs[-1])
-        for config in configs:
-            _check_usage(config, usage)
         costs = PathCosts([_parts(config, size) for config in configs], 0, *size)
     else:
         size, dtype = (0, 0), _dtype(anchors[-1])
@@ -154,11 +155,19 @@ def measure_path_costs(
 
 
 def _check_usage(config: PreTrainedConfig, usage: Usage | None) -> None:
-    """Raise ValueError where seconds are asked for of a dense model."""
-    if usage is not None and is_dense(config):
+    """Raise ValueError where seconds are asked for of a dense model, or of more tokens than a language model reads."""
+    if usage is None:
+        return
+    if is_dense(config):
         raise ValueError(
             f"got usage={usage} for a {type(config).__name__}, a dense model, whose parts are not timed; leave it out: "
             "MACs and parameters are counted"
+        )
+    most = getattr(config, "max_position_embeddings", math.inf)  # images have none
+    if usage.prompt >= most:
+        raise ValueError(
+            f"got a usage with prompt={usage.prompt:,} for a {type(config).__name__} that reads up to {most:,} tokens; "
+            "expected fewer"
         )
 
 

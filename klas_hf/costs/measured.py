@@ -8,7 +8,6 @@ for a device, a dtype, a usage and versions of the libraries; what was found is 
 import copy
 import hashlib
 import json
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +31,6 @@ from klas_hf.models.configuration_stitched_vision import StitchedVisionConfig
 from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.rows import library_versions
 
-TURNS, SETTLED = 4, 0.98  # at most so many timings; one that takes no less than this share of those before is the last
 Ends = tuple[int, int, int]  # of a stitching layer: width, width, positions of one item
 
 
@@ -155,25 +153,12 @@ def _parts(
     files = {_file(config, dtype, usage, size): config for config in configs}
     missing = {file: config for file, config in files.items() if not file.is_file()}
     models = [_random(config, dtype, usage) for config in missing.values()]
-    found = _settled([Timed(model, _blocks(model), _inputs(model, usage, size)) for model in models])
+    found = time_parts([Timed(model, _blocks(model), _inputs(model, usage, size)) for model in models])
     for file, one in zip(missing, found, strict=True):
         write_atomically(file, partial(Path.write_text, data=json.dumps(asdict(one)), encoding="utf-8"))
     return [
         PartTimes(**json.loads(_file(config, dtype, usage, size).read_text(encoding="utf-8"))) for config in configs
     ]
-
-
-def _settled(models: Sequence[Timed]) -> list[PartTimes]:
-    """What parts take once that no longer falls: in its first seconds a process is slower, by a tenth and more."""
-    least, found = math.inf, list[PartTimes]()
-    for _ in range(TURNS if models else 0):
-        now = time_parts(models)
-        total, before = sum(sum(one.seconds) for one in now), least
-        if total < least:
-            least, found = total, now
-        if total > SETTLED * before:
-            break
-    return found
 
 
 def _file(config: PreTrainedConfig, dtype: torch.dtype, usage: Usage, size: tuple[int, int]) -> Path:
@@ -185,7 +170,7 @@ def _file(config: PreTrainedConfig, dtype: torch.dtype, usage: Usage, size: tupl
         "dtype": str(dtype),
         "size": size,
         "versions": library_versions(),
-        "rounds": (ROUNDS, TURNS),
+        "method": ("freed memory is kept", ROUNDS),
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     return Path(constants.HF_HOME) / "klas_hf" / "times" / f"{digest}.json"

@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 WARM, ROUNDS, STEPS = 2, 12, 8  # runs that do not count, runs that do, tokens written in each
+LARGEST = 31 * 2**20  # bytes: more than 32 MiB glibc never keeps
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 @torch.no_grad()
 def time_parts(models: Sequence[Timed]) -> list[PartTimes]:
     """Time the parts of models, which run in turn, so that what slows the machine for a while slows all of them."""
+    keep_freed_memory()
     forwards: list[list[list[float]]] = [[] for _ in models]
     decodes: list[list[list[float]]] = [[] for _ in models]
     for number in range(WARM + ROUNDS):
@@ -121,6 +123,16 @@ def time_parts(models: Sequence[Timed]) -> list[PartTimes]:
         PartTimes(usual(forward), usual(decode), _peaks(one))
         for forward, decode, one in zip(forwards, decodes, models, strict=True)
     ]
+
+
+def keep_freed_memory() -> None:
+    """Free a large tensor, as most processes do sooner or later: from then on memory that is freed is used again.
+
+    glibc takes every tensor from the system that is larger than any it has freed before, up to 32 MiB, and gives it
+    back (M_MMAP_THRESHOLD in mallopt(3)). Until then a prompt's activations are paged in anew in every forward: of 128
+    tokens at width 768, 9,000 page faults and an eighth more time (LOG.md).
+    """
+    torch.empty(LARGEST, dtype=torch.uint8)
 
 
 def usual(rounds: Sequence[Sequence[float]]) -> list[float]:
@@ -186,6 +198,7 @@ def _peak(memory: LiveBytes, peaks: list[int]) -> None:
 @torch.no_grad()
 def time_checking(model: PreTrainedModel, prompt: int, most: int) -> tuple[float, ...]:
     """How many times longer reading 1 + n tokens takes than reading one, behind a prompt, for n from 0 to `most`."""
+    keep_freed_memory()
     clock, ids = _Clock(model.device), torch.ones(1, max(prompt, most + 1), dtype=torch.long, device=model.device)
     cache = DynamicCache()
     cache.layers.extend(DynamicLayer() for _ in range(model.config.num_hidden_layers))  # such as can be cropped
@@ -207,6 +220,7 @@ def time_checking(model: PreTrainedModel, prompt: int, most: int) -> tuple[float
 @torch.no_grad()
 def time_joint(widths: tuple[int, int], positions: int, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of a stitching layer between two widths at so many positions in all."""
+    keep_freed_memory()
     layer = nn.Linear(*widths, dtype=dtype, device=device)
     hidden, clock = torch.zeros(positions, widths[0], dtype=dtype, device=device), _Clock(device)
     times = []

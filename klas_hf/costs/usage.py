@@ -19,7 +19,7 @@ class Usage:
         device: where it will run; None takes accelerate's.
 
     Raises:
-        ValueError: a number below 1, or a device without a clock.
+        ValueError: a number below 1, or a device that is not here or has no clock.
 
     Example:
         >>> Usage(prompt=512, batch=8).on.type
@@ -37,8 +37,11 @@ class Usage:
                 raise ValueError(f"got {name}={getattr(self, name)}; expected at least 1")
         if self.weight_bits is not None and not 0 < self.weight_bits <= 32:
             raise ValueError(f"got weight_bits={self.weight_bits}; expected more than 0 and at most 32")
-        if self.on.type == "meta":
-            raise ValueError("got device='meta', which runs nothing and has no clock; expected cpu or an accelerator")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        here = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+        kind = process_state().device.type if self.device is None else self.device.partition(":")[0]
+        if kind not in here:
+            raise ValueError(f"got device={kind!r}, which is not here or has no clock; expected {' or '.join(here)}")
 
     @property
     def on(self) -> torch.device:

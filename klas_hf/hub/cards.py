@@ -32,6 +32,7 @@ def model_card(
     repo_id: str,
     *,
     rows: Sequence[ResultRow] | None = None,
+    cost: str = "macs",
     dataset: str | None = None,
     split: str | None = None,
     licence: str | None = None,
@@ -48,6 +49,7 @@ def model_card(
         what: the model, probes or scores.
         repo_id: where it will be, `user/name`: the card's code loads it from there.
         rows: what was measured, of this model and of the others on its curve; this model's own go into the model-index.
+        cost: what the models are compared over, as for `TradeoffCurve`.
         dataset, split: what it was measured on, a Hub id or any name; needed with rows that do not say so themselves
             (`sources` in their details).
         licence: identifier of the Hub's list; None takes the anchors', which must agree.
@@ -63,7 +65,8 @@ def model_card(
 
     Raises:
         TypeError: no card is known for this kind of thing.
-        ValueError: the anchors' licences differ, or ask for another name; rows without a dataset, or of other models.
+        ValueError: the anchors' licences differ, or ask for another name; rows without a dataset or
+            the cost, or of other models.
         OSError: the card of an anchor cannot be read.
 
     Example:
@@ -89,7 +92,7 @@ def model_card(
     sections = {
         "Use": f"{_needs(subject)}\n\n```python\n{subject.code(repo_id, processor).strip()}\n```",
         "What it is": facts_table(subject.facts),
-        "Results": _results(rows, dataset, split, picture),
+        "Results": _results(rows, cost, dataset, split, picture),
         "How it was made": f"{subject.origin}\n\n{_training(training or _recorded(what))}",
         "Limits": "\n".join(f"- {sentence}" for sentence in subject.limits),
         "Licence": _licence_text(licence_held, licences),
@@ -160,13 +163,13 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _results(
-    rows: Sequence[ResultRow] | None, dataset: str | None, split: str | None, picture: str | None
+    rows: Sequence[ResultRow] | None, cost: str, dataset: str | None, split: str | None, picture: str | None
 ) -> str | None:
     parts = []
     if rows is not None:
         named = dataset or ", ".join(dict.fromkeys(source["dataset"] for source in sources_of(rows).values()))
         where = f"{named}, split {split}" if split else named
-        parts.append(f"Measured on {where}:\n\n{table(rows)}")
+        parts.append(f"Measured on {where}:\n\n{table(rows, cost)}")
     if picture is not None:
         parts.append(f"![picture of the results]({picture})")
     return "\n\n".join(parts) or None

@@ -57,14 +57,15 @@ def draw_picture(
     subject: Subject,
     rows: Sequence[ResultRow] | None,
     metric: str | None,
+    cost: str,
 ) -> None:
-    """Draw it, if there is one.
+    """Draw it, if there is one; curves over a cost, of `COSTS`.
 
     Raises:
-        ValueError: a row lacks the metric.
+        ValueError: a row lacks the metric or the cost.
     """
     if rows:
-        draw_curve(rows, metric, subject.paths, folder / "curve.png")
+        draw_curve(rows, metric, subject.paths, folder / "curve.png", cost)
     if isinstance(what, StitchScores):
         what.plot().savefig(folder / "heatmap.png", dpi=130)
 

@@ -13,7 +13,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from safetensors import safe_open
+
+from klas_hf.budgets import COSTS
 from klas_hf.curves.tradeoff import higher_is_better
+from klas_hf.files import understood
 from klas_hf.hub.page_drawings import svg_heatmap, svg_lines
 from klas_hf.hub.results import headline_metrics
 from klas_hf.plotting import Series
@@ -55,10 +59,11 @@ def results_page(folder: str | Path) -> str:
         raise FileNotFoundError(f"got {folder} without {' or '.join(FILES)}; expected a recipe's output folder{hint}")
     rows = read_rows(file)
     run, versions = read_run(file)
+    cost = run.get("cost", "macs")
     models = _models(rows)
     sections = {
-        "Quality against cost": _curves(models),
-        "Models": _table(models),
+        "Quality against cost": _curves(models, cost),
+        "Models": _table(models, cost),
         "Heatmaps": _heatmaps(place),
         "Where each number is from": _origins(models, file),
         "How to repeat it": _repeat(place, run, versions),
@@ -107,6 +112,9 @@ class _Model:
     def name(self) -> str:
         return f"{self.rule}, {self.healing or 'not healed'}"
 
+    def cost(self, name: str) -> float:
+        return fmean(row.cost(name) for row in self.rows)
+
     def value(self, metric: str) -> float | None:
         known = [row.metrics[metric] for row in self.rows if metric in row.metrics]
         return fmean(known) if known else None
@@ -122,7 +130,7 @@ def _models(rows: Sequence[ResultRow]) -> list[_Model]:
     return sorted(found, key=lambda model: (model.first.macs, model.rule))
 
 
-def _curves(models: Sequence[_Model]) -> str:
+def _curves(models: Sequence[_Model], cost: str) -> str:
     """A figure for each metric and length of healing; where only anchors were not healed, they stand in all of them."""
     groups: dict[str, list[_Model]] = {}
     for model in models:
@@ -132,22 +140,23 @@ def _curves(models: Sequence[_Model]) -> str:
         del groups[""]
         groups = {healing: [*untouched, *group] for healing, group in groups.items()}
     figures = [
-        _figure(metric, (healing or "not healed") if len(groups) > 1 else "", group)
+        _figure(metric, (healing or "not healed") if len(groups) > 1 else "", group, cost)
         for metric in headline_metrics(name for model in models for row in model.rows for name in row.metrics)
         for healing, group in groups.items()
     ]
     return f'<div class="figures">{"".join(figures)}</div>' if any(figures) else ""
 
 
-def _figure(metric: str, healing: str, models: Sequence[_Model]) -> str:
-    """One metric against MACs, a line per rule that joins blocks."""
+def _figure(metric: str, healing: str, models: Sequence[_Model], cost: str) -> str:
+    """One metric against a cost, a line per rule that joins blocks."""
+    axis, unit = COSTS[cost]
     healed = any(model.healing for model in models)
     series = []
     for rule in dict.fromkeys(model.rule for model in models):
         for is_healed in (True, False):
             mine = [model for model in models if model.rule == rule and bool(model.healing) == is_healed]
-            known = [(model.first.macs / 1e6, model.value(metric)) for model in mine]
-            points = [(x, y) for x, y in known if y is not None and isfinite(y)]
+            known = [(model.cost(cost) / unit, model.value(metric)) for model in mine]
+            points = sorted((x, y) for x, y in known if y is not None and isfinite(y))
             if points:
                 label = f"{rule}, not healed" if healed and not is_healed else rule
                 joined = any(model.first.joints for model in mine)
@@ -156,19 +165,21 @@ def _figure(metric: str, healing: str, models: Sequence[_Model]) -> str:
         return ""
     better = "higher" if higher_is_better(metric) else "lower"
     caption = f"{escape(metric)}{', ' if healing else ''}{healing} <small>({better} is better)</small>"
-    return f"<figure><figcaption>{caption}</figcaption>{svg_lines(series, 'MACs (millions)', metric)}</figure>"
+    return f"<figure><figcaption>{caption}</figcaption>{svg_lines(series, axis, metric)}</figure>"
 
 
-def _table(models: Sequence[_Model]) -> str:
+def _table(models: Sequence[_Model], cost: str) -> str:
     metrics = headline_metrics(name for model in models for row in model.rows for name in row.metrics)
     dearest = max(model.first.macs for model in models) or 1
-    heads = ["model", "path", "of the dearest's MACs", "M parameters", *metrics]
+    shown = [] if cost in ("macs", "parameters") else [cost]
+    heads = ["model", "path", "of the dearest's MACs", "M parameters", *(COSTS[name][0] for name in shown), *metrics]
     lines = []
     for number, model in enumerate(models):
         first = model.first
         cells = [
             f'<a href="#m{number}">{escape(model.name)}</a>', f"<code>{escape(str(first.path or '–'))}</code>",
             f"{first.macs / dearest:.0%}", f"{first.parameters / 1e6:,.2f}",
+            *(f"{model.cost(name) / COSTS[name][1]:,.4g}" for name in shown),
         ]  # fmt: skip
         for metric in metrics:
             known = [row.metrics[metric] for row in model.rows if metric in row.metrics]
@@ -180,12 +191,18 @@ def _table(models: Sequence[_Model]) -> str:
 
 def _heatmaps(place: Path) -> str:
     figures = []
-    for file in sorted(place.glob("*.safetensors")) + sorted(place.glob("*/scores.safetensors")):
+    for file in filter(_holds_scores, sorted(place.glob("*.safetensors")) + sorted(place.glob("*/scores.safetensors"))):
         scores = StitchScores.load(file)
         drawn = svg_heatmap(scores.values[:, 1:], "target block j", "source block i")  # j = 0 has no score
         name = f"{escape(scores.score)} <small>({escape(str(file.relative_to(place)))}, lower is better)</small>"
         figures.append(f"<figure><figcaption>{name}</figcaption>{drawn}</figure>")
     return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
+
+
+def _holds_scores(file: Path) -> bool:
+    """Not a model or paths, which `klas-hf make` leaves beside its rows."""
+    with understood(file, "a whole safetensors file"), safe_open(file, "np") as opened:
+        return "klas_hf" in (opened.metadata() or {})
 
 
 def _origins(models: Sequence[_Model], file: Path) -> str:

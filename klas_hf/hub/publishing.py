@@ -43,6 +43,7 @@ def publish(
     card: ModelCard | None = None,
     rows: Sequence[ResultRow] | None = None,
     metric: str | None = None,
+    cost: str = "macs",
     base_model: Sequence[str] | None = None,
     private: bool | None = None,
     overwrite: bool = False,
@@ -63,6 +64,7 @@ def publish(
         card: a card of your own, such as one of `model_card` that you went on writing; None writes one.
         rows: what was measured, of this model and the others on its curve, which is drawn.
         metric: the figure of the curve; None takes the first.
+        cost: what the curve is drawn over, as for `TradeoffCurve`.
         base_model: Hub ids of the anchors, where they were read from folders.
         private: whether a new repo is private; None leaves it to the Hub.
         overwrite: replace whatever the repo holds, instead of refusing if that is something else.
@@ -98,13 +100,13 @@ def publish(
     if card is not None:
         about.setdefault("licence", card.data.get("license"))
     written = model_card(
-        what, repo_id, rows=rows, base_model=base_model, token=token, processor=processor is not None,
+        what, repo_id, rows=rows, cost=cost, base_model=base_model, token=token, processor=processor is not None,
         picture=picture_name(what, rows), **about,
     )  # fmt: skip
     with TemporaryDirectory() as name:
         folder = Path(name)
         (card or written).save(folder / "README.md")
-        draw_picture(folder, what, subject, rows, metric)
+        draw_picture(folder, what, subject, rows, metric, cost)
         carry_legal_files(folder, subject, token)
         save(folder, what, subject, max_shard_size)
         if processor is not None:

@@ -108,21 +108,24 @@ def _place(metric: str, source: Mapping[str, str] | None, dataset: str | None, s
     }
 
 
-def table(rows: Sequence[ResultRow]) -> str:
-    """All rows as a Markdown table, with shares of the target's cost where the target was measured."""
+def table(rows: Sequence[ResultRow], cost: str) -> str:
+    """All rows as a Markdown table, with shares of the target's MACs where the target was measured, and the cost."""
     whole = [row.macs for row in rows if row.rule == "target" and not row.joints]
-    return format_table(rows, metrics_of(rows), whole[0] if whole else None)
+    return format_table(rows, metrics_of(rows), whole[0] if whole else None, cost)
 
 
-def draw_curve(rows: Sequence[ResultRow], metric: str | None, paths: Collection[AnyPath], file: File) -> None:
+def draw_curve(
+    rows: Sequence[ResultRow], metric: str | None, paths: Collection[AnyPath], file: File, cost: str
+) -> None:
     """One line per rule between the anchors, and where on it the model is.
 
     Args:
         metric: which figure; None takes the first.
+        cost: over which one, of `COSTS`.
 
     Raises:
-        ValueError: a row that lacks the metric, or none of the model.
+        ValueError: a row that lacks the metric or the cost, or none of the model.
     """
     metric = metric or metrics_of(rows)[0]
     mine = measured_models((row for measured in own_rows(rows, paths).values() for row in measured), metric)
-    plot_curves(curves_by_rule(rows, metric), points={"this model": mine}).savefig(file, dpi=130)
+    plot_curves(curves_by_rule(rows, metric, cost), points={"this model": mine}).savefig(file, dpi=130)

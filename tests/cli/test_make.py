@@ -19,7 +19,9 @@ from transformers import (
 
 from klas_hf import PathScores, StitchedModel, evaluate, heal, healing_config, search_paths
 from klas_hf.cli import main
+from klas_hf.curves.tradeoff import TradeoffCurve, plot_curves
 from klas_hf.data.text import TextBatches, text_sequences
+from klas_hf.hub.page import results_page
 from klas_hf.rows import read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rows", "ignore:.*licence")
@@ -220,8 +222,11 @@ def test_a_budget_may_be_in_seconds_and_bytes(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     output, words = tmp_path / "between", ("--steps", "0", "--prompt", "5", "--at_once", "2", "--weight_bits", "8")
-    assert _make(language, "text", output, *words, budget="1 GB, 80%, 10 s") == 0
-    assert "for a budget of 1 GB, 80%, 10 s; not healed" in capsys.readouterr().out
+    drawn = _drawn(monkeypatch)
+    assert _make(language, "text", output, *words, budget="10 s, 1 GB, 80%") == 0
+    out = capsys.readouterr().out
+    assert "for a budget of 10 s, 1 GB, 80%; not healed" in out and "| ms per token, or of the images | loss" in out
+    assert set(drawn) == {"latency"}  # which is named first
     found = PathScores.load(output / "paths.safetensors")
     usage = found.provenance["usage"]
     assert (usage["prompt"], usage["batch"], usage["weight_bits"]) == (5, 2, 8)
@@ -230,6 +235,44 @@ def test_a_budget_may_be_in_seconds_and_bytes(
     assert all(row.cost("latency") > 0 for row in read_rows(output / "rows.jsonl"))
     assert _make(language, "text", tmp_path / "other", "--dry_run", budget=f"{found.dearest.parameters / 1.6e6} M") == 0
     assert "search over parameters: " in capsys.readouterr().out
+
+
+def _drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What curves are over from now on."""
+    drawn: list[str] = []
+
+    def plot(curves: list[TradeoffCurve], **options: Any) -> Any:
+        drawn.extend(curve.cost for curve in curves)
+        return plot_curves(curves, **options)
+
+    monkeypatch.setattr("klas_hf.hub.results.plot_curves", plot)
+    return drawn
+
+
+def test_the_curve_is_over_what_the_budget_names(
+    language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """In picture, card and report, and whenever the card is written again."""
+    output, large = tmp_path / "between", AutoModelForCausalLM.from_pretrained(language / "large")
+    drawn, size = _drawn(monkeypatch), 4 * large.num_parameters()
+    assert _make(language, "text", output, "--steps", "0", budget=f"{0.8 * size / 1e3} KB, 90%") == 0
+    capsys.readouterr()
+    rows = {row.rule: row for row in read_rows(output / "rows.jsonl")}
+    assert rows["target"].cost("weight_bytes") == size and "usage" not in rows["target"].setting
+    assert 4 * rows["made"].parameters == rows["made"].cost("weight_bytes") <= 0.8 * size
+    assert set(drawn) == {"weight_bytes"}
+    card = (output / "README.md").read_text()
+    assert "| MB of weights | loss" in card and f"| {size / 1e6:.4g} " in card
+    page = results_page(output)
+    assert ">MB of weights</text>" in page and "<th>MB of weights</th>" in page and "MACs (millions)" not in page
+    again = ["card", str(output), "me/between", "--rows", str(output / "rows.jsonl"), "--dataset", "text"]
+    for words, cost in ((), "weight_bytes"), (("--cost", "parameters"), "parameters"):
+        drawn.clear()
+        assert main([*again, "--licence", "mit", "--overwrite", *words]) == 0
+        assert set(drawn) == {cost}
+        assert ("| MB of weights |" in (output / "README.md").read_text()) == (cost == "weight_bytes")
+    assert main([*again, "--licence", "mit", "--overwrite", "--cost", "latency"]) == 2
+    assert "'latency' and a row that has ['kv_bytes_per_token', 'macs', 'para" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

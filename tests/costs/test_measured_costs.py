@@ -1,5 +1,8 @@
 """Costs in seconds and bytes: sums by hand, bytes against what tensors take, parts that are slow on purpose."""
 
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -152,5 +155,47 @@ def test_usages_that_cannot_be_are_refused() -> None:
     for wrong in ({"prompt": 0}, {"batch": 0}, {"weight_bits": 0.0}, {"weight_bits": 33}):
         with pytest.raises(ValueError, match=f"got {next(iter(wrong))}=.*expected"):
             Usage(**wrong)
-    with pytest.raises(ValueError, match="has no clock; expected cpu"):
-        Usage(device="meta")
+    for device in ("meta", "nonsense", "ipu:1"):
+        with pytest.raises(ValueError, match=f"got device='{device[:3]}.* not here or has no clock; expected cpu"):
+            Usage(device=device)
+    assert Usage(device="cpu:0").on.type == "cpu"
+
+
+def test_a_prompt_fits_what_every_anchor_reads() -> None:
+    shorter, longer = tiny_config("llama", max_position_embeddings=9), tiny_config("llama", large=True)
+    usage = Usage(prompt=8)
+    assert measure_path_costs([shorter, longer], usage=usage).of("0[:]").token_seconds > 0
+    with pytest.raises(ValueError, match="got a usage with prompt=9 for a .*Config that reads up to 9 tokens"):
+        measure_path_costs([shorter, longer], usage=replace(usage, prompt=9))
+    with pytest.raises(ValueError, match="that reads up to 128 tokens; expected fewer"):
+        measure_costs(longer, usage=replace(usage, prompt=128))
+
+
+PAGED = """
+import resource
+import torch
+from klas_hf.costs.timing import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        held = [torch.ones(2**20) for _ in range(12)]
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_freed_memory_is_used_again() -> None:
+    """48 MiB, made and freed 20 times, are paged in every time at first: pages of 4 KiB, or of 64."""
+    done = subprocess.run([sys.executable, "-c", PAGED], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = map(int, done.stdout.split())
+    assert before > 20 * 48 * 2**20 // 2**16 > 20 * after

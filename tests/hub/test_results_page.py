@@ -111,6 +111,19 @@ def test_curves_and_heatmaps_place_their_points() -> None:
     assert shares["1, 1: 1"] == 1.0 and shares["1, 2: 2"] == pytest.approx(0.53) and shares["2, 2: 4"] == 0.06
 
 
+def test_figures_are_over_the_cost_that_the_run_names(tmp_path: Path) -> None:
+    file = RowFile(tmp_path / "rows.jsonl", {"cost": "latency"})
+    models = [("anchors", "0[:]", 0.9), ("search", "0[:2] 1[2:]", 0.02), ("search", "1[:2] 1[4:]", 0.01)]
+    for macs, (rule, path, seconds) in enumerate(models):  # the more MACs, the faster
+        file.append(ResultRow(rule, path, 0, macs, 1, {"loss": 1.0}, {"latency": seconds}))
+    page = results_page(tmp_path)
+    assert ">ms per token, or of the images</text>" in page and "MACs (millions)" not in page
+    assert "anchors: 1 at 900" in page and "search: 1 at 20" in page
+    xs = [float(x) for x in re.findall(r"<polyline[^>]*points=\"([^\"]*)\"", page)[0].replace(",", " ").split()[::2]]
+    assert len(xs) == 2 and xs == sorted(xs)
+    assert re.findall(r"<td>([\d.]+)</td><td><a", page) == ["900", "20", "10"]
+
+
 def test_each_length_of_healing_has_its_figure(tmp_path: Path) -> None:
     file = RowFile(tmp_path / "rows.jsonl", {})
     for steps in (None, 100, 300):

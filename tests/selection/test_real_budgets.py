@@ -53,6 +53,22 @@ def test_budgets_are_read(budget: str, limits: dict[str, Any]) -> None:
     assert found.timed == any(name in ("seconds", "latency", "per_second", "peak_bytes") for name in limits)
 
 
+@pytest.mark.parametrize(
+    ("budget", "cost"),
+    [
+        ("20 ms, 4 GB", "latency"),
+        ("4 GB and 20 ms", "weight_bytes"),
+        ("40 tokens/s, 60%", "latency"),
+        ("60%, 40 tokens/s", "macs"),
+        ("1 GB of activations", "peak_bytes"),
+        (0.5, "macs"),
+        (Cost(macs=1_000_000, parameters=9), "macs"),
+    ],
+)
+def test_what_a_budget_names_first(budget: str | float | Cost, cost: str) -> None:
+    assert Budget.of(budget).cost == cost
+
+
 @pytest.mark.parametrize("budget", ["20 ms per mile", "4 GB,", "4 GB, 5 GB", "0 ms", "40 tokens", "60% per token"])
 def test_budgets_that_mean_nothing_are_refused(budget: str) -> None:
     with pytest.raises(ValueError, match="expected"):

@@ -244,7 +244,7 @@ def test_budgets_and_paths_that_cannot_be_had_are_refused(llamas: StitchedSupern
         llamas.generate(path="0[:]")
     with pytest.raises(ValueError, match="not measured on a device; expected a search with usage"):
         llamas.generate(ids, budget="20 ms")
-    with pytest.raises(ValueError, match="device='meta', which runs nothing and has no clock"):
+    with pytest.raises(ValueError, match="device='meta', which is not here or has no clock"):
         llamas.generate(ids, budget="20 ms", usage=Usage(device="meta"))
     with pytest.raises(ValueError, match=r"without 1\[:\] of the supernet's and with 0\[:1\] 1\[4:\]"):
         llamas.rank({AnchorPath.parse(path): 0.0 for path in ["0[:]", *PATHS, "0[:1] 1[4:]"]})
