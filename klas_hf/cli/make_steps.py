@@ -125,7 +125,7 @@ def healed(
         )  # fmt: skip
         model, healing = contest.model, contest.healing
         told = (
-            f"healed in {healing.training.steps:,} steps at the rate {healing.learning_rate:g}, "
+            f"healed in {healing.training.steps:,} steps at the rate {healing.learning_rate:.2g}, "
             f"{healing.distillation_weight:.0%} of the loss distilled, validation loss {healing.start:.4f} → "
             f"{healing.end:.4f}, the best of {len(contest.contenders)}"
         )

@@ -13,22 +13,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from klas_hf import plotting
-from klas_hf.budgets import Budget, Cost, check_budget
+from klas_hf.budgets import COSTS, Budget, Cost, check_budget
 from klas_hf.files import understood, write_atomically
 from klas_hf.paths import Path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-AXES = {
-    "macs": "share of the dearest anchor's MACs",
-    "parameters": "parameters",
-    "kv_bytes_per_token": "bytes of a cached token",
-    "weight_bytes": "bytes of weights",
-    "seconds": "seconds to the first token, or of the images",
-    "latency": "seconds per token, or of the images",
-    "peak_bytes": "bytes of activations",
-}
 NEAR = 1.25  # times the least divergence: beyond it one path in ten heals better, and by little (LOG.md)
 KINDS = ("anchor", "pruned", "stitch", "mixed", "repeated")
 
@@ -187,7 +178,8 @@ class PathScores:
             over: as for `pareto`.
         """
         over = over or self.cost
-        shares = self._values(over) / (self.dearest.macs if over == "macs" else 1)
+        label, unit = COSTS[over] if over != "macs" else ("share of the dearest anchor's MACs", self.dearest.macs)
+        shares = self._values(over) / unit
         series = []
         for kind in KINDS:
             places = [n for n, one in enumerate(self.paths) if kind_of(one) == kind]
@@ -197,7 +189,7 @@ class PathScores:
                 series.append(plotting.Series(kind, xs, ys, line=kind == "anchor"))
         front = [self.place(one) for one in self.pareto(over)]
         series.append(plotting.Series("best of every size", list(shares[front]), list(self.divergence[front])))
-        return plotting.lines(series, AXES[over], "KL to the dearest anchor, nats", "Paths by cost", path)
+        return plotting.lines(series, label, "KL to the dearest anchor, nats", "Paths by cost", path)
 
     def _values(self, over: str | None) -> np.ndarray:
         """A cost of every path."""
