@@ -178,8 +178,9 @@ class PathScores:
             over: as for `pareto`.
         """
         over = over or self.cost
+        values = self._values(over)
         label, unit = COSTS[over] if over != "macs" else ("share of the dearest anchor's MACs", self.dearest.macs)
-        shares = self._values(over) / unit
+        shares = values / unit
         series = []
         for kind in KINDS:
             places = [n for n, one in enumerate(self.paths) if kind_of(one) == kind]
