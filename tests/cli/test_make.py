@@ -281,7 +281,7 @@ def test_the_curve_is_over_what_the_budget_names(
         (("--budget", "3%"), "below what any path"),
         (("--budget", "9B"), "above the dearest anchor itself; expected at least"),
         (("--budget", "soon"), "got --budget 'soon'; expected a share"),
-        (("--budget", "1 GB, 0.001 ms"), "The nearest: "),
+        (("--budget", "1 GB, 0.001 ms", "--prompt", "16"), "The nearest: "),
         (("--budget", "20 ms", "--prompt", "0"), "got --prompt 0; expected at least 1"),
         (("--steps", "-1"), "got --steps -1; expected 0 or more"),
         (("--length", "90"), "expected at least 30, of which some are held out"),
