@@ -45,7 +45,7 @@ class HealingResult:
         >>> model = StitchedModel.from_path([source, target], "1[:2] 1[3:]", calibration=batches)
         >>> config = TrainingConfig(trainable="full", max_steps=4, per_device_batch_size=2)
         >>> result = heal(model, examples, teacher=target, validation=examples, config=config)
-        >>> result.end <= result.start, result.learning_rate in result.tried
+        >>> result.end <= result.start, len(result.tried) >= 3
         (True, True)
     """
 

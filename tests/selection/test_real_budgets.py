@@ -119,10 +119,10 @@ def test_the_curve_can_be_drawn_over_any_cost(tmp_path: Folder) -> None:
     found = scores()
     other = replace(found, costs=tuple(replace(cost, token_seconds=1 / cost.macs) for cost in found.costs))
     assert other.pareto() == found.paths and other.pareto("latency") == found.paths[-1:]
-    for over in ("latency", "peak_bytes", "weight_bytes"):
+    for over, unit in (("latency", 1e-3), ("peak_bytes", 1e6), ("weight_bytes", 1e6)):  # milliseconds, MB
         figure = other.plot(tmp_path / over, over=over)
         drawn = [float(x) for line in figure.axes[0].lines for x in line.get_xdata()]
-        assert all(pytest.approx(getattr(cost, over)) in drawn for cost in other.costs)
+        assert all(pytest.approx(getattr(cost, over) / unit) in drawn for cost in other.costs)
     with pytest.raises(ValueError, match="got the cost 'joy'; expected one of"):
         found.pareto("joy")
     with pytest.raises(ValueError, match="was not measured; expected a search with usage"):

@@ -116,7 +116,7 @@ def test_it_is_saved_drawn_and_not_gone_on_with_over_another_cost(tmp_path: Fold
     again = PathScores.load(found.save(tmp_path / "paths.safetensors"))
     assert again.cost == "latency" and again.pareto() == found.pareto() and again.costs == found.costs
     figure = again.plot(tmp_path / "picture")
-    assert figure.axes[0].get_xlabel().startswith("seconds per token")
+    assert figure.axes[0].get_xlabel().startswith("ms per token")
     with pytest.raises(ValueError, match="differs in search"):
         search_paths(anchors(), DATA, QUICK, tokens=12, usage=USAGE, output=file)
 
