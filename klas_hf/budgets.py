@@ -157,14 +157,15 @@ class Budget:
 
     @property
     def cost(self) -> str:
-        """The cost that it names first, by its name in `COSTS`: what models within it are shown over.
+        """The cost that it names first, in its text or else its fields, by its name in `COSTS`: what models within it
+        are shown over.
 
         Example:
             >>> Budget.of("20 ms, 4 GB").cost, Budget.of("60%").cost
             ('latency', 'macs')
         """
         given = [name for name, value in vars(self).items() if value is not None and name != "text"]
-        first = given[0] if len(given) == 1 else _limit(_terms(self.text)[0], self.text)[0]
+        first = _limit(_terms(self.text)[0], self.text)[0] if len(given) > 1 and self.text else given[0]
         return {"share": "macs", "per_second": "latency"}.get(first, first)
 
     @property

@@ -45,6 +45,7 @@ class CardCommandOptions(CardOptions):
 
 
 def run(options: CardCommandOptions) -> int:
+    """Run `klas-hf card`; its exit status."""
     from klas_hf.hub import model_card
     from klas_hf.hub.folder import draw_picture, picture_name
     from klas_hf.hub.subjects import describe

@@ -23,6 +23,7 @@ class DoctorOptions:
 
 
 def run(options: DoctorOptions) -> int:
+    """Run `klas-hf doctor`; its exit status."""
     from klas_hf.cli.examination import examine_anchors
 
     stitch = None if options.stitch is None else Stitch(*options.stitch)

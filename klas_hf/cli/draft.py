@@ -25,6 +25,7 @@ class DraftOptions(UsageOptions, DataOptions):
 
 
 def run(options: DraftOptions) -> int:
+    """Run `klas-hf draft`; its exit status."""
     from klas_hf.anchors.language import on_accelerator
     from klas_hf.data.text import TextBatches, text_sequences
     from klas_hf.evaluation.drafting import draft_table, measure_draft, score_drafts

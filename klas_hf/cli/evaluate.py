@@ -34,6 +34,7 @@ class EvaluateOptions(UsageOptions, DataOptions):
 
 
 def run(options: EvaluateOptions) -> int:
+    """Run `klas-hf evaluate`; its exit status."""
     from klas_hf.anchors.vision import is_vision
     from klas_hf.evaluation import evaluate
 

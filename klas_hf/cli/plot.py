@@ -25,6 +25,7 @@ class PlotOptions:
 
 
 def run(options: PlotOptions) -> int:
+    """Run `klas-hf plot`; its exit status."""
     stem = Path(options.output)
     stem = stem.with_suffix("") if stem.suffix in (".png", ".svg") else stem
     for suffix in (".png", ".svg"):

@@ -21,6 +21,7 @@ class PushOptions(CardOptions):
 
 
 def run(options: PushOptions) -> int:
+    """Run `klas-hf push`; its exit status."""
     from huggingface_hub import ModelCard
 
     from klas_hf.hub import publish

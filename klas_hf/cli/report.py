@@ -18,6 +18,7 @@ class ReportOptions:
 
 
 def run(options: ReportOptions) -> int:
+    """Run `klas-hf report`; its exit status."""
     from klas_hf.hub.page import results_page
 
     path = Path(options.page) if options.page else Path(options.folder) / "report.html"

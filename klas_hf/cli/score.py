@@ -29,6 +29,7 @@ class ScoreOptions(DataOptions):
 
 
 def run(options: ScoreOptions) -> int:
+    """Run `klas-hf score`; its exit status."""
     if options.score not in SCORES:
         raise ValueError(f"got score={options.score!r}; expected one of {sorted(SCORES)}")
     if place(options.source) == place(options.target):

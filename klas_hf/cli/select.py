@@ -51,6 +51,7 @@ class SelectOptions(UsageOptions):
 
 
 def run(options: SelectOptions) -> int:
+    """Run `klas-hf select`; its exit status."""
     scores = load_scores(options.scores)
     chosen, best, why = choose(scores, options), None, ""
     if options.budget is not None:

@@ -32,6 +32,7 @@ class ServeOptions:
 
 
 def run(options: ServeOptions) -> int:
+    """Run `klas-hf serve`; its exit status."""
     try:
         from klas_hf.serving.app import build_app, run_app
     except ImportError as error:

@@ -27,6 +27,7 @@ class StitchOptions(DataOptions):
 
 
 def run(options: StitchOptions) -> int:
+    """Run `klas-hf stitch`; its exit status."""
     from klas_hf.costs import measure_costs
     from klas_hf.models import StitchedModel
     from klas_hf.processes import process_state

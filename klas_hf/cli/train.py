@@ -28,6 +28,7 @@ class TrainOptions(DataOptions):
 
 
 def run(options: TrainOptions, settings: Mapping[str, Any]) -> int:
+    """Run `klas-hf train`; its exit status."""
     if Path(options.folder).absolute() == Path(options.output).absolute():
         raise ValueError(f"got {options.folder} as the model and as the output; expected another output")
     record = asdict(options) | {"settings": dict(settings)}

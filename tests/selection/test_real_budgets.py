@@ -69,6 +69,10 @@ def test_what_a_budget_names_first(budget: str | float | Cost, cost: str) -> Non
     assert Budget.of(budget).cost == cost
 
 
+def test_limits_that_are_given_by_name_have_a_first_cost_too() -> None:
+    assert Budget(parameters=5, weight_bytes=20).cost == "parameters" and Budget(share=0.5, latency=0.02).cost == "macs"
+
+
 @pytest.mark.parametrize("budget", ["20 ms per mile", "4 GB,", "4 GB, 5 GB", "0 ms", "40 tokens", "60% per token"])
 def test_budgets_that_mean_nothing_are_refused(budget: str) -> None:
     with pytest.raises(ValueError, match="expected"):
