@@ -120,7 +120,7 @@ def _foretold(plan: "SearchPlan", budget: "Budget", data: MakeData, options: Mak
     items = sum(map(len, [*plan.calibration, *plan.scored]))
     teacher, dearest = options.anchors[plan.reference], plan.dearest
     rate = _macs_per_second(plan.anchors[plan.reference].model.dtype)
-    runs = 1.4 * options.contenders  # two short ones before each
+    runs = 1.4 * options.contenders  # four of a tenth of the steps before each
     healing = runs * options.steps * options.batch_size * 4 * dearest.macs  # forward, twice that back, the teacher's
     lines = [
         f"weights to be read: {human_bytes(weights)} of {names(options.anchors)}",

@@ -151,28 +151,35 @@ def test_the_rates_tried_go_with_one_over_the_width(width: int | None, trainable
     assert tuple(result.tried)[:3] == RATES[place - 1 : place + 2]
 
 
-@pytest.mark.parametrize(("steps", "times"), [(20, 1), (100, 2.5), (900, 5)])
+@pytest.mark.parametrize(("trainable", "gain"), [("full", 0.015), ("lora", 0.004)])
+@pytest.mark.parametrize(("steps", "times"), [(25, 0.5), (100, 1), (900, 2)])
 def test_long_runs_are_at_higher_rates_than_short_ones(
-    steps: int, times: float, monkeypatch: pytest.MonkeyPatch
+    steps: int, times: float, trainable: str, gain: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of losses that are a parabola in the logarithm of the rate, with its least at 6e-4."""
+    """Of losses that are a parabola in the logarithm of the rate, flat or steep: the whole run's has a slope beside."""
     runs: list[TrainingConfig] = []
+    least, curvature = 6e-3 if trainable == "lora" else 6e-4, 0.05
+
+    def loss(rate: float) -> float:
+        return 4 + curvature * math.log(rate / least) ** 2 / 2
 
     def train(model: Any, data: Any, config: TrainingConfig, **_: Any) -> TrainingResult:
         runs.append(config)
-        return TrainingResult(1, (), 0.0, 1, ((0, 9.0), (1, 2 + math.log(config.learning_rate / 6e-4) ** 2)))
+        return TrainingResult(1, (), 0.0, 1, ((0, 9.0), (1, loss(config.learning_rate))))
 
     monkeypatch.setattr("klas_hf.training.healing.train_stitches", train)
-    result = heal(tiny_model(hidden_size=128), TRAIN, config=replace(QUICK, max_steps=steps))
-    assert [run.max_steps for run in runs] == [steps // 5] * 3 + [steps]
-    assert result.learning_rate == runs[-1].learning_rate == pytest.approx(times * 6e-4)
+    config = replace(QUICK, max_steps=steps, trainable=trainable)
+    result = heal(tiny_model(hidden_size=128), TRAIN, config=config)
+    assert [run.max_steps for run in runs] == [round(steps / 10)] * len(result.tried) + [steps]
+    slope = gain * times * min(map(loss, result.tried))
+    assert result.learning_rate == runs[-1].learning_rate == pytest.approx(least * math.exp(slope / curvature))
 
 
 @pytest.mark.parametrize("checkpoints", [True, False])
 def test_lower_rates_follow_where_a_whole_run_is_no_better_than_the_start(
     checkpoints: bool, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("klas_hf.training.healing.MIDDLE", 16 * 0.3)  # so that the first rates do harm
+    monkeypatch.setattr("klas_hf.training.healing.MIDDLE", 16 * 3)  # so that the first rates do harm
     model = tiny_model(seed=2)
     train_stitches(model, TRAIN, replace(QUICK, max_steps=60), validation=HELD)
     config, folder = replace(QUICK, max_steps=20), tmp_path if checkpoints else None
@@ -181,10 +188,10 @@ def test_lower_rates_follow_where_a_whole_run_is_no_better_than_the_start(
         TRAIN,
         validation=HELD,
         config=config,
-        rates=(1e-6, 1e-5, 0.1, 0.3, 1.0),
+        rates=(1e-6, 1e-5, 1.0, 3.0, 9.0),
         output_dir=folder,
     )
-    assert {0.1, 0.3, 1.0} <= set(result.tried) and min(result.tried.values()) >= result.start
+    assert {1.0, 3.0, 9.0} <= set(result.tried) and min(result.tried.values()) >= result.start
     assert result.learning_rate == 1e-5 and result.end < result.start
     alone = copy.deepcopy(model)  # the run at the rate that did harm left nothing behind
     again = train_stitches(alone, TRAIN, replace(config, learning_rate=1e-5), validation=HELD)
