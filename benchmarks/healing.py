@@ -18,7 +18,7 @@ from families import FamilyArguments, family_of
 
 from klas_hf import StitchedModel, evaluate, heal, healing_config, train_stitches
 
-STEPS, RATES = (20, 50, 100, 300), (3e-4, 1e-3, 3e-3, 1e-2)
+STEPS, RATES = (10, 30, 100, 300), (3e-4, 1e-3, 3e-3, 1e-2)
 JOINTS = ("least_squares", "merged", "identity")
 
 

@@ -26,8 +26,8 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # that may be tried
 MIDDLE = 0.09  # over the head's width: the middle of the rates tried (Adam's go with 1 / width, arXiv 2203.03466)
 SWEEP_SHARE = 0.1  # of the steps, that each rate is tried for
 # What a whole run of 100 steps gains on such a short one for each e-fold of the rate, as a share of the loss (LOG.md).
-# It goes with the root of the steps, up to twice that. Where LoRA's rates are too high they break less.
-GAIN, LORA_GAIN = 0.015, 0.004
+# It goes with the root of the steps, up to twice that; of LoRA, where rates that are too high break less, it is half.
+GAIN = 0.015
 HELD_OUT = 10  # every tenth example, where no validation examples are given
 
 
@@ -85,7 +85,7 @@ def heal(
         rates: learning rates that may be tried, ascending, in runs of a tenth of the steps: the three about 0.09 /
             width of the head (1e-3 at 128, 3e-5 at 3072; ten times that for LoRA), and higher ones while they do
             better. What a high rate breaks at first a longer run makes good: for each e-fold of the rate 1.5 % of the
-            loss in 100 steps, 3 % from 400 on (LoRA .4 and .8 %; LOG.md) are taken off, and the whole run is at the
+            loss in 100 steps, 3 % from 400 on (LoRA half of it; LOG.md) are taken off, and the whole run is at the
             least of a parabola through the rest; at lower ones of `rates` where it was no better than the start. One
             alone is not tried, nor is what to learn from then.
         output_dir: where checkpoints of the run that was chosen go; it is resumed from there as it was.
@@ -205,7 +205,7 @@ def _sweep(
     middle = MIDDLE / _head_width(model) * (10 if lora else 1)
 
     def foretold() -> dict[float, float]:
-        gain = (LORA_GAIN if lora else GAIN) * min(math.sqrt(total / 100), 2) * min(found.values())
+        gain = GAIN * (0.5 if lora else 1) * min(math.sqrt(total / 100), 2) * min(found.values())
         return {rate: loss - gain * math.log(rate) for rate, loss in found.items() if rate not in diverged}
 
     place = min(range(len(rates)), key=lambda place: abs(math.log(rates[place] / middle)))
