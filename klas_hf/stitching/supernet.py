@@ -114,10 +114,11 @@ class StitchedSupernet(Publishable, PreTrainedModel):
 
         Raises:
             ValueError: dense models, an anchor listed twice, different classes or vocabularies, anchors for text and
-                for images, no paths, one listed twice, out of range, between different grids or a stitch from a dearer
-                anchor to a cheaper, or layers shared between widths.
+                for images, no paths, one listed twice, out of range, between different grids, a `Stitch` from a dearer
+                anchor to a cheaper (a path may lead either way), or layers shared between widths.
         """
-        chosen = [Path.of(path) for path in paths]
+        given = list(paths)
+        chosen = [Path.of(path) for path in given]
         loaded = load_anchors(anchors, revisions, **loading)
         if any(is_dense(one.model) for one in loaded):
             raise ValueError(
@@ -136,7 +137,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             anchor_revisions=[one.revision for one in loaded],
             architectures=[kind.__name__],
         )
-        check_directions(costs_of(config), chosen)
+        check_directions(costs_of(config), given)
         batches = None
         if calibration is not None:
             chosen_data = sampled(calibration, loaded[-1].read, features_per_row(loaded), calibration_items)
@@ -144,8 +145,8 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         with torch.device("meta"):
             supernet = kind(config).eval()
         last = loaded[-1].model
-        for model, one, given in zip(supernet.anchors, loaded, anchors, strict=True):
-            fill_from(model, one.model, last.device, last.dtype, copied=not isinstance(given, str | os.PathLike))
+        for model, one, named in zip(supernet.anchors, loaded, anchors, strict=True):
+            fill_from(model, one.model, last.device, last.dtype, copied=not isinstance(named, str | os.PathLike))
         supernet.joints = supernet._made_joints().to(device=last.device, dtype=last.dtype).eval()
         commits = revisions or [None] * len(anchors)
         supernet.processors_from = [
