@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.actions import Publishable
 from klas_hf.anchors.anchor import Anchor
@@ -174,11 +174,14 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             return loaded
         hub = {k: kwargs[k] for k in (*HUB_OPTIONS, "subfolder") if k in kwargs}
         with explained_damage(pretrained_model_name_or_path, hub, []):
-            named = kwargs.get("config") or StitchedSupernetConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-            (name,) = named.architectures or ["nothing"]
+            read = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0]
+            (name,) = getattr(kwargs.get("config"), "architectures", None) or read.get("architectures") or ["nothing"]
         by_name = {kind.__name__: kind for kind in cls.__subclasses__()}
         if name not in by_name:
-            raise ValueError(f"got a checkpoint of {name!r}; expected a supernet, one of {sorted(by_name)}")
+            raise ValueError(
+                f"got {str(pretrained_model_name_or_path)!r}, a checkpoint of {name!r}; expected a supernet, one of "
+                f"{sorted(by_name)}. StitchedSupernet.from_anchors makes one"
+            )
         return by_name[name].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:

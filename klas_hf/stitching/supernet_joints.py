@@ -20,7 +20,6 @@ from klas_hf.maths.least_squares import LeastSquares, LinearFit
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
 from klas_hf.paths import Path, Stitch
 from klas_hf.processes import progress, shared_out, sum_over_processes
-from klas_hf.rows import AnyPath
 
 
 def costs_of(config: StitchedSupernetConfig, usage: Usage | None = None) -> PathCosts:
@@ -40,7 +39,7 @@ def check_paths(anchors: Sequence[Anchor], paths: Sequence[Path]) -> None:
     check_anchors(anchors, least=1)
 
 
-def check_directions(costs: PathCosts, chosen: Iterable[AnyPath]) -> None:
+def check_directions(costs: PathCosts, chosen: Iterable[Any]) -> None:
     """Raise ValueError where a `Stitch` leads from a dearer anchor to a cheaper one; a path may, as the search's do."""
     for one in chosen:
         if isinstance(one, Path | str):
@@ -49,8 +48,9 @@ def check_directions(costs: PathCosts, chosen: Iterable[AnyPath]) -> None:
         source, target = (costs.anchors[place].total_macs for place in (stitch.source, stitch.target))
         if source > target:
             raise ValueError(
-                f"got the stitch {stitch} from a source of {source:,} MACs to a target of {target:,}: reversed; expected "
-                f"the cheaper anchor as the source. Swap source and target, or name the path, {str(Path.of(stitch))!r}"
+                f"got the stitch {stitch} from a source of {source:,} MACs to a target of {target:,}: reversed; "
+                "expected the cheaper anchor as the source. Swap source and target, or name the path, "
+                f"{str(Path.of(stitch))!r}"
             )
 
 
