@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from klas_hf.stitching import StitchedSupernetForCausalLM
+
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".xlsx")
 
 
@@ -163,6 +165,24 @@ def load_model(model: str, dtype: str = "auto") -> Any:
     with explained_access(model), others_bars():
         loaded = auto_class.from_pretrained(model, dtype=dtype, use_safetensors=True)
     return loaded.eval().to(process_state().device)
+
+
+def load_supernet(name: str, **loading: Any) -> "tuple[StitchedSupernetForCausalLM, PreTrainedTokenizerBase]":
+    """A saved supernet of language models on this process's device, and its tokenizer.
+
+    Raises:
+        OSError: not to be had, or without a tokenizer.
+        ValueError: another kind of model.
+    """
+    from klas_hf.anchors.language import explained_access, on_accelerator
+    from klas_hf.processes import others_bars
+    from klas_hf.stitching import StitchedSupernet, StitchedSupernetForCausalLM
+
+    with explained_access(name), others_bars():
+        supernet = StitchedSupernet.from_pretrained(name, device_map=on_accelerator(), **loading)
+    if not isinstance(supernet, StitchedSupernetForCausalLM):
+        raise ValueError(f"got {name}, a supernet of image classifiers; expected one of language models")
+    return supernet, tokenizer_of(name)
 
 
 def place(name: str | None) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from klas_hf.cli.data import tokenizer_of
+from klas_hf.cli.data import load_supernet
 from klas_hf.cli.output import say
 from klas_hf.cli.parsing import Command, flag, positional
 
@@ -30,30 +30,31 @@ class ServeOptions:
     prompt: int = field(default=128, metadata={"metavar": "N", "help": "tokens that come first, for --timed"})
     dtype: str = field(default="auto", metadata={"help": "of the weights; auto: as they were saved"})
 
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise ValueError(f"got most={self.most}; expected at least 1")
+
 
 def run(options: ServeOptions) -> int:
     """Run `klas-hf serve`; its exit status."""
     try:
-        from klas_hf.serving.app import build_app, run_app
+        from klas_hf.serving.app import build_app, check_address, run_app
     except ImportError as error:
         raise ImportError(f'serving needs further packages ({error}): pip install "klas_hf[serve]"') from error
-    from klas_hf.anchors.language import on_accelerator
     from klas_hf.budgets import Budget
     from klas_hf.costs import Usage
     from klas_hf.curves.tradeoff import higher_is_better, measured_models
-    from klas_hf.processes import others_bars
     from klas_hf.rows import read_rows
     from klas_hf.serving.paths import ServedSupernet
-    from klas_hf.stitching import StitchedSupernet, StitchedSupernetForCausalLM
 
-    size = Budget.of(options.prefixes).weight_bytes
+    try:
+        size = Budget.of(options.prefixes).weight_bytes
+    except ValueError:
+        size = None
     if size is None:
         raise ValueError(f"got prefixes={options.prefixes!r}; expected bytes, such as 1GB")
-    tokenizer = tokenizer_of(options.supernet)
-    with others_bars():
-        supernet = StitchedSupernet.from_pretrained(options.supernet, dtype=options.dtype, device_map=on_accelerator())
-    if not isinstance(supernet, StitchedSupernetForCausalLM):
-        raise ValueError(f"got {options.supernet}, a supernet of image classifiers; expected one of language models")
+    check_address(options.host, options.port)
+    supernet, tokenizer = load_supernet(options.supernet, dtype=options.dtype)
     if options.rows is not None:
         sign = -1 if higher_is_better(options.metric) else 1
         measured = measured_models(read_rows(options.rows), options.metric)

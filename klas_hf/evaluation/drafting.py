@@ -18,7 +18,7 @@ from klas_hf.anchors.weights import evaluating
 from klas_hf.costs import Cost, Usage
 from klas_hf.costs.timing import time_checking
 from klas_hf.maths.divergences import acceptance
-from klas_hf.maths.drafting import best_drafted, speed_up
+from klas_hf.maths.drafting import best_drafted, pays_above, speed_up
 from klas_hf.maths.estimates import RatioSums
 from klas_hf.models import StitchedForCausalLM
 from klas_hf.paths import Path
@@ -229,16 +229,18 @@ def draft_table(drafts: Sequence[Draft], *, sampling: bool = False) -> str:
     Example:
         >>> pays = Draft(Path.parse("0[:]"), sampled=0.7, error=0.01, greedy=0.8, cost_ratio=0.1)
         >>> print(draft_table([pays, replace(pays, cost_ratio=0.9)]))
-        | draft | of the target's time | accepted, foretold | measured | drafted at a time | times as fast |
-        |-------|----------------------|--------------------|----------|-------------------|---------------|
-        | 0[:]  | 0.100                | 0.800              | –        | 6                 | 2.47          |
-        | 0[:]  | 0.900                | 0.800              | –        | 0: does not pay   | 1.00          |
+        | draft | of the target's time | pays above | accepted, foretold | measured | drafted at once | times as fast |
+        |-------|----------------------|------------|--------------------|----------|-----------------|---------------|
+        | 0[:]  | 0.100                | 0.100      | 0.800              | –        | 6               | 2.47          |
+        | 0[:]  | 0.900                | 0.900      | 0.800              | –        | 0: does not pay | 1.00          |
     """
-    lines = [["draft", "of the target's time", "accepted, foretold", "measured", "drafted at a time", "times as fast"]]
+    columns = ["draft", "of the target's time", "pays above", "accepted, foretold", "measured", "drafted at once"]
+    lines = [[*columns, "times as fast"]]
     for draft in drafts:
         foretold, count = draft.sampled if sampling else draft.greedy, draft.drafted(sampling)
         measured = "–" if draft.measured is None else f"{draft.measured:.3f}"
         told = str(count) if count else "0: does not pay"
-        lines.append([str(draft.path), f"{draft.cost_ratio:.3f}", f"{foretold:.3f}", measured, told,
-                      f"{draft.speed_up(sampling):.2f}"])  # fmt: skip
+        least = pays_above(draft.cost_ratio, draft.checking)
+        lines.append([str(draft.path), f"{draft.cost_ratio:.3f}", "never" if least is None else f"{least:.3f}",
+                      f"{foretold:.3f}", measured, told, f"{draft.speed_up(sampling):.2f}"])  # fmt: skip
     return markdown_table(lines)

@@ -81,3 +81,17 @@ def break_even(cost_ratio: float, drafted: int, checking: float = 1.0) -> float 
         middle = (low + high) / 2
         low, high = (middle, high) if speed_up(middle, cost_ratio, drafted, checking) < 1 else (low, middle)
     return high
+
+
+def pays_above(cost_ratio: float, checking: Sequence[float] = (1.0,) * 17) -> float | None:
+    """The least acceptance above which drafting some number of tokens at a time pays; None where none does.
+
+    Args:
+        cost_ratio, checking: as for `best_drafted`; by the paper's 1 for all of them it is c itself (Corollary 3.9).
+
+    Example:
+        >>> round(pays_above(0.2), 3), round(pays_above(0.2, (1.0, 1.3, 1.6)), 3), pays_above(1.2)
+        (0.2, 0.5, None)
+    """
+    found = [break_even(cost_ratio, drafted, checking[drafted]) for drafted in range(1, len(checking))]
+    return min((one for one in found if one is not None), default=None)

@@ -5,6 +5,7 @@ be, that requests for one path are answered in batches, and what happens when to
 run at the same time.
 """
 
+import socket
 from typing import Any
 
 import uvicorn
@@ -51,6 +52,23 @@ def build_app(served: ServedSupernet, most: int = 32) -> FastAPI:
     return app
 
 
+def check_address(host: str, port: int) -> None:
+    """Find out before anything is loaded whether a server can listen there.
+
+    Raises:
+        ValueError: no port number.
+        OSError: the port is taken, or the host is not this machine's.
+    """
+    if not 0 <= port <= 65_535:
+        raise ValueError(f"got port={port}; expected 0 (any that is free) to 65535")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except OSError as error:
+        raise OSError(f"got host={host!r} and port={port} ({error.strerror}); expected an address of this machine and "
+                      "a free port") from error  # fmt: skip
+
+
 def run_app(app: FastAPI, host: str, port: int) -> None:
     """Serve until interrupted; requests under way are finished first."""
     uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="info")).run()
@@ -63,6 +81,11 @@ class _OnPath:
         self.handler, self.served = handler, served
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        if not isinstance(self.handler, CompletionHandler) and self.served.tokenizer.chat_template is None:
+            raise ValueError(
+                "got a chat, and the tokenizer of this supernet has no chat template; expected /v1/completions with a "
+                "prompt. Or save a tokenizer with a template into its folder"
+            )
         path = self.served.path_of(body.get("model"), body.pop("budget", None))
         ALONE.set(body.get("seed") is not None)
         return await self.handler.handle_request(body | {"model": f"{self.served.name}@{path}"}, request_id)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from klas_hf.actions import Publishable
 from klas_hf.anchors.anchor import Anchor
@@ -114,10 +114,11 @@ class StitchedSupernet(Publishable, PreTrainedModel):
 
         Raises:
             ValueError: dense models, an anchor listed twice, different classes or vocabularies, anchors for text and
-                for images, no paths, one listed twice, out of range, between different grids or a stitch from a dearer
-                anchor to a cheaper, or layers shared between widths.
+                for images, no paths, one listed twice, out of range, between different grids, a `Stitch` from a dearer
+                anchor to a cheaper (a path may lead either way), or layers shared between widths.
         """
-        chosen = [Path.of(path) for path in paths]
+        given = list(paths)
+        chosen = [Path.of(path) for path in given]
         loaded = load_anchors(anchors, revisions, **loading)
         if any(is_dense(one.model) for one in loaded):
             raise ValueError(
@@ -136,7 +137,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             anchor_revisions=[one.revision for one in loaded],
             architectures=[kind.__name__],
         )
-        check_directions(costs_of(config), chosen)
+        check_directions(costs_of(config), given)
         batches = None
         if calibration is not None:
             chosen_data = sampled(calibration, loaded[-1].read, features_per_row(loaded), calibration_items)
@@ -144,8 +145,8 @@ class StitchedSupernet(Publishable, PreTrainedModel):
         with torch.device("meta"):
             supernet = kind(config).eval()
         last = loaded[-1].model
-        for model, one, given in zip(supernet.anchors, loaded, anchors, strict=True):
-            fill_from(model, one.model, last.device, last.dtype, copied=not isinstance(given, str | os.PathLike))
+        for model, one, named in zip(supernet.anchors, loaded, anchors, strict=True):
+            fill_from(model, one.model, last.device, last.dtype, copied=not isinstance(named, str | os.PathLike))
         supernet.joints = supernet._made_joints().to(device=last.device, dtype=last.dtype).eval()
         commits = revisions or [None] * len(anchors)
         supernet.processors_from = [
@@ -173,11 +174,14 @@ class StitchedSupernet(Publishable, PreTrainedModel):
             return loaded
         hub = {k: kwargs[k] for k in (*HUB_OPTIONS, "subfolder") if k in kwargs}
         with explained_damage(pretrained_model_name_or_path, hub, []):
-            named = kwargs.get("config") or StitchedSupernetConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-            (name,) = named.architectures or ["nothing"]
+            read = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0]
+            (name,) = getattr(kwargs.get("config"), "architectures", None) or read.get("architectures") or ["nothing"]
         by_name = {kind.__name__: kind for kind in cls.__subclasses__()}
         if name not in by_name:
-            raise ValueError(f"got a checkpoint of {name!r}; expected a supernet, one of {sorted(by_name)}")
+            raise ValueError(
+                f"got {str(pretrained_model_name_or_path)!r}, a checkpoint of {name!r}; expected a supernet, one of "
+                f"{sorted(by_name)}. StitchedSupernet.from_anchors makes one"
+            )
         return by_name[name].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:

@@ -39,16 +39,19 @@ def check_paths(anchors: Sequence[Anchor], paths: Sequence[Path]) -> None:
     check_anchors(anchors, least=1)
 
 
-def check_directions(costs: PathCosts, paths: Sequence[Path]) -> None:
-    """Raise ValueError where a stitch leads from a dearer anchor to a cheaper one."""
-    for path in paths:
-        if path.stitch is not None:
-            source, target = (costs.anchors[place].total_macs for place in (path.stitch.source, path.stitch.target))
-            if source > target:
-                raise ValueError(
-                    f"got the stitch {path} from a source of {source:,} MACs to a target of {target:,}: reversed; "
-                    "expected the cheaper anchor as the source. Swap source and target"
-                )
+def check_directions(costs: PathCosts, chosen: Iterable[Any]) -> None:
+    """Raise ValueError where a `Stitch` leads from a dearer anchor to a cheaper one; a path may, as the search's do."""
+    for one in chosen:
+        if isinstance(one, Path | str):
+            continue
+        stitch = Stitch.of(one)
+        source, target = (costs.anchors[place].total_macs for place in (stitch.source, stitch.target))
+        if source > target:
+            raise ValueError(
+                f"got the stitch {stitch} from a source of {source:,} MACs to a target of {target:,}: reversed; "
+                "expected the cheaper anchor as the source. Swap source and target, or name the path, "
+                f"{str(Path.of(stitch))!r}"
+            )
 
 
 def features_per_row(anchors: Sequence[Anchor]) -> Callable[[Any], float]:

@@ -68,4 +68,11 @@ def test_drafts_are_told_with_their_arithmetic(
     assert main(["draft", str(tmp_path / "net"), *told]) == 0
     said = capsys.readouterr().out
     assert "Drafts for 1[:], by MACs, not seconds" in said and "Where a <= c no draft pays" in said
-    assert "| 0[:] " in said and "| 0[:2] 1[2:] " in said
+    assert "| 0[:] " in said and "| 0[:2] 1[2:] " in said and "| pays above |" in said
+    for option, value, message in (
+        ("--measure", "-1", "got --measure -1; expected at least 0"),
+        ("--drafted", "0", "got --drafted 0; expected at least 1"),
+        ("--length", "4000", "got --length 4000; expected at most"),
+    ):
+        assert main(["draft", str(tmp_path / "net"), *told, option, value]) == 2
+        assert message in capsys.readouterr().err

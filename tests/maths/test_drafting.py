@@ -10,7 +10,7 @@ from scipy.optimize import brentq
 from torch.distributions import Categorical
 
 from klas_hf.maths.divergences import acceptance
-from klas_hf.maths.drafting import best_drafted, break_even, expected_tokens, speed_up
+from klas_hf.maths.drafting import best_drafted, break_even, expected_tokens, pays_above, speed_up
 
 shares = st.floats(0, 0.999)
 counts = st.integers(0, 12)
@@ -56,6 +56,18 @@ def test_break_even_is_where_the_speed_up_is_one(ratio: float, drafted: int, che
     elif speed_up(0, ratio, drafted, checking) < 1:
         root = brentq(lambda share: speed_up(share, ratio, drafted, checking) - 1, 0, 1)
         assert found == pytest.approx(root, abs=1e-6)
+
+
+@given(st.floats(0.01, 1.2), st.lists(st.floats(1.0, 4.0), min_size=1, max_size=8), st.floats(0, 1))
+def test_some_number_pays_just_above_the_least_acceptance(ratio: float, longer: list[float], share: float) -> None:
+    checking = [1.0, *longer]
+    least, pays = pays_above(ratio, checking), best_drafted(share, ratio, checking) > 0
+    if least is None:
+        assert not pays
+    elif abs(share - least) > 1e-6:
+        assert pays == (share > least)
+    if set(checking) == {1.0} and ratio < 1:
+        assert least == pytest.approx(ratio, abs=1e-6)  # Corollary 3.9
 
 
 def test_acceptance_is_what_is_left_of_total_variation() -> None:

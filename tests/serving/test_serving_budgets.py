@@ -1,6 +1,8 @@
 """`klas-hf serve` on loopback: OpenAI's client, budgets in the name and in a field, streams, refusals, overload."""
 
 import json
+import re
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -20,6 +22,7 @@ import torch
 import uvicorn
 from saved_models import ascii_tokenizer
 from served_supernets import PATHS, supernet_of
+from tiny_models import tiny_model
 
 from klas_hf import ResultRow, RowFile, Usage
 from klas_hf.cli import main
@@ -235,8 +238,9 @@ def test_answers_of_a_batch_end_where_they_end_alone(
 def test_what_cannot_be_served_is_refused_with_what_can(
     client: openai.OpenAI, request_: dict[str, Any], message: str, stream: bool
 ) -> None:
-    with pytest.raises(openai.BadRequestError, match=message) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(**{"prompt": "a", "max_tokens": 2, "stream": stream} | request_)
+    assert re.search(message, refused.value.body["message"])  # clients quote it, each in its own way
     assert refused.value.body["type"] == "invalid_request_error"
 
 
@@ -310,12 +314,47 @@ def test_the_command_says_what_it_serves(
     rows = RowFile(tmp_path / "rows.jsonl", {})
     for number, path in enumerate(supernet.paths):  # the cheapest is the best
         rows.append(ResultRow("mine", path, 0, supernet.path_costs[number].macs, 1, {"accuracy": -number / 10}))
-    arguments = ["serve", str(folder), "--rows", str(tmp_path / "rows.jsonl"), "--metric", "accuracy", "--port", "81"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        free = str(taken.getsockname()[1])
+        assert main(["serve", str(folder), "--host", "127.0.0.1", "--port", free]) == 2
+        assert re.search(f"got --host '127.0.0.1' and --port {free} .*expected .* a free port", capsys.readouterr().err)
+    arguments = ["serve", str(folder), "--rows", str(tmp_path / "rows.jsonl"), "--metric", "accuracy", "--port", free]
     assert main(arguments) == 0
     assert capsys.readouterr().out.startswith("tiny: 0[:], ")
-    assert ran[0].port == 81
+    assert str(ran[0].port) == free
     assert main(["serve", str(folder), "--prefixes", "60%"]) == 2
     assert "got --prefixes '60%'; expected bytes, such as 1GB" in capsys.readouterr().err
+    for option, value, message in (
+        ("--prefixes", "lots", "got --prefixes 'lots'; expected bytes, such as 1GB"),
+        ("--most", "0", "got --most 0; expected at least 1"),
+        ("--port", "99999", "got --port 99999; expected 0 (any that is free) to 65535"),
+    ):
+        assert main(["serve", "nowhere", option, value]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_is_no_supernet_is_not_served(tmp_path: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model().save_pretrained(tmp_path / "llama")
+    ascii_tokenizer().save_pretrained(tmp_path / "llama")
+    for name, message in (
+        ("llama", r"llama', a checkpoint of 'LlamaForCausalLM'; expected a supernet, one of .*from_anchors makes one"),
+        ("nothing", "could not load the checkpoint .*nothing"),
+    ):
+        assert main(["serve", str(tmp_path / name), "--port", "0"]) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_chat_without_a_template_is_told_what_to_send(
+    client: openai.OpenAI, served: ServedSupernet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.tokenizer, "chat_template", None)
+    for ask in (
+        lambda: client.chat.completions.create(model="tiny", messages=CHAT),
+        lambda: client.responses.create(model="tiny", input="a"),
+    ):
+        with pytest.raises(openai.BadRequestError, match="no chat template; expected /v1/completions with a prompt"):
+            ask()
+    assert client.completions.create(model="tiny", prompt="a", max_tokens=2).usage.completion_tokens == 2
 
 
 def test_the_default_is_the_dearest_anchor(served: ServedSupernet) -> None:

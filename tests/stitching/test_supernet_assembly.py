@@ -266,6 +266,15 @@ def test_mistakes_are_told(mistake: str) -> None:
         StitchedSupernet.from_anchors(anchors, stitches, **options)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["1[:1] 0[1:]", Path.parse("1[:2] 0[1:]")])
+def test_a_path_may_lead_from_the_dearer_anchor_to_the_cheaper(path: Any) -> None:
+    """As those that `search_paths` finds do; what is refused is a `Stitch` that way."""
+    supernet, pixels = tiny_supernet(VIT, [path, "0[:1] 1[2:]"]), images("vit")
+    got = supernet(pixels, path=path).logits
+    torch.testing.assert_close(got, by_hooks(supernet, VIT, Path.of(path), pixels), rtol=1e-9, atol=1e-9)
+
+
 def test_mistakes_among_three_anchors_are_told() -> None:
     anchors = three_vits()
     stitches = [Stitch(1, 1), Stitch(1, 1, 1, 2)]
