@@ -57,7 +57,8 @@ def scores(folder: Path) -> None:
 
 
 def search(folder: Path) -> None:
-    search_paths(anchors(), DATA, SearchConfig(buckets=5, joints=2), output=folder / "paths")
+    found = search_paths(anchors(), DATA, SearchConfig(buckets=5, joints=2), output=folder / "measured.jsonl")
+    found.save(folder / "paths")
 
 
 def training(folder: Path) -> None:
@@ -103,7 +104,9 @@ def tensors(folder: Path) -> dict[str, Tensor]:
             state = {"cross": torch.tensor(loaded.cross), "values": torch.tensor(loaded.values)}
         elif path.name.startswith("paths"):
             searched = PathScores.load(path)
-            state = {str(path): torch.tensor(value) for path, value in zip(searched.paths, searched.divergence)}
+            state = {
+                str(path): torch.tensor(value) for path, value in zip(searched.paths, searched.divergence, strict=True)
+            }
         elif path.name == "rows.jsonl":
             rows = RowFile(path, {"data": "tokens"}).rows
             state = {f"{number} {row.path}": torch.tensor(row.metrics["loss"]) for number, row in enumerate(rows)}

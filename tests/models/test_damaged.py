@@ -380,7 +380,7 @@ def test_the_body_of_a_saved_model_loads(tmp_path: Path) -> None:
 def test_a_process_that_dies_while_it_replaces_a_checkpoint_leaves_the_old_or_the_new(
     moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After so many of the steps that put its files in place, 100 being all; the old one has other shards, and a note."""
+    """After so many of the steps that put files in place, 100 being all; the old one has other shards, and a note."""
     old, new = (stitched("text", seed) for seed in (1, 5))
     old.save_pretrained(tmp_path, max_shard_size="20KB")
     (tmp_path / "note.txt").write_text("kept")
