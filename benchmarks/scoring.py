@@ -26,6 +26,9 @@ def figures(options: Options) -> Iterator[Figure]:
     pairs = f"functional KL of {int(found['pairs'])} pairs of two Llamas, maps included"
     yield Figure(f"{pairs}, time", found["seconds"], "the rears' forwards alone", found["rears"], "s", 1.3)
     yield Figure(f"{pairs}, memory beside the models", found["peak"], "4 GiB", 4 * GIB, "MiB", 1)
+    found = in_child(options, "scoring:eliminating")
+    what = f"the default among {int(found['pairs'])} pairs of two thinner Llamas, candidates eliminated, time"
+    yield Figure(what, found["seconds"], "the rears' forwards alone", found["rears"], "s", 1.3)
     counted = in_child(options, "scoring:operations")
     what = f"the default among {int(counted['pairs'])} pairs, Llama 3.2 1B → 3B / {SHRUNK}, operations"
     yield Figure(what, counted["scoring"], "the rears' forwards alone", counted["rears"], "GFLOP", 1.3)
@@ -36,18 +39,39 @@ def figures(options: Options) -> Iterator[Figure]:
 
 
 def functional(options: Options) -> Mapping[str, float]:
-    """Seconds and MiB of a default scoring pass, and seconds of the rears of all its pairs on the scored sequences."""
+    """Seconds and MiB of scoring all pairs in full, and seconds of their rears on the scored sequences."""
     small, large = llamas(options, scale=4)
     data, fitting = sequences(options, options.sequences), sequences(options, options.sequences, seed=1)
-    settings = FunctionalScoring(calibration=fitting, scored_items=None)
+    found, pairs = _scored(small, large, data, FunctionalScoring(calibration=fitting, scored_items=None), options)
+    return {**found, "pairs": len(pairs), "rears": _rears(large, pairs, data, options)}
+
+
+def eliminating(options: Options) -> Mapping[str, float]:
+    """The same of the default, which eliminates candidates, at the depths of Llama 3.2 1B and 3B and small widths.
+
+    The rears are those of all candidates, timed on one of the four batches.
+    """
+    if not options.quick:
+        options = replace(options, scale=8, blocks=16, vocabulary=16_032, tokens=64)
+    small, large = llamas(options, scale=8)
+    data, fitting = (sequences(options, 8, seed, batch_size=2) for seed in range(2))
+    found, pairs = _scored(small, large, data, FunctionalScoring(calibration=fitting), options)
+    return {**found, "pairs": len(pairs), "rears": _rears(large, pairs, data[:1], options) * len(data)}
+
+
+def _scored(
+    small: LlamaForCausalLM, large: LlamaForCausalLM, data: list[dict[str, Tensor]], settings: FunctionalScoring,
+    options: Options,
+) -> tuple[Mapping[str, float], list[tuple[int, int]]]:  # fmt: skip
+    """Seconds and MiB of scoring, once both anchors have run, and its candidates."""
     with torch.no_grad():
-        small(data[0]["input_ids"].to(options.device)), large(data[0]["input_ids"].to(options.device))
+        for model in (small, large):
+            model(data[0]["input_ids"].to(options.device))
     scores = []
     found = growth_of(
         lambda: scores.append(score_stitches(small, large, data, tokens=options.tokens, functional=settings))
     )
-    pairs = _in_range(scores[0].costs)
-    return {**found, "pairs": len(pairs), "rears": _rears(large, pairs, data, options)}
+    return found, _in_range(scores[0].costs)
 
 
 def operations(options: Options) -> Mapping[str, float]:

@@ -39,19 +39,26 @@ def write_folder_atomically(path: str | Path, write: Callable[[Path], object]) -
     """Let `write` fill a hidden folder beside `path`, then put it in place; what was at `path` goes.
 
     Missing parent folders are made. If `write` raises, or the process dies in it, `path` keeps what it held; what was
-    left half done is overwritten by the next call.
+    left half done is overwritten by the next call. Between two renames nothing is at `path`: a process that dies there
+    leaves what was in a hidden folder, from where the next call brings it back.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part, replaced = (path.with_name(f".{path.name}.{suffix}") for suffix in ("part", "replaced"))
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     write(part)
     for written in [*part.rglob("*"), part]:
         _sync(written)
+    if replaced.exists():
+        remove_folder(replaced)
     if path.exists():
-        remove_folder(path)
+        path.rename(replaced)
     part.rename(path)
     _sync(path.parent)
+    if replaced.exists():
+        remove_folder(replaced)
     return path
 
 

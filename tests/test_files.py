@@ -76,6 +76,36 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert synced == 2 * [f"{part}/deep", f"{part}/deep/weights", part, str(path.parent)]
 
 
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_process_that_dies_while_it_replaces_a_folder_loses_nothing(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After so many renames: of the old one away, of the new one into its place, of the old one once more."""
+    path, rename, done = tmp_path / "model", Path.rename, []
+    write_folder_atomically(path, lambda part: (part / "old").write_text(""))
+
+    def until(one: Path, other: Path) -> Path:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(other)
+        return rename(one, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", until)
+        with pytest.raises(KeyboardInterrupt):
+            write_folder_atomically(path, lambda part: (part / "new").write_text(""))
+
+    def fails(part: Path) -> None:
+        assert [one.name for one in path.iterdir()] == ["new" if renames == 2 else "old"]
+        raise OSError
+
+    with pytest.raises(OSError):
+        write_folder_atomically(path, fails)
+    assert path.exists()
+    write_folder_atomically(path, lambda part: (part / "third").write_text(""))
+    assert [one.name for one in path.iterdir()] == ["third"] and [one.name for one in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_folder_half_removed_has_lost_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model"
     (path / "deep").mkdir(parents=True)

@@ -39,7 +39,14 @@ from klas_hf.models import (
     StitchedModel,
     StitchedVisionConfig,
 )
-from klas_hf.models.checkpoint_files import HUB_OPTIONS, check_inside, check_whole, explained_damage, replacing
+from klas_hf.models.checkpoint_files import (
+    HUB_OPTIONS,
+    check_inside,
+    check_whole,
+    explained_damage,
+    finish_replacing,
+    replacing,
+)
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.processes import others_bars
 from klas_hf.stitching.assembly import assemble_path
@@ -144,6 +151,7 @@ def load_delta(cls: type[PreTrainedModel], name: str | Path, *args: Any, **kwarg
     hub = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
     for option in ("use_safetensors", "adapter_kwargs", "trust_remote_code"):  # of files that a delta does not have
         kwargs.pop(option, None)
+    finish_replacing(name)
     stored = cls.config_class.from_pretrained(name, **hub)
     delta = Delta(**stored.delta)
     config, kwargs = _asked_config(cls, name, hub, kwargs)

@@ -7,9 +7,10 @@ old one; and it fills what a checkpoint lacks with random numbers.
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +26,7 @@ from transformers.utils import cached_file
 FORMAT_VERSION, _OLDEST = 3, 2
 _PLACES = ("revision", "cache_dir", "subfolder")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+_NAMES = "names.moving.json"  # beside a new checkpoint's files while they move: all their names
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # AutoTokenizer makes up an empty one where there are none of these.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -66,24 +68,57 @@ def replacing(folder: str | os.PathLike, variant: str | None = None) -> Iterator
     """A new folder, inside `folder`, whose files move up when the block ends; if it raises, nothing has changed.
 
     Until then the disk holds the old and the new checkpoint. Old weights that the new one has not replaced go, as
-    loaders may prefer them (an unsharded file to shards); all other files stay.
+    loaders may prefer them (an unsharded file to shards); all other files stay. A process that dies while files move
+    leaves the rest to whoever next loads or saves here (`finish_replacing`).
     """
     suffix = f"\\.{re.escape(variant)}" if variant else ""
-    weights = re.compile(rf"model{suffix}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{suffix}\.json")
+    weights = rf"model{suffix}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{suffix}\.json"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    finish_replacing(folder)
     with TemporaryDirectory(prefix=".saving-", dir=folder) as name:  # here, as a folder's parent may be another disk
-        part = Path(name)
+        part = Path(name, "new")
+        part.mkdir()
         yield part
-        written = {file.name for file in part.iterdir()}
-        for file in sorted(written):
-            if (folder / file).is_dir():  # which cannot be replaced in one step
-                os.replace(folder / file, part / f".old-{file}")
-            os.replace(part / file, folder / file)
-        if any(map(weights.fullmatch, written)):  # rather than an adapter alone
-            for old in list(folder.iterdir()):
-                if weights.fullmatch(old.name) and old.name not in written:
-                    old.unlink()
+        if written := sorted(file.name for file in part.iterdir()):
+            (part / _NAMES).write_text(json.dumps({"written": written, "weights": weights}))
+            moving = folder / Path(name).name.replace(".saving-", ".moving-")
+            os.replace(part, moving)
+            _move_up(moving)
+
+
+def finish_replacing(folder: str | os.PathLike) -> None:
+    """Move up what a process that died in `replacing` has left; config.json goes first, and before it nothing moves.
+
+    Raises:
+        OSError: the folder cannot be written to, and its checkpoint is neither the old nor the new one.
+    """
+    for names in Path(folder).glob(f".moving-*/{_NAMES}"):
+        if (names.parent / "config.json").exists():
+            continue  # the old checkpoint is whole
+        try:
+            _move_up(names.parent)
+        except OSError as error:
+            raise OSError(
+                f"got {str(folder)!r}, where a process died while it replaced the checkpoint ({error}); expected a "
+                f"folder that may be written to, to end that. Move the files of {names.parent.name} up"
+            ) from error
+
+
+def _move_up(moving: Path) -> None:
+    """Put the files of a new checkpoint in place; of two processes that do it at once, either may move each."""
+    folder, told = moving.parent, json.loads((moving / _NAMES).read_text())
+    for file in sorted(told["written"], key=lambda name: (name != "config.json", name)):
+        with suppress(FileNotFoundError):
+            if (folder / file).is_dir() and (moving / file).exists():  # which cannot be replaced in one step
+                os.replace(folder / file, moving / f".old-{file}")
+            os.replace(moving / file, folder / file)
+    weights = re.compile(told["weights"])
+    if any(map(weights.fullmatch, told["written"])):  # rather than an adapter alone
+        for old in list(folder.iterdir()):
+            if weights.fullmatch(old.name) and old.name not in told["written"]:
+                old.unlink(missing_ok=True)
+    shutil.rmtree(moving, ignore_errors=True)
 
 
 def save_processor(model_input: str, anchor: str, hub: dict[str, Any], folder: str | os.PathLike) -> None:
@@ -135,6 +170,7 @@ def load_whole(
             "got use_safetensors=False; expected True, as unpickling can run any code. Save the weights as safetensors"
         )
     hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+    finish_replacing(name)
     with explained_damage(name, hub, [] if kwargs.get("variant") else None):
         for file in _shards(name, hub) or ():
             check_inside(name, file)

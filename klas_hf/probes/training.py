@@ -12,7 +12,6 @@ from klas_hf.anchors.batches import TokenBatch
 from klas_hf.anchors.language import LanguageAnchor, hub_options, load_anchor
 from klas_hf.anchors.vision import is_vision, load_vision_anchor
 from klas_hf.errors import TrainingDiverged
-from klas_hf.maths.divergences import kl_divergence
 from klas_hf.probes import ImageProbeConfig, ImageProbeNet, ProbeConfig, ProbeNet, fit_probes
 from klas_hf.probes.image_training import train_image_probes
 from klas_hf.processes import process_state, progress, sum_over_processes
@@ -100,8 +99,10 @@ def _tuning_step(probes: ProbeNet, anchor: LanguageAnchor, batch: TokenBatch) ->
         share = TokenBatch(batch.input_ids[rows], batch.attention_mask[rows])
         *earlier, last = (state[counted[rows].to(state.device)] for state in anchor.states(share)[1:])
         following = share.input_ids[:, 1:].cpu()[counted[rows][:, :-1]].to(last.device)
+        with torch.no_grad():
+            own = None if probes.config.tuned_loss == "ce" else anchor.logits(last).float().softmax(-1)
         for block, hidden in enumerate(earlier):
-            loss = _block_loss(probes, anchor, block, hidden, last, following) / total
+            loss = _block_loss(probes, anchor, block, hidden, own, following) / total
             if not loss.isfinite():
                 raise TrainingDiverged(
                     f"got a loss of {float(loss)} for the probe of block {block + 1}; lower learning_rate"
@@ -115,12 +116,11 @@ def _tuning_step(probes: ProbeNet, anchor: LanguageAnchor, batch: TokenBatch) ->
 
 
 def _block_loss(
-    probes: ProbeNet, anchor: LanguageAnchor, block: int, hidden: Tensor, last: Tensor, following: Tensor
+    probes: ProbeNet, anchor: LanguageAnchor, block: int, hidden: Tensor, own: Tensor | None, following: Tensor
 ) -> Tensor:
-    """Loss of one probe summed over tokens, in nats: `hidden` and `last` are `(tokens, width)`."""
+    """Loss of one probe summed over tokens, in nats: `hidden` is `(tokens, width)`, `own` the anchor's distributions.
+
+    For KL(own ‖ probe) their cross-entropy, of the same gradient: the entropy of `own` does not depend on the probe.
+    """
     log_q = anchor.logits(probes.translate(block, hidden)).float().log_softmax(-1)
-    if probes.config.tuned_loss == "ce":
-        return F.nll_loss(log_q, following, reduction="sum")
-    with torch.no_grad():
-        log_p = anchor.logits(last).float().log_softmax(-1)
-    return kl_divergence(log_p, log_q).sum()
+    return F.nll_loss(log_q, following, reduction="sum") if own is None else -(own * log_q).sum()

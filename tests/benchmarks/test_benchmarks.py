@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_model, token_ids
+from transformers import LlamaForCausalLM
 
-from benchmarks import divergences, merging, running, scoring, training
+from benchmarks import divergences, full_size, merging, running, scoring, training
 from benchmarks.__main__ import GROUPS, main, table_of
 from benchmarks.measuring import Figure, in_child, in_turns
-from benchmarks.models import classifier, saved_llamas, vit
+from benchmarks.models import classifier, halves, llama_configs, saved_llamas, vit
 from benchmarks.options import Options
 from klas_hf import FunctionalScoring, StitchedModel, StitchedSupernet, score_stitches
 
@@ -64,6 +65,27 @@ def test_growth_is_measured_and_drawn(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(row["seconds"] > 0 and row["peak"] > 0 for row in rows)
     assert (tmp_path / "growth.png").stat().st_size > 10_000 and (tmp_path / "growth.svg").exists()
+
+
+@pytest.mark.slow
+def test_every_step_is_measured_at_full_size() -> None:
+    sizes = ["--scale", "16", "--blocks", "4", "--vocabulary", "512", "--tokens", "16", "--sequences", "4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.full_size", *sizes], capture_output=True, text=True, cwd=ROOT, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [line[0].strip() for line in lines] == [told for told, _ in full_size.STEPS.values()]
+    seconds, peak, weights, whole = zip(*([float(x.replace(",", "")) for x in line[1:]] for line in lines), strict=True)
+    assert min(seconds) > 0 and all(a > b for a, b in zip(peak, weights, strict=True)) and min(whole) > max(weights)
+
+
+def test_the_weights_at_full_size_are_those_of_the_models() -> None:
+    sizes = Options(scale=16, blocks=4, vocabulary=512, dtype="bfloat16")
+    small, large = (LlamaForCausalLM(config) for config in llama_configs(sizes, 1))
+    stitched = StitchedModel.from_anchors(small, large, halves(small.config, large.config))
+    expected = [small.num_parameters() + large.num_parameters(), stitched.num_parameters()]
+    assert full_size.mebibytes(sizes) == tuple(count * 2 / 2**20 for count in expected)
 
 
 def test_an_unknown_group_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,16 @@ from torch.distributions import Categorical
 from torch.distributions import kl_divergence as reference_kl
 
 from klas_hf.maths import divergences
-from klas_hf.maths.divergences import consecutive_kl, kl_divergence, pairwise_ce, pairwise_kl, pairwise_mse
+from klas_hf.maths.divergences import (
+    consecutive_kl,
+    kl_divergence,
+    kl_to_logits,
+    label_log_probabilities,
+    log_softmax,
+    pairwise_ce,
+    pairwise_kl,
+    pairwise_mse,
+)
 
 seeds = st.integers(0, 2**31)
 
@@ -36,6 +45,36 @@ def test_kl_divergence_is_that_of_torch_in_the_direction_of_its_name() -> None:
     torch.testing.assert_close(got, reference_kl(Categorical(logits=log_p), Categorical(logits=log_q)))
     torch.testing.assert_close(got, F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1))
     assert not torch.allclose(got, kl_divergence(log_q, log_p))
+
+
+@pytest.mark.parametrize("units", [1, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cached", [4, 3 * 4 * 5003, 1 << 20])  # one unit at a time, three, all
+def test_a_few_units_at_a_time_are_softened_as_all_at_once(
+    units: int, dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divergences, "CACHED_BYTES", cached)
+    generator = torch.Generator().manual_seed(units)
+    reference, logits = (8 * torch.randn(2, units, 5003, generator=generator)).to(dtype)
+    labels, kept = torch.randint(5003, (units,), generator=generator), logits.clone()
+    p, q = (Categorical(logits=one.double() / 4) for one in (reference, logits))
+    log_p = log_softmax(reference, 4.0)
+    assert log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p.double(), p.logits, rtol=0, atol=5e-6)
+    torch.testing.assert_close(kl_to_logits(log_p, logits, 4.0).double(), reference_kl(p, q), rtol=0, atol=5e-6)
+    picked = Categorical(logits=logits.double()).log_prob(labels)
+    torch.testing.assert_close(label_log_probabilities(logits, labels).double(), picked, rtol=0, atol=1e-5)
+    assert torch.equal(logits, kept)
+
+
+def test_a_small_divergence_is_exact_at_a_large_vocabulary() -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference = 8 * torch.randn(4, 128_256, generator=generator)
+    logits = reference + 0.1 * torch.randn(4, 128_256, generator=generator)  # some 3e-4 nats
+    p, q = (Categorical(logits=one.double() / 4) for one in (reference, logits))
+    got = kl_to_logits(log_softmax(reference, 4.0), logits, 4.0).double()
+    torch.testing.assert_close(got, reference_kl(p, q), rtol=0, atol=4e-6)
+    assert kl_to_logits(log_softmax(reference, 4.0), reference, 4.0).tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -115,6 +154,9 @@ def test_merging_classes_never_raises_the_divergence(seed: int) -> None:
 
 
 def test_nan_is_kept_for_the_caller_to_see() -> None:
+    logits = torch.randn(3, 5)
+    logits[1, 2] = torch.nan
+    assert kl_to_logits(log_probabilities(3, 5), logits).isnan().tolist() == [False, True, False]
     log_p = log_probabilities(2, 3, 5)
     log_p[0, 1, 2] = torch.nan
     assert pairwise_kl(log_p, log_p).isnan().nonzero()[:, 0].unique().tolist() == [1]
@@ -161,6 +203,7 @@ def test_half_precision_is_refused(dtype: torch.dtype) -> None:
         lambda: pairwise_kl(bad, good),
         lambda: consecutive_kl(bad),
         lambda: kl_divergence(bad, bad),
+        lambda: kl_to_logits(bad[0], good[0]),
         lambda: pairwise_mse(good, bad),
         lambda: pairwise_ce(bad, good),
     ):

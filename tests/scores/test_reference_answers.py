@@ -16,24 +16,27 @@ from klas_hf.scores.answers import ALIVE, Reference
 class Watched(LanguageAnchor):
     """Remembers for how many tokens its head has answered at once."""
 
-    most = 0
+    most = calls = 0
 
     def answers(self, state: Tensor, batch: Any, units: slice = slice(None)) -> Tensor:
         found = super().answers(state, batch, units)
-        self.most = max(self.most, len(found))
+        self.most, self.calls = max(self.most, len(found)), self.calls + 1
         return found
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 7, 1000])
+@pytest.mark.parametrize("tokens, at_once, again", [(1, 1, 18), (4, 4, 5), (7, 7, 3), (13, 10, 0), (1000, 18, 0)])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_memory_bounds_what_is_formed_at_once_and_changes_nothing(tokens: int, temperature: float) -> None:
+def test_memory_bounds_what_is_formed_at_once_and_changes_nothing(
+    tokens: int, at_once: int, again: int, temperature: float
+) -> None:
+    """`again`: calls of the reference's head for every comparison, none where its answers to all are kept."""
     anchors = [Watched(tiny_model(seed=1)), Watched(tiny_model(large=True, seed=2))]
     (batch,) = token_batches([left_padded(token_ids(3, 9), [9, 5, 7])], bos_token_id=1)
     last = [anchor.states(batch)[-1] for anchor in anchors]
     reference = Reference(anchors[1], last[1], batch, temperature, 4 * ALIVE * VOCABULARY * tokens)
     labels = batch.unit_labels
     terms, picked = reference.compare([(anchors[0], last[0]), (anchors[1], last[1])], labels)
-    assert {anchor.most for anchor in anchors} == {min(tokens, len(labels))}
+    assert len(labels) == 18 and {anchor.most for anchor in anchors} == {at_once}
     logits = [
         anchor.model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.counted] for anchor in anchors
     ]
@@ -43,4 +46,6 @@ def test_memory_bounds_what_is_formed_at_once_and_changes_nothing(tokens: int, t
     for mine, one in zip(picked, logits, strict=True):
         expected = Categorical(logits=one).log_prob(labels.clamp_min(0))
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    before = anchors[1].calls
     assert reference.compare([(anchors[0], last[0])])[1] is None
+    assert anchors[1].calls - before == again

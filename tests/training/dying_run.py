@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from tiny_models import tiny_model, token_ids
 from torch import Tensor
 
-from klas_hf import TrainingConfig, score_stitches, train_stitches
+from klas_hf import SearchConfig, TrainingConfig, evaluate, score_stitches, search_paths, train_stitches
 from klas_hf.processes import process_state
 
 
@@ -33,12 +33,18 @@ class Examples(list):
 def main() -> None:
     work, rank, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     ids = [token_ids(4, 10, seed=seed) for seed in range(8)]
+    small, large = tiny_model(seed=1), tiny_model(large=True, seed=2)
     if work == "scoring":
-        score_stitches(tiny_model(seed=1), tiny_model(large=True, seed=2), dying(ids, rank, how), score="klas")
-    examples = Examples({"input_ids": row, "labels": row} for row in token_ids(64, 10).tolist())
-    examples.until = dying(ids, rank, how)
-    config = TrainingConfig(max_steps=20, per_device_batch_size=2, gradient_accumulation_steps=1, trainable="full")
-    train_stitches(tiny_model(), examples, config)
+        score_stitches(small, large, dying(ids, rank, how), score="klas")
+    elif work == "search":
+        search_paths([small, large], dying(ids, rank, how), SearchConfig(buckets=3, joints=1))
+    elif work == "evaluation":
+        evaluate(small, ({"input_ids": one, "labels": one} for one in dying(ids, rank, how)))
+    else:
+        examples = Examples({"input_ids": row, "labels": row} for row in token_ids(64, 10).tolist())
+        examples.until = dying(ids, rank, how)
+        config = TrainingConfig(max_steps=20, per_device_batch_size=2, gradient_accumulation_steps=1, trainable="full")
+        train_stitches(small, examples, config)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "how"), [(0, "killed"), (1, "killed"), (1, "failed")])
-@pytest.mark.parametrize("work", ["scoring", "training"])
+@pytest.mark.parametrize("work", ["scoring", "search", "training", "evaluation"])
 def test_the_run_ends_with_a_message(work: str, rank: int, how: str) -> None:
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     command = ["torch.distributed.run", "--nproc_per_node", "2", *rendezvous, str(HERE / "dying_run.py")]
