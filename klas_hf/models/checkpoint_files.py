@@ -71,8 +71,6 @@ def replacing(folder: str | os.PathLike, variant: str | None = None) -> Iterator
     loaders may prefer them (an unsharded file to shards); all other files stay. A process that dies while files move
     leaves the rest to whoever next loads or saves here (`finish_replacing`).
     """
-    suffix = f"\\.{re.escape(variant)}" if variant else ""
-    weights = rf"model{suffix}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{suffix}\.json"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finish_replacing(folder)
@@ -81,7 +79,7 @@ def replacing(folder: str | os.PathLike, variant: str | None = None) -> Iterator
         part.mkdir()
         yield part
         if written := sorted(file.name for file in part.iterdir()):
-            (part / _NAMES).write_text(json.dumps({"written": written, "weights": weights}))
+            (part / _NAMES).write_text(json.dumps({"written": written, "variant": variant}))
             moving = folder / Path(name).name.replace(".saving-", ".moving-")
             os.replace(part, moving)
             _move_up(moving)
@@ -92,6 +90,7 @@ def finish_replacing(folder: str | os.PathLike) -> None:
 
     Raises:
         OSError: the folder cannot be written to, and its checkpoint is neither the old nor the new one.
+        ValueError: the list of files makes no sense, or names one elsewhere.
     """
     for names in Path(folder).glob(f".moving-*/{_NAMES}"):
         if (names.parent / "config.json").exists():
@@ -107,18 +106,34 @@ def finish_replacing(folder: str | os.PathLike) -> None:
 
 def _move_up(moving: Path) -> None:
     """Put the files of a new checkpoint in place; of two processes that do it at once, either may move each."""
-    folder, told = moving.parent, json.loads((moving / _NAMES).read_text())
-    for file in sorted(told["written"], key=lambda name: (name != "config.json", name)):
+    folder, (written, variant) = moving.parent, _told(moving / _NAMES)
+    for file in sorted(written, key=lambda name: (name != "config.json", name)):
         with suppress(FileNotFoundError):
             if (folder / file).is_dir() and (moving / file).exists():  # which cannot be replaced in one step
                 os.replace(folder / file, moving / f".old-{file}")
             os.replace(moving / file, folder / file)
-    weights = re.compile(told["weights"])
-    if any(map(weights.fullmatch, told["written"])):  # rather than an adapter alone
+    suffix = f"\\.{re.escape(variant)}" if variant else ""
+    weights = re.compile(rf"model{suffix}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{suffix}\.json")
+    if any(map(weights.fullmatch, written)):  # rather than an adapter alone
         for old in list(folder.iterdir()):
-            if weights.fullmatch(old.name) and old.name not in told["written"]:
+            if weights.fullmatch(old.name) and old.name not in written:
                 old.unlink(missing_ok=True)
     shutil.rmtree(moving, ignore_errors=True)
+
+
+def _told(names: Path) -> tuple[list[str], str | None]:
+    """The names of a new checkpoint's files, and its variant: the folder may be someone else's."""
+    try:
+        told = json.loads(names.read_text())
+        written, variant = told["written"], told["variant"]
+        if not all(name and name == Path(name).name != ".." for name in written) or not isinstance(variant, str | None):
+            raise ValueError(f"{written} with the variant {variant!r}")
+    except (ValueError, *_SENSELESS) as error:
+        raise ValueError(
+            f"got {names}, which tells no checkpoint's files ({error}); expected names of files beside it. Remove the "
+            f"folder {names.parent.name} if you do not trust it"
+        ) from error
+    return written, variant
 
 
 def save_processor(model_input: str, anchor: str, hub: dict[str, Any], folder: str | os.PathLike) -> None:

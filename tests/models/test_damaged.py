@@ -408,3 +408,28 @@ def test_a_process_that_dies_while_it_replaces_a_checkpoint_leaves_the_old_or_th
     again = StitchedModel.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in old.state_dict().items())
     assert not shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        '{"written": ["../note.txt"], "variant": null}',
+        '{"written": [".."], "variant": null}',
+        '{"written": ["/etc/hosts"], "variant": null}',
+        '{"written": ["model.safetensors"], "variant": 3}',
+        '{"written": 3}',
+        "[]",
+        "{",
+    ],
+)
+def test_a_list_of_files_that_leads_elsewhere_is_refused(told: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    stitched("text").save_pretrained(folder)
+    (folder / "note.txt").write_text("kept")
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    (folder / ".moving-x").mkdir()
+    (folder / ".moving-x" / "names.moving.json").write_text(told)
+    with pytest.raises(ValueError, match="tells no checkpoint's files .*expected names of files beside it"):
+        StitchedModel.from_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+    assert not (tmp_path / "note.txt").exists()
