@@ -128,7 +128,7 @@ class Quickstart:
         self.healing = healing_config(
             args.steps,
             per_device_batch_size=8 // self.state.num_processes or 1,
-            eval_steps=max(1, args.steps // 4),
+            eval_steps=max(1, args.steps // 2),
             seed=args.seed,
         )
         self.say(f"klas_hf quickstart: {self.state.num_processes} process(es) on {self.state.device}")
@@ -144,7 +144,7 @@ class Quickstart:
         train, validation, test = (text_sequences(texts, self.tokenizer, LENGTH) for texts in parts)
         self.examples, self.validation = (
             text_examples(train),
-            text_examples(validation[:: max(1, len(validation) // 40)]),
+            text_examples(validation[:: max(1, len(validation) // 80)]),
         )
         self.fitting = TextBatches(train[:: max(1, len(train) // 256)], 16)
         self.scored, self.test = TextBatches(validation, 16), TextBatches(test, 32)

@@ -19,7 +19,7 @@ from klas_hf.anchors.classes import ImageClasses, WithClasses
 from klas_hf.errors import TrainingDiverged
 from klas_hf.training.checkpoints import Checkpoints
 from klas_hf.training.config import TrainingConfig
-from klas_hf.training.loop import TrainingResult, held_out_loss, train_stitches
+from klas_hf.training.loop import TrainingResult, held_objective_of, held_out_loss, train_stitches
 
 DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # that may be tried
@@ -109,6 +109,7 @@ def heal(
     if choose:
         config = replace(config, distillation_weight=DISTILLATION_WEIGHT)
     train, held = (data, validation) if validation is not None else _split(data)
+    held_objective_of(model, held, config).batches(1)  # which refuses what makes no sense, before anything runs
     start = _Start(model)
     tried: dict[float, float] = {}
     if (begun := _begun(output_dir)) is not None:
@@ -188,12 +189,10 @@ def _sweep(
         return found[rate]
 
     def once(rate: float, weight: float) -> float:
-        trial = replace(
-            config, learning_rate=rate, max_steps=steps, eval_steps=steps, save_steps=10**9, distillation_weight=weight
-        )
+        trial = replace(config, learning_rate=rate, max_steps=steps, save_steps=10**9, distillation_weight=weight)
         try:
-            result = train_stitches(model, train, trial, teacher=teacher, validation=held)
-            found[rate] = result.validation[-1][1]
+            train_stitches(model, train, trial, teacher=teacher)
+            found[rate] = held_out_loss(model, held, trial)
             if not math.isfinite(found[rate]):  # in the last step, whose loss nobody saw
                 raise TrainingDiverged(f"got a held-out loss of {found[rate]} at a rate of {rate:g}; lower the rates")
         except TrainingDiverged as error:

@@ -113,7 +113,7 @@ def train_stitches(
     config = config or TrainingConfig()
     config = with_precision(config, process_state().device)
     objective = _objective(model, data, config, teacher)
-    held_objective = _held_objective(model, validation, config)
+    held_objective = None if validation is None else held_objective_of(model, validation, config)
     parallel = DistributedDataParallelKwargs(find_unused_parameters=objective.may_skip_parameters)
     accelerator = Accelerator(kwargs_handlers=[parallel])
     multiple = accelerator.num_processes * config.gradient_accumulation_steps
@@ -192,10 +192,8 @@ def _objective(model: PreTrainedModel, data: Any, config: TrainingConfig, teache
     return kind(model, data, config, teacher)
 
 
-def _held_objective(model: PreTrainedModel, validation: Any, config: TrainingConfig) -> Objective | None:
+def held_objective_of(model: PreTrainedModel, validation: Any, config: TrainingConfig) -> Objective:
     """The loss of held-out examples: of their labels, undistilled and as they are."""
-    if validation is None:
-        return None
     if takes(model, "path"):
         raise ValueError("got validation for a supernet, of which each path has a loss of its own; leave it out")
     plain = replace(config, distillation_weight=0.0, augmentation=None, drop_path=None)
@@ -205,8 +203,7 @@ def _held_objective(model: PreTrainedModel, validation: Any, config: TrainingCon
 def held_out_loss(model: PreTrainedModel, validation: Any, config: TrainingConfig) -> float:
     """The loss of a model on held-out examples, in nats per label, as `train_stitches` measures it."""
     accelerator = Accelerator()
-    objective = _held_objective(model, validation, with_precision(config, accelerator.device))
-    assert objective is not None
+    objective = held_objective_of(model, validation, with_precision(config, accelerator.device))
     with on_device(model, accelerator.device):
         return HeldOut(accelerator, model, objective, 1).loss()
 

@@ -119,6 +119,18 @@ def test_healing_finds_a_rate_and_whether_the_teacher_helps_and_is_never_worse(k
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+def test_held_out_examples_that_make_no_sense_are_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ran(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained before the examples were looked at")
+
+    monkeypatch.setattr("klas_hf.training.healing.train_stitches", ran)
+    held = [{"input_ids": [1, 10**6, 3], "labels": [1, 2, 3]}]
+    with pytest.raises(ValueError, match="got the token id 1000000 for a model with a vocabulary of"):
+        heal(pruned()[0], TRAIN, validation=held, config=QUICK)
+
+
 def test_a_share_of_distillation_that_is_given_stays() -> None:
     model, dearest = pruned()  # which knows nothing of the data
     config = replace(QUICK, distillation_weight=0.25)
@@ -168,6 +180,9 @@ def test_long_runs_are_at_higher_rates_than_short_ones(
         return TrainingResult(1, (), 0.0, 1, ((0, 9.0), (1, loss(config.learning_rate))))
 
     monkeypatch.setattr("klas_hf.training.healing.train_stitches", train)
+    monkeypatch.setattr(
+        "klas_hf.training.healing.held_out_loss", lambda model, held, config: loss(config.learning_rate)
+    )
     config = replace(QUICK, max_steps=steps, trainable=trainable)
     result = heal(tiny_model(hidden_size=128), TRAIN, config=config)
     assert [run.max_steps for run in runs] == [round(steps / 10)] * len(result.tried) + [steps]
