@@ -64,6 +64,9 @@ JUNK: list[Any] = [
 SHARED = dict(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], derandomize=True)
 
 
+DATA = [{"input_ids": token_ids(4, 16, seed=seed)} for seed in range(4)]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> File:
     """One good file or folder of each kind."""
@@ -75,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> File:
     model.save_pretrained(root / "whole")
     save_delta(model, root / "delta")
     StitchedSupernet.from_anchors([small, large], [(1, 1), (2, 3)]).save_pretrained(root / "supernet")
-    data = [{"input_ids": token_ids(4, 16, seed=seed)} for seed in range(4)]
+    data = DATA
     train_probes(small, data).save_pretrained(root / "probes")
     score_stitches(small, large, data, tokens=16).save(root / "scores.safetensors")
     scoring = FunctionalScoring(calibration=data[:2], temperature=1.0)
@@ -358,6 +361,24 @@ def test_rows_survive_a_full_disk(tmp_path: File) -> None:
     assert again.rows == written
     again.append(ResultRow("klas", (1, 2), 100, 10, 20, {"loss": 1.0}))
     assert len(read_rows(tmp_path / "rows.jsonl")) == len(written) + 1
+
+
+@pytest.mark.parametrize("kind", ["scores", "paths", "probes"])
+def test_what_was_measured_survives_a_full_disk_when_it_is_saved_again(kind: str, folder: File, tmp_path: File) -> None:
+    """Of another size, as of other anchors: nothing of it may stay."""
+    files = {"scores": "scores.safetensors", "paths": "paths.safetensors"}
+    place = tmp_path / files.get(kind, "probes")
+    if kind == "probes":
+        ProbeNet.from_pretrained(folder / "probes").save_pretrained(place)
+        limit, save = 6_000, train_probes(tiny_model(large=True, seed=5), DATA).save_pretrained
+        kept = {file.name: file.read_bytes() for file in place.iterdir()}
+    else:
+        place.write_bytes((folder / files[kind]).read_bytes())
+        loaded = (StitchScores if kind == "scores" else PathScores).load(place)
+        limit, save, kept = place.stat().st_size // 2, loaded.save, {place.name: place.read_bytes()}
+    with full_disk(limit), pytest.raises(Exception, match="(?i)too large|os error 27"):
+        save(place)
+    assert {file.name: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == kept
 
 
 def training(**changes: Any) -> TrainingConfig:

@@ -44,9 +44,8 @@ from klas_hf.models.checkpoint_files import (
     check_inside,
     check_whole,
     explained_damage,
-    finish_replacing,
-    replacing,
 )
+from klas_hf.models.replacing import finish_replacing, replacing
 from klas_hf.paths import Path as AnchorPath
 from klas_hf.processes import others_bars
 from klas_hf.stitching.assembly import assemble_path

@@ -1,18 +1,11 @@
-"""The files of a checkpoint: an old one survives a failed save, a damaged one is refused with what is wrong.
-
-transformers writes into the folder file by file, so a full disk would leave half of the new checkpoint over half of the
-old one; and it fills what a checkpoint lacks with random numbers.
-"""
+"""The files of a checkpoint: a damaged one is refused with what is wrong, where transformers fills gaps at random."""
 
 import json
 import os
-import re
-import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,12 +14,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
+from .replacing import finish_replacing
+
 # Of the files' layout and the configuration's meaning; raised when an older klas_hf would misread them. Format 1 had
 # two anchors and one joint; format 2 never tied a head to the embedding, and is read as it was.
 FORMAT_VERSION, _OLDEST = 3, 2
 _PLACES = ("revision", "cache_dir", "subfolder")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
-_NAMES = "names.moving.json"  # beside a new checkpoint's files while they move: all their names
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # AutoTokenizer makes up an empty one where there are none of these.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -61,79 +55,6 @@ def path_text(slices: Sequence[Sequence[int]]) -> str:
     """`[anchor, start, stop]` of the slices of a path as `klas_hf.paths.Path` writes them, such as "0[:8] 1[14:]"."""
     ends = [str(stop) for _, _, stop in slices[:-1]] + [""]
     return " ".join(f"{anchor}[{start or ''}:{end}]" for (anchor, start, _), end in zip(slices, ends, strict=True))
-
-
-@contextmanager
-def replacing(folder: str | os.PathLike, variant: str | None = None) -> Iterator[Path]:
-    """A new folder, inside `folder`, whose files move up when the block ends; if it raises, nothing has changed.
-
-    Until then the disk holds the old and the new checkpoint. Old weights that the new one has not replaced go, as
-    loaders may prefer them (an unsharded file to shards); all other files stay. A process that dies while files move
-    leaves the rest to whoever next loads or saves here (`finish_replacing`).
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    finish_replacing(folder)
-    with TemporaryDirectory(prefix=".saving-", dir=folder) as name:  # here, as a folder's parent may be another disk
-        part = Path(name, "new")
-        part.mkdir()
-        yield part
-        if written := sorted(file.name for file in part.iterdir()):
-            (part / _NAMES).write_text(json.dumps({"written": written, "variant": variant}))
-            moving = folder / Path(name).name.replace(".saving-", ".moving-")
-            os.replace(part, moving)
-            _move_up(moving)
-
-
-def finish_replacing(folder: str | os.PathLike) -> None:
-    """Move up what a process that died in `replacing` has left; config.json goes first, and before it nothing moves.
-
-    Raises:
-        OSError: the folder cannot be written to, and its checkpoint is neither the old nor the new one.
-        ValueError: the list of files makes no sense, or names one elsewhere.
-    """
-    for names in Path(folder).glob(f".moving-*/{_NAMES}"):
-        if (names.parent / "config.json").exists():
-            continue  # the old checkpoint is whole
-        try:
-            _move_up(names.parent)
-        except OSError as error:
-            raise OSError(
-                f"got {str(folder)!r}, where a process died while it replaced the checkpoint ({error}); expected a "
-                f"folder that may be written to, to end that. Move the files of {names.parent.name} up"
-            ) from error
-
-
-def _move_up(moving: Path) -> None:
-    """Put the files of a new checkpoint in place; of two processes that do it at once, either may move each."""
-    folder, (written, variant) = moving.parent, _told(moving / _NAMES)
-    for file in sorted(written, key=lambda name: (name != "config.json", name)):
-        with suppress(FileNotFoundError):
-            if (folder / file).is_dir() and (moving / file).exists():  # which cannot be replaced in one step
-                os.replace(folder / file, moving / f".old-{file}")
-            os.replace(moving / file, folder / file)
-    suffix = f"\\.{re.escape(variant)}" if variant else ""
-    weights = re.compile(rf"model{suffix}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{suffix}\.json")
-    if any(map(weights.fullmatch, written)):  # rather than an adapter alone
-        for old in list(folder.iterdir()):
-            if weights.fullmatch(old.name) and old.name not in written:
-                old.unlink(missing_ok=True)
-    shutil.rmtree(moving, ignore_errors=True)
-
-
-def _told(names: Path) -> tuple[list[str], str | None]:
-    """The names of a new checkpoint's files, and its variant: the folder may be someone else's."""
-    try:
-        told = json.loads(names.read_text())
-        written, variant = told["written"], told["variant"]
-        if not all(name and name == Path(name).name != ".." for name in written) or not isinstance(variant, str | None):
-            raise ValueError(f"{written} with the variant {variant!r}")
-    except (ValueError, *_SENSELESS) as error:
-        raise ValueError(
-            f"got {names}, which tells no checkpoint's files ({error}); expected names of files beside it. Remove the "
-            f"folder {names.parent.name} if you do not trust it"
-        ) from error
-    return written, variant
 
 
 def save_processor(model_input: str, anchor: str, hub: dict[str, Any], folder: str | os.PathLike) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint_files import HUB_OPTIONS, explained_damage, is_delta, load_whole, replacing, save_processor
+from .checkpoint_files import HUB_OPTIONS, explained_damage, is_delta, load_whole, save_processor
 from .configuration_stitched import StitchedConfig
+from .replacing import replacing
 
 
 class StitchedModel(PreTrainedModel):

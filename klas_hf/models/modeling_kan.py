@@ -23,9 +23,10 @@ from .kan_layers import KANHead, KANLayer
 from .kan_packing import Rows
 from .modeling_base import StitchedModel
 from .modeling_stitched_vision import StitchedBackbone, StitchedForImageClassification
+from .replacing import WrittenWhole
 
 
-class KANPreTrainedModel(PreTrainedModel):
+class KANPreTrainedModel(WrittenWhole, PreTrainedModel):
     """What classifiers with KAN heads share: the backbone, the codebook if there is one, how they are loaded."""
 
     config_class = KANConfig

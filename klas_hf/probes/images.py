@@ -17,6 +17,7 @@ from klas_hf.actions import Publishable
 from klas_hf.anchors.images import ImageBatch
 from klas_hf.anchors.vision import VisionAnchor
 from klas_hf.models.checkpoint_files import load_whole
+from klas_hf.models.replacing import WrittenWhole
 
 
 class ImageProbeConfig(PreTrainedConfig):
@@ -63,7 +64,7 @@ class ImageProbeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class ImageProbeNet(Publishable, PreTrainedModel):
+class ImageProbeNet(Publishable, WrittenWhole, PreTrainedModel):
     """One linear probe per block of an image classifier (Alg. 1); saves, loads and goes to the Hub as any model.
 
     Args:

@@ -21,6 +21,7 @@ from klas_hf.actions import Publishable
 from klas_hf.anchors.language import LanguageAnchor, load_anchor
 from klas_hf.maths.least_squares import LeastSquares, summing_device
 from klas_hf.models.checkpoint_files import load_whole
+from klas_hf.models.replacing import WrittenWhole
 from klas_hf.processes import progress, shared_out, sum_over_processes
 
 KINDS = ("logit", "ridge", "tuned")
@@ -74,7 +75,7 @@ class ProbeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class ProbeNet(Publishable, PreTrainedModel):
+class ProbeNet(Publishable, WrittenWhole, PreTrainedModel):
     """One probe per block of an anchor (Alg. 1); saves, loads and goes to the Hub as any model.
 
     The anchor's norm and unembedding are not part of it: they are used where the anchor is at hand.

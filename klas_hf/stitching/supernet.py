@@ -25,8 +25,9 @@ from klas_hf.anchors.loading import load_anchors
 from klas_hf.budgets import Budget
 from klas_hf.costs import Cost, Usage
 from klas_hf.models import StitchedModel
-from klas_hf.models.checkpoint_files import HUB_OPTIONS, explained_damage, load_whole, replacing, save_processor
+from klas_hf.models.checkpoint_files import HUB_OPTIONS, explained_damage, load_whole, save_processor
 from klas_hf.models.configuration_supernet import StitchedSupernetConfig
+from klas_hf.models.replacing import WrittenWhole
 from klas_hf.paths import Path, Stitch
 from klas_hf.stitching.calibration import sampled
 from klas_hf.stitching.loading import RANDOM_STITCH, fill_from
@@ -43,7 +44,7 @@ from klas_hf.stitching.supernet_joints import (
 AnyPath = Path | Stitch | str | Sequence[int]
 
 
-class StitchedSupernet(Publishable, PreTrainedModel):
+class StitchedSupernet(Publishable, WrittenWhole, PreTrainedModel):
     """Anchors and stitching layers that train together (SN-Net); base of the supernets of images and of text.
 
     `from_anchors` and `from_pretrained` of this class return the class for the task: a
@@ -189,8 +190,7 @@ class StitchedSupernet(Publishable, PreTrainedModel):
 
         The tokenizer or image processor of the last anchor goes along, unless the folder has one.
         """
-        with replacing(save_directory, kwargs.get("variant")) as part:
-            super().save_pretrained(part, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         for place in filter(None, self.processors_from[-1:]):
             save_processor(self.main_input_name, *place, save_directory)
 

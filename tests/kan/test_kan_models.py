@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from failing_disk import full_disk
 from image_examples import ToyImages, changed
 from kan_examples import naive_head, tiny_kan
 from safetensors.torch import load_file, save_file
@@ -58,6 +59,14 @@ def test_a_stitched_classifier_gives_its_backbone_and_keeps_its_weights() -> Non
     torch.testing.assert_close(model.pooled(PIXELS), expected)
     model.backbone.slices[0].get_parameter("resnet.embedder.embedder.convolution.weight").zero_()
     assert classifier.slices[0].get_parameter("resnet.embedder.embedder.convolution.weight").any()
+
+
+def test_the_old_classifier_survives_a_full_disk(tmp_path: Path) -> None:
+    tiny_kan().save_pretrained(tmp_path)
+    kept = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with full_disk(len(kept["model.safetensors"]) // 2), pytest.raises(Exception, match="(?i)too large|os error 27"):
+        tiny_kan(grid_intervals=6).save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == kept
 
 
 @pytest.mark.parametrize("stitched", [False, True], ids=["ResNet backbone", "stitched backbone"])
