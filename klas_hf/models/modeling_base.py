@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +10,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .checkpoint_files import HUB_OPTIONS, explained_damage, is_delta, load_whole, save_processor
 from .configuration_stitched import StitchedConfig
-from .replacing import replacing
+from .replacing import WrittenWhole
 
 
-class StitchedModel(PreTrainedModel):
+class StitchedModel(WrittenWhole, PreTrainedModel):
     """Base of all stitched models; makes them from anchors (KLAS Sec. 5, SN-Net) and loads them.
 
     `from_anchors`, `from_path` and `from_pretrained` of this class return the class for the task: a
@@ -133,50 +132,14 @@ class StitchedModel(PreTrainedModel):
         model.processor_from = str(name), hub
         return loaded
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, Any] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as any model of transformers, with the code that loads it where klas_hf is not installed.
 
         The tokenizer or image processor goes along, unless the folder has one: of the anchor that embeds, or of the
-        checkpoint that this was loaded from, where that was on the Hub or in a folder.
-
-        A checkpoint that the folder holds stays as it is until the new one is written whole, but for a
-        `distributed_checkpoint`, which all processes write in place.
-
-        Raises:
-            ValueError: `state_dict` with `push_to_hub`.
+        checkpoint that this was loaded from, where that was on the Hub or in a folder. See `WrittenWhole` for the rest.
         """
-        if push_to_hub and state_dict is not None:
-            raise ValueError(
-                "got state_dict and push_to_hub; expected one of them, as what is pushed is the model's own tensors. "
-                "Save first, then upload the folder (huggingface_hub.upload_folder)"
-            )
         self.config.auto_map = vars(self.config).get("auto_map", {}) | self.carried_classes
-        if kwargs.get("distributed_checkpoint"):
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
-            return
-        with replacing(save_directory, kwargs.get("variant")) as part:
-            super().save_pretrained(part, is_main_process, state_dict, **kwargs)
-        if is_main_process:
-            self.save_processor(save_directory)
-        if push_to_hub:
-            names = (
-                "commit_message",
-                "commit_description",
-                "private",
-                "token",
-                "revision",
-                "create_pr",
-                "max_shard_size",
-            )
-            options = {name: kwargs[name] for name in names if name in kwargs}
-            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **options)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Publish the model at `repo_id` in one commit, with a card; `kwargs` as for `klas_hf.hub.publish`."""

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 _NAMES = "names.moving.json"  # beside a new checkpoint's files while they move: all their names
+_PUSHED = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "max_shard_size")
 
 
 @contextmanager
@@ -92,9 +93,38 @@ def _told(names: Path) -> tuple[list[str], str | None]:
 class WrittenWhole:
     """Of models: what a folder holds stays until the new checkpoint is written whole."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as any model of transformers does."""
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", Path(save_directory).name)  # transformers' own choice
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as any model of transformers; what is pushed is pushed when it is saved.
+
+        A checkpoint that the folder holds stays as it is until the new one is written whole, but for a
+        `distributed_checkpoint`, which all processes write in place.
+
+        Raises:
+            ValueError: `state_dict` with `push_to_hub`.
+        """
+        if push_to_hub and state_dict is not None:
+            raise ValueError(
+                "got state_dict and push_to_hub; expected one of them, as what is pushed is the model's own tensors. "
+                "Save first, then upload the folder (huggingface_hub.upload_folder)"
+            )
+        write = super().save_pretrained  # type: ignore[misc]
+        if kwargs.get("distributed_checkpoint"):
+            write(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
         with replacing(save_directory, kwargs.get("variant")) as part:
-            super().save_pretrained(part, *args, **kwargs)  # type: ignore[misc]
+            write(part, is_main_process, state_dict, **kwargs)
+        if is_main_process:
+            self.save_processor(save_directory)
+        if push_to_hub:
+            options = {name: kwargs[name] for name in _PUSHED if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **options)  # type: ignore[attr-defined]
+
+    def save_processor(self, folder: str | os.PathLike) -> None:
+        """Save what goes along with the model: nothing, unless a kind of model says so."""

@@ -185,14 +185,10 @@ class StitchedSupernet(Publishable, WrittenWhole, PreTrainedModel):
             )
         return by_name[name].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as any model of transformers; what the folder holds stays until the new checkpoint is written whole.
-
-        The tokenizer or image processor of the last anchor goes along, unless the folder has one.
-        """
-        super().save_pretrained(save_directory, *args, **kwargs)
+    def save_processor(self, folder: str | os.PathLike) -> None:
+        """Save the tokenizer or image processor of the last anchor, unless the folder has one."""
         for place in filter(None, self.processors_from[-1:]):
-            save_processor(self.main_input_name, *place, save_directory)
+            save_processor(self.main_input_name, *place, folder)
 
     @classmethod
     @abstractmethod

@@ -1,7 +1,6 @@
 """Checkpoints that are damaged, hostile or of a newer version, and saves that fail: refused, and nothing is lost."""
 
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -374,62 +373,3 @@ def test_the_body_of_a_saved_model_loads(tmp_path: Path) -> None:
     model = stitched("text")
     model.save_pretrained(tmp_path)
     assert_same(AutoModel.from_pretrained(tmp_path), model.model)
-
-
-@pytest.mark.parametrize("moved", [0, 1, 2, 6, 13, 100])
-def test_a_process_that_dies_while_it_replaces_a_checkpoint_leaves_the_old_or_the_new(
-    moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After so many of the steps that put files in place, 100 being all; the old one has other shards, and a note."""
-    old, new = (stitched("text", seed) for seed in (1, 5))
-    old.save_pretrained(tmp_path, max_shard_size="20KB")
-    (tmp_path / "note.txt").write_text("kept")
-    replace, calls = os.replace, iter(range(100))
-
-    def until(one: Path, other: Path) -> None:
-        if next(calls) == moved:
-            os._exit(9)
-        replace(one, other)
-
-    child = os.fork()
-    if not child:
-        monkeypatch.setattr(os, "replace", until)
-        new.save_pretrained(tmp_path, max_shard_size="30KB")
-        os._exit(0)
-    died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert died == (9 if moved < 100 else 0)
-    assert len(list(tmp_path.glob(".moving-*"))) == (0 < moved < 100)
-    expected = (old if moved < 2 else new).state_dict()
-    for loader in LOADERS["text"]:
-        loaded = loader.from_pretrained(tmp_path).state_dict()
-        assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.items())
-    assert (tmp_path / "note.txt").read_text() == "kept"
-    old.save_pretrained(tmp_path)
-    again = StitchedModel.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in old.state_dict().items())
-    assert not shards(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "told",
-    [
-        '{"written": ["../note.txt"], "variant": null}',
-        '{"written": [".."], "variant": null}',
-        '{"written": ["/etc/hosts"], "variant": null}',
-        '{"written": ["model.safetensors"], "variant": 3}',
-        '{"written": 3}',
-        "[]",
-        "{",
-    ],
-)
-def test_a_list_of_files_that_leads_elsewhere_is_refused(told: str, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    stitched("text").save_pretrained(folder)
-    (folder / "note.txt").write_text("kept")
-    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-    (folder / ".moving-x").mkdir()
-    (folder / ".moving-x" / "names.moving.json").write_text(told)
-    with pytest.raises(ValueError, match="tells no checkpoint's files .*expected names of files beside it"):
-        StitchedModel.from_pretrained(folder)
-    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
-    assert not (tmp_path / "note.txt").exists()
