@@ -3,13 +3,17 @@
     python benchmarks/healing.py rates "1[:2] 1[5:6] 1[7:]" "0[:5] 1[5:]"    # held-out loss by steps and rate
     python benchmarks/healing.py joints "1[:1] 1[7:]" "1[:2] 1[5:]"          # start and healed, by joint
 
-Takes the options of recipes/every_size.py that name a family (`--family vit`, `--cache_dir …`).
+    python benchmarks/healing.py rates "0[:2] 1[7:]" --trainable lora --rates 1e-3 3e-3 1e-2 --steps 10 100
+
+Takes the options of recipes/every_size.py that name a family (`--family stories --anchors … --data …`).
 """
 
-import argparse
 import copy
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path as Folder
+
+from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Folder(__file__).parents[1] / "recipes"))
 
@@ -18,23 +22,30 @@ from families import FamilyArguments, family_of
 
 from klas_hf import StitchedModel, evaluate, heal, healing_config, train_stitches
 
-STEPS, RATES = (10, 30, 100, 300), (3e-4, 1e-3, 3e-3, 1e-2)
 JOINTS = ("least_squares", "merged", "identity")
 
 
+@dataclass
+class HealingArguments:
+    """How the paths are healed."""
+
+    steps: list[int] = field(default_factory=lambda: [10, 30, 100, 300], metadata={"help": "of rates: runs' lengths"})
+    rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "of rates"})
+    trainable: str = field(default="full", metadata={"help": "of rates: full or lora"})
+    joint: str = field(default="least_squares", metadata={"help": f"of rates: one of {', '.join(JOINTS)}"})
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = HfArgumentParser([FamilyArguments, HealingArguments], description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("rates", "joints"))
     parser.add_argument("paths", nargs="+")
-    parser.add_argument("--family", default="quickstart")
-    parser.add_argument("--cache_dir", default="outputs/study_anchors")
-    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="of rates")
-    parser.add_argument("--joint", default="least_squares", choices=JOINTS, help="of rates")
-    options = parser.parse_args()
-    family = family_of(FamilyArguments(family=options.family, cache_dir=options.cache_dir))
-    for path in options.paths:
-        if options.what == "rates":
-            rates(family, path, options.steps, options.joint)
+    chosen, args, given = parser.parse_args_into_dataclasses()
+    if args.joint not in JOINTS:
+        parser.error(f"got --joint {args.joint}; expected one of {', '.join(JOINTS)}")
+    family = family_of(chosen)
+    for path in given.paths:
+        if given.what == "rates":
+            rates(family, path, args)
         else:
             joints(family, path)
 
@@ -50,15 +61,15 @@ def measured(family: Family, model: StitchedModel) -> str:
     return f"{evaluate(model, family.test, classes=family.classes).metrics[family.metric]:.4f}"
 
 
-def rates(family: Family, path: str, steps: list[int], joint: str) -> None:
+def rates(family: Family, path: str, args: HealingArguments) -> None:
     """One run, with its own cosine, of each length at each rate; half labels, half distilled."""
-    begun = start(family, path, joint)
-    for count in steps:
+    begun = start(family, path, args.joint)
+    for count in args.steps:
         ends = []
-        for rate in RATES:
+        for rate in args.rates:
             model = copy.deepcopy(begun)
             settings = {"learning_rate": rate, "distillation_weight": 0.5, "eval_steps": count} | dict(family.healing)
-            config = healing_config(count, **settings)
+            config = healing_config(count, **settings, trainable=args.trainable)
             options = {"teacher": family.anchors[1], "validation": family.validation}
             (_, before), (_, after) = train_stitches(model, family.train, config, **options).validation
             ends.append(f"{rate:g} {after:.4f} (kept: {measured(family, model)})")

@@ -1,5 +1,6 @@
 """Functional KL of all pairs against the rears' forwards alone, and the fit of a pruned block against ReplaceMe's."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -158,7 +159,7 @@ def merged(options: Options) -> Mapping[str, float]:
 def replace_me(options: Options) -> Mapping[str, float]:
     _, large = llamas(options, scale=2)
     data = _calibration(options)
-    return growth_of(lambda: _replaced(large, data, *_left_out(large)))
+    return growth_of(lambda: _replaced(copy.deepcopy(large), data, *_left_out(large)))  # ours leaves its anchor, too
 
 
 @torch.no_grad()

@@ -83,12 +83,16 @@ class AnchorCheckpoint:
         except OSError:
             return None
 
-    def tensor(self, key: str) -> Any:
-        """A tensor, or the slice of a safetensors file that becomes one when it is read."""
+    def tensor(self, key: str, *, copied: bool = True) -> Any:
+        """A tensor, or the slice of a safetensors file that becomes one when it is read.
+
+        Args:
+            copied: whether one of a model in memory may be written to, and so must not be the model's own.
+        """
         key = self.names.get(key, key)
         if key in self._tensors:
             found = self._tensors[key].detach()
-            return found if self.shared else found.clone()  # transformers would share it with the anchor
+            return found.clone() if copied and not self.shared else found  # transformers would share it
         shard = self._shards[key]
         with self._opening:
             if shard not in self._files:
@@ -164,11 +168,11 @@ class ClassifierCheckpoint(AnchorCheckpoint):
 class UnreadTensor:
     """A tensor of a checkpoint whose file is opened when transformers takes it, if it does: `tensor[...]` reads it."""
 
-    def __init__(self, checkpoint: AnchorCheckpoint, key: str):
-        self.checkpoint, self.key = checkpoint, key
+    def __init__(self, checkpoint: AnchorCheckpoint, key: str, copied: bool = True):
+        self.checkpoint, self.key, self.copied = checkpoint, key, copied
 
     def __getitem__(self, index: Any) -> Tensor:
-        found = self.checkpoint.tensor(self.key)
+        found = self.checkpoint.tensor(self.key, copied=self.copied)
         self.checkpoint.announce(self.key)
         return found[index]
 

@@ -197,15 +197,16 @@ class LeastSquares:
     Args:
         in_features, out_features: widths of x and y.
         device: where the rows come from; the float64 sums, `8 · in · (in + out)` bytes, live there (`summing_device`).
+        bias: whether there is b; without it the sums are about 0, as if every row were seen with both signs.
     """
 
-    def __init__(self, in_features: int, out_features: int, device: torch.device | str = "cpu"):
+    def __init__(self, in_features: int, out_features: int, device: torch.device | str = "cpu", bias: bool = True):
         device = summing_device(device)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.rows = 0
+        self.rows, self.bias = 0, bias
         self._shift_x, self._shift_y = zeros(in_features), zeros(out_features)
         self._sum_x, self._sum_y = zeros(in_features), zeros(out_features)
         self._gram, self._cross = zeros(in_features, in_features), zeros(in_features, out_features)
@@ -220,9 +221,10 @@ class LeastSquares:
         if not len(x):
             return
         x, y = (one.to(self._gram.device).double() for one in (x, y))
-        if not self.rows:
+        if not self.rows and self.bias:
             self._shift_x, self._shift_y = x.mean(0), y.mean(0)
-        x, y = x - self._shift_x, y - self._shift_y
+        if self.bias:
+            x, y = x - self._shift_x, y - self._shift_y
         square_y = y.square().sum()
         if not (square_y.isfinite() and x.sum().isfinite()):
             raise ValueError(
@@ -230,8 +232,9 @@ class LeastSquares:
                 "or float32 (float16 overflows in some models) and check their weights"
             )
         self.rows += len(x)
-        self._sum_x += x.sum(0)
-        self._sum_y += y.sum(0)
+        if self.bias:
+            self._sum_x += x.sum(0)
+            self._sum_y += y.sum(0)
         self._gram += x.T @ x
         self._cross += x.T @ y
         self._square_y += square_y

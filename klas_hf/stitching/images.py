@@ -8,7 +8,6 @@ their anchors' checkpoints, so whatever transformers renames on loading it renam
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from klas_hf.anchors.vision_states import feature_rows
 from klas_hf.anchors.weights import evaluating
 from klas_hf.models import StitchedBackbone, StitchedForImageClassification, StitchedVisionConfig
 from klas_hf.models.modeling_stitched_vision import StitchingLayer, dropped_prefix
-from klas_hf.models.vision_features import VisionKind, image_size
+from klas_hf.models.vision_features import Features, VisionKind, image_size
 from klas_hf.models.vision_kinds import vision_kind
 from klas_hf.models.vision_shapes import FeatureShape, trace, traced
 from klas_hf.paths import Path as AnchorPath
@@ -219,11 +218,16 @@ def _fit(
     """Fit the joints, over all positions of all images; `loading` is `dtype` of the anchors' first blocks."""
     layers, kinds = model.stitching_layers(), _kinds(model.config)
 
-    def entering(number: int, batch: ImageBatch) -> Tensor:
-        state = _last_features(model, batch, number + 1)
-        return feature_rows(state, kinds[number], dropped_prefix(kinds[number], kinds[number + 1]))
+    def pairs(number: int) -> Callable[[ImageBatch], tuple[Tensor, Tensor]]:
+        wanted, dropped = _wanted(model, anchors, layers, loading, number), dropped_prefix(*kinds[number : number + 2])
 
-    fit_joints(model, entering, partial(_wanted, model, anchors, layers, loading), calibration, ridge, joint)
+        def rows_of(batch: ImageBatch) -> tuple[Tensor, Tensor]:
+            state = _last_features(model, batch, number + 1)
+            return feature_rows(state, kinds[number], dropped), wanted(batch, state)
+
+        return rows_of
+
+    fit_joints(model, pairs, calibration, ridge, joint)
 
 
 def _merge(
@@ -237,18 +241,22 @@ def _merge(
         block = kinds[number].blocks(anchors[place].config)[stop - 1].modules[-1]
         writers.append(model.slices[number].get_submodule(f"{block}.{kinds[number].writer}"))
 
-    def entering(number: int, batch: ImageBatch) -> tuple[Tensor, Tensor]:
-        written: list[Tensor] = []
-        handle = writers[number].register_forward_hook(lambda _, args, output: written.append(output))
-        try:
-            state = _last_features(model, batch, number + 1)
-        finally:
-            handle.remove()
-        rows = [feature_rows(one, kinds[number]) for one in (state, state._replace(hidden=written[-1]))]
-        return rows[0], rows[1]
+    def parts(number: int) -> Callable[[ImageBatch], tuple[Tensor, Tensor, Tensor]]:
+        wanted = _wanted(model, anchors, writers, loading, number)
 
-    wanted = partial(_wanted, model, anchors, writers, loading)
-    merge_joints(model, writers, entering, wanted, calibration, ridge)
+        def rows_of(batch: ImageBatch) -> tuple[Tensor, Tensor, Tensor]:
+            written: list[Tensor] = []
+            handle = writers[number].register_forward_hook(lambda _, args, output: written.append(output))
+            try:
+                state = _last_features(model, batch, number + 1)
+            finally:
+                handle.remove()
+            rows = [feature_rows(one, kinds[number]) for one in (state, state._replace(hidden=written[-1]))]
+            return rows[0], rows[1], wanted(batch, state)
+
+        return rows_of
+
+    merge_joints(model, writers, parts, calibration, ridge)
 
 
 def _kinds(config: StitchedVisionConfig) -> list[VisionKind]:
@@ -259,12 +267,15 @@ def _kinds(config: StitchedVisionConfig) -> list[VisionKind]:
 def _wanted(
     model: Any, anchors: Mapping[int, ClassifierCheckpoint], layers: Sequence[nn.Module],
     loading: Mapping[str, Any], number: int,
-) -> Callable[[ImageBatch], Tensor]:  # fmt: skip
-    """What makes of a batch the rows that the next slice of a joint has in its own anchor."""
-    place, start, _ = model.config.slices[number + 1]
-    kind = _kinds(model.config)[number + 1]
-    prefix = _prefix(anchors[place], start, model.config, **loading).to(_device(layers[number]))
-    return lambda batch: feature_rows(_last_features(prefix, batch, None), kind)
+) -> Callable[[ImageBatch, Features], Tensor]:  # fmt: skip
+    """What makes of a batch, and the features entering a joint, the rows that the next slice has in its own anchor."""
+    (before, _, stop), (place, start, _) = model.config.slices[number : number + 2]
+    kind, device = _kinds(model.config)[number + 1], _device(layers[number])
+    if not number and before == place and stop < start:  # the path has run the first of these blocks
+        between = _blocks(anchors[place], stop, start, model.config, **loading).to(device)
+        return lambda batch, state: feature_rows(_next_features(between, state), kind)
+    prefix = _blocks(anchors[place], 0, start, model.config, **loading).to(device)
+    return lambda batch, state: feature_rows(_last_features(prefix, batch, None), kind)
 
 
 def _last_features(model: Any, batch: ImageBatch, count: int | None) -> Any:
@@ -275,12 +286,24 @@ def _last_features(model: Any, batch: ImageBatch, count: int | None) -> Any:
         return model.run_slices(pixels, count)[0][-1]
 
 
-def _prefix(anchor: ClassifierCheckpoint, stop: int, config: StitchedVisionConfig, **loading: Any) -> StitchedBackbone:
-    """`anchor.blocks[:stop]`, of which nothing else is read: what a stitching layer has to imitate."""
+def _next_features(part: StitchedBackbone, state: Features) -> Features:
+    """What the one slice of a model makes of the features before its first block."""
+    (slice_,), kind = part.slices, vision_kind(part.slices[0].config)
+    ((_, start, stop),) = part.config.slices
+    with evaluating(part):
+        for block in kind.blocks(slice_.config)[start:stop]:
+            state = kind.run_block(slice_, block, state)
+    return state
+
+
+def _blocks(
+    anchor: ClassifierCheckpoint, start: int, stop: int, config: StitchedVisionConfig, **loading: Any
+) -> StitchedBackbone:
+    """`anchor.blocks[start:stop]`, of which nothing else is read but what its embedding is, to be read only."""
     alone = StitchedVisionConfig(
-        anchor_configs=[copy.deepcopy(anchor.config)], slices=[[0, 0, stop]], image_size=config.image_size
+        anchor_configs=[copy.deepcopy(anchor.config)], slices=[[0, start, stop]], image_size=config.image_size
     )
-    return load_parts(StitchedBackbone, alone, slice_state(anchor, 0), **loading)
+    return load_parts(StitchedBackbone, alone, slice_state(anchor, 0, copied=False), **loading)
 
 
 def _device(layer: nn.Module) -> torch.device:
@@ -302,10 +325,10 @@ def slices_state(anchors: Mapping[int, ClassifierCheckpoint], config: StitchedVi
     return state
 
 
-def slice_state(anchor: ClassifierCheckpoint, number: int) -> dict[str, Any]:
-    """The unread tensors of an anchor, as those of a path's slice of this number are called."""
+def slice_state(anchor: ClassifierCheckpoint, number: int, copied: bool = True) -> dict[str, Any]:
+    """The unread tensors of an anchor, or copies, as those of a path's slice of this number are called."""
     # What is used is for transformers to say, which renames the tensors of some families.
-    return {f"slices.{number}.{key}": UnreadTensor(anchor, key) for key in sorted(anchor.keys)}
+    return {f"slices.{number}.{key}": UnreadTensor(anchor, key, copied) for key in sorted(anchor.keys)}
 
 
 def _joined(

@@ -4,8 +4,6 @@ Each maps what the path before it really gives, to what the next slice's anchor 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -63,8 +61,7 @@ def check_writers(path: Path, writers: Mapping[int, tuple[str, str | None]], exp
 @torch.no_grad()
 def fit_joints(
     model: StitchedModel,
-    entering: Callable[[int, Any], Tensor],
-    wanted: Callable[[int], Callable[[Any], Tensor]],
+    pairs: Callable[[int], Callable[[Any], tuple[Tensor, Tensor]]],
     calibration: Iterable[Any],
     ridge: float | None = None,
     joint: Joint = "least_squares",
@@ -72,8 +69,8 @@ def fit_joints(
     """Set the stitching layers of a model to maps of a kind, and note in its configuration how they fit.
 
     Args:
-        entering: number of a joint, and a batch → `(rows, width)` that enter it, where the batch counts.
-        wanted: number of a joint → what makes of a batch the rows that are to leave it; asked for once per joint.
+        pairs: number of a joint → what makes of a batch the rows, `(rows, width)`, that enter it, and those that are to
+            leave it; asked for once per joint.
         calibration: batches; read once for every joint, so more than one joint keeps them in memory.
         ridge: penalty of least squares; None chooses (see `LeastSquares.solve`).
         joint: what the layers start from; all but least squares have no bias.
@@ -85,9 +82,8 @@ def fit_joints(
     batches = list(calibration) if len(layers) > 1 else calibration
     fits: list[LinearFit] = []
     for number, layer in enumerate(layers):
-        target = wanted(number)
         read = shared_out(batches) if joint != "cosine" else iter(batches)
-        fits.append(_fitted(layer, partial(entering, number), target, read, ridge, joint))
+        fits.append(_fitted(layer, pairs(number), read, ridge, joint))
         write_fit(layer, fits[-1])
     kind = {} if joint == "least_squares" else {"joint": joint}
     model.config.joint_fits = [{"r2": fit.r2, "ridge": fit.ridge, "rows": fit.rows} | kind for fit in fits]
@@ -100,8 +96,7 @@ def fit_joints(
 def merge_joints(
     model: StitchedModel,
     writers: Sequence[nn.Module],
-    entering: Callable[[int, Any], tuple[Tensor, Tensor]],
-    wanted: Callable[[int], Callable[[Any], Tensor]],
+    parts: Callable[[int], Callable[[Any], tuple[Tensor, Tensor, Tensor]]],
     calibration: Iterable[Any],
     ridge: float | None = None,
 ) -> None:
@@ -113,8 +108,9 @@ def merge_joints(
 
     Args:
         writers: of every joint, the linear layer before it; on a device.
-        entering: number of a joint, and a batch → `(rows, width)` the states before the cut, and what the layer wrote.
-        wanted, calibration, ridge: as for `fit_joints`.
+        parts: number of a joint → what makes of a batch the rows, `(rows, width)`, of the states before the cut, of
+            what the layer wrote of them, and of the states wanted; asked for once per joint.
+        calibration, ridge: as for `fit_joints`.
 
     Raises:
         ValueError: a writer that is offloaded; as `fit_joints`.
@@ -124,14 +120,11 @@ def merge_joints(
     batches = list(calibration) if len(writers) > 1 else calibration
     fits: list[LinearFit] = []
     for number, writer in enumerate(writers):
-        target, width = wanted(number), len(writer.weight)
-        equations = LeastSquares(width, width, writer.weight.device)
+        rows_of, width = parts(number), len(writer.weight)
+        equations = LeastSquares(width, width, writer.weight.device, bias=writer.bias is not None)
         for batch in progress(shared_out(batches), "calibrating a joint to be merged"):
-            state, written = entering(number, batch)
-            y = target(batch).to(state.device).double() - state.double()
-            equations.update(written, y)
-            if writer.bias is None:  # rows of both signs have no mean, and so the fit no bias
-                equations.update(-written, -y)
+            state, written, wanted = rows_of(batch)
+            equations.update(written, wanted.to(state.device).double() - state.double())
         equations.combine(sum_over_processes)
         fit = equations.solve(ridge)
         weight = fit.weight.to(writer.weight.device)
@@ -139,21 +132,21 @@ def merge_joints(
         if writer.bias is not None:
             writer.bias.copy_(weight @ writer.bias.double() + fit.bias.to(weight))
         writer.weight.copy_(weight @ writer.weight.double())
-        fits.append(fit if writer.bias is not None else replace(fit, rows=fit.rows // 2))
+        fits.append(fit)
     model.config.joint_fits = [{"r2": one.r2, "ridge": one.ridge, "rows": one.rows, "joint": "merged"} for one in fits]
     warn_of_few_rows(*min(((one.rows, len(one.weight)) for one in fits), key=lambda pair: pair[0] / pair[1]))
 
 
 def _fitted(
-    layer: nn.Module, entering: Callable[[Any], Tensor], wanted: Callable[[Any], Tensor], batches: Iterator[Any],
-    ridge: float | None, joint: Joint,
+    layer: nn.Module, pair: Callable[[Any], tuple[Tensor, Tensor]], batches: Iterator[Any], ridge: float | None,
+    joint: Joint,
 ) -> LinearFit:  # fmt: skip
     """The map of one layer."""
     out, into = layer.weight.shape[:2]
     equations: LeastSquares | None = None
     found = _MAPS[joint](into) if joint in _MAPS else None
     for batch in progress(batches, "calibrating the stitching layer"):
-        x, y = entering(batch), wanted(batch)
+        x, y = pair(batch)
         equations = equations or LeastSquares(into, out, x.device)
         equations.update(x, y.to(x.device))
         if found is not None:

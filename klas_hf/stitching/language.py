@@ -4,7 +4,6 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -170,10 +169,16 @@ def _fit(
 ) -> None:  # fmt: skip
     """Fit the joints; `loading` are `dtype` and `device_map` of the anchors' first blocks."""
 
-    def entering(number: int, batch: TokenBatch) -> Tensor:
-        return _counted(_front_states(model.model, number, batch), batch)
+    def pairs(number: int) -> Callable[[TokenBatch], tuple[Tensor, Tensor]]:
+        wanted = _wanted(model, anchors, loading, number)
 
-    fit_joints(model, entering, partial(_wanted, model, anchors, loading), calibration, ridge, joint)
+        def rows_of(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+            state = _front_states(model.model, number, batch)
+            return _counted(state, batch), _counted(wanted(batch, state), batch)
+
+        return rows_of
+
+    fit_joints(model, pairs, calibration, ridge, joint)
 
 
 def _merge(
@@ -186,25 +191,37 @@ def _merge(
         family = anchors[place].family
         writers.append(part.get_submodule(family.blocks)[-1].get_submodule(cast(str, family.writer)))
 
-    def entering(number: int, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        written: list[Tensor] = []
-        handle = writers[number].register_forward_hook(lambda _, args, output: written.append(output))
-        try:
-            state = _front_states(model.model, number, batch)
-        finally:
-            handle.remove()
-        return _counted(state, batch), _counted(written[-1].to(state.device), batch)
+    def parts(number: int) -> Callable[[TokenBatch], tuple[Tensor, Tensor, Tensor]]:
+        wanted = _wanted(model, anchors, loading, number)
 
-    merge_joints(model, writers, entering, partial(_wanted, model, anchors, loading), calibration, ridge)
+        def rows_of(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+            written: list[Tensor] = []
+            handle = writers[number].register_forward_hook(lambda _, args, output: written.append(output))
+            try:
+                state = _front_states(model.model, number, batch)
+            finally:
+                handle.remove()
+            return (
+                _counted(state, batch),
+                _counted(written[-1].to(state.device), batch),
+                _counted(wanted(batch, state), batch),
+            )
+
+        return rows_of
+
+    merge_joints(model, writers, parts, calibration, ridge)
 
 
 def _wanted(
     model: StitchedForCausalLM, anchors: Mapping[int, DecoderCheckpoint], loading: Mapping[str, Any], number: int
-) -> Callable[[TokenBatch], Tensor]:
-    """What makes of a batch the rows that the next slice of a joint has in its own anchor."""
-    place, start, _ = model.config.slices[number + 1]
-    prefix = _prefix(anchors[place], start, **loading)
-    return lambda batch: _counted(_last_hidden(prefix, batch), batch)
+) -> Callable[[TokenBatch, Tensor], Tensor]:
+    """What makes of a batch, and the states that enter a joint, those that the next slice has in its own anchor."""
+    (before, _, stop), (place, start, _) = model.config.slices[number : number + 2]
+    if not number and before == place and stop < start:  # the path has run the first of these blocks
+        between = _blocks(anchors[place], stop, start, **loading)
+        return lambda batch, state: _next_states(between, state, batch)
+    prefix = _blocks(anchors[place], 0, start, **loading)
+    return lambda batch, state: _last_hidden(prefix, batch)
 
 
 def _counted(hidden: Tensor, batch: TokenBatch) -> Tensor:
@@ -216,10 +233,14 @@ def _front_states(model: StitchedTextModel, joint: int, batch: TokenBatch) -> Te
     with evaluating(model):
         hidden = _last_hidden(model.slices[0], batch)
         for layer, part in zip(model.joints[:joint], model.slices[1 : joint + 1], strict=True):
-            hidden = part(
-                inputs_embeds=layer(hidden), attention_mask=batch.attention_mask.to(hidden.device), use_cache=False
-            ).last_hidden_state
+            hidden = _next_states(part, layer(hidden), batch)
     return hidden
+
+
+def _next_states(part: PreTrainedModel, hidden: Tensor, batch: TokenBatch) -> Tensor:
+    mask = batch.attention_mask.to(hidden.device)
+    with evaluating(part):
+        return part(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 def _last_hidden(decoder: PreTrainedModel, batch: TokenBatch) -> Tensor:
@@ -276,14 +297,21 @@ def _renumber(name: str, family: DecoderFamily, start: int, stop: int) -> str | 
     return f"{family.blocks}.{number - start}.{name[block.end() :]}" if start <= number < stop else None
 
 
-def _prefix(anchor: DecoderCheckpoint, stop: int, **loading: Any) -> PreTrainedModel:
-    """`anchor.blocks[:stop]` without its final norm: what a stitching layer has to imitate."""
-    config = cut_config(anchor.config, 0, stop)
-    names = slice_keys(anchor.keys, anchor.family, 0, stop, embeds=True, norm=True)
-    state = {name: anchor.tensor(key) for name, key in names.items()}
-    model = load_parts(MODEL_MAPPING[type(config)], config, state, **loading)
-    model.set_submodule(anchor.family.norm, nn.Identity())
-    return model
+def _blocks(anchor: DecoderCheckpoint, start: int, stop: int, **loading: Any) -> PreTrainedModel:
+    """`anchor.blocks[start:stop]` without its final norm, to be read only; fed states unless they are its first."""
+    config, family = cut_config(anchor.config, start, stop, fed=start > 0), anchor.family
+    decoder: Any = MODEL_MAPPING[type(config)]
+
+    class Blocks(decoder):
+        def __init__(self, config: PreTrainedConfig):
+            super().__init__(config)
+            self.set_submodule(family.norm, nn.Identity())
+            if start:
+                self.set_input_embeddings(None)
+
+    names = slice_keys(anchor.keys, family, start, stop, embeds=not start, norm=False)
+    state = {name: anchor.tensor(key, copied=False) for name, key in names.items()}
+    return load_parts(Blocks, config, state, **loading)
 
 
 def generation_config_of(anchor: DecoderCheckpoint) -> GenerationConfig:
