@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NEAR = 1.25  # times the least divergence: beyond it one path in ten heals better, and by little (LOG.md)
+FAR = 3  # times the least divergence: between other ends, what healed best lay within 2.4 times it (LOG.md)
 KINDS = ("anchor", "pruned", "stitch", "mixed", "repeated")
 
 
@@ -134,7 +135,8 @@ class PathScores:
         How much a path gains by healing depends on the anchors that it begins and ends with, which its start does not
         show, and what lies within a quarter of the least divergence is often better in the end (LOG.md). So the best
         whole anchor follows, for a path must do better than that; then, in turn, those so near between the same ends,
-        and the best between others, first those that end with the dearest anchor, from which they are to learn.
+        and the best between others, first those that end with the dearest anchor, from which they are to learn, if
+        their divergence is at most three times the least.
 
         Args:
             budget: see `Budget.of`.
@@ -161,12 +163,14 @@ class PathScores:
         if not best.joints and self.costs[self.place(best)] == self.dearest:
             return (best,)
         own, dearest = ends_of(best, self.depths), self.paths[self._dearest].slices[0].anchor
-        ends = {found: path for path in reversed(ranked) if (found := ends_of(path, self.depths)) not in (None, own)}
+        least = self.divergence[self.place(best)]
+        reach = [path for path in ranked if self.divergence[self.place(path)] <= FAR * least]
+        ends = {found: path for path in reversed(reach) if (found := ends_of(path, self.depths)) not in (None, own)}
         others = sorted(ends, key=lambda found: (found[1] != dearest, ranked.index(ends[found])))
         first = (best, *[path for path in ranked if not path.joints and path != best][:1])
         apart = [ends[found] for found in others if ends[found] not in first]
-        near = [n for n in within if self.divergence[n] <= NEAR * self.divergence[self.place(best)]]
-        alike = [path for path in ranked if self.place(path) in near and ends_of(path, self.depths) == own]
+        near = [path for path in reach if self.divergence[self.place(path)] <= NEAR * least]
+        alike = [path for path in near if ends_of(path, self.depths) == own]
         in_turn = zip_longest([path for path in alike if path not in first], apart)
         return (*first, *(path for pair in in_turn for path in pair if path is not None))[:count]
 

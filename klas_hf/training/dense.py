@@ -1,5 +1,6 @@
 """The loss of dense models: transformers' own, over images with a mask of classes per pixel."""
 
+import math
 from typing import Any
 
 import torch
@@ -63,6 +64,9 @@ class DenseObjective(Objective):
         if not len(targets):
             return self.head.scores(output, None).sum() * 0.0  # of fillers alone
         return output.loss.sum() * len(targets)
+
+    def chance(self) -> float:
+        return math.inf  # the model's own loss is of more than classes
 
     def classes(self, model: PreTrainedModel) -> int:
         return model.config.num_labels

@@ -28,6 +28,8 @@ SWEEP_SHARE = 0.1  # of the steps, that each rate is tried for
 # What a whole run of 100 steps gains on such a short one for each e-fold of the rate, as a share of the loss (LOG.md).
 # It goes with the root of the steps, up to twice that; of LoRA, where rates that are too high break less, it is half.
 GAIN = 0.015
+LEARNT = 0.99  # of the loss by chance: a network that a high rate has killed ends within a thousandth of it
+CAUTION = 3  # what the rate found is divided by where no short run has learnt anything
 HELD_OUT = 10  # every tenth example, where no validation examples are given
 
 
@@ -86,8 +88,9 @@ def heal(
             width of the head (1e-3 at 128, 3e-5 at 3072; ten times that for LoRA), and higher ones while they do
             better. What a high rate breaks at first a longer run makes good: for each e-fold of the rate 1.5 % of the
             loss in 100 steps, 3 % from 400 on (LoRA half of it; LOG.md) are taken off, and the whole run is at the
-            least of a parabola through the rest; at lower ones of `rates` where it was no better than the start. One
-            alone is not tried, nor is what to learn from then.
+            least of a parabola through the rest; at lower ones of `rates` where it was no better than the start. Where
+            no short run does better than chance, a third of that rate is taken. One alone is not tried, nor is what to
+            learn from then.
         output_dir: where checkpoints of the run that was chosen go; it is resumed from there as it was.
 
     Returns:
@@ -109,14 +112,16 @@ def heal(
     if choose:
         config = replace(config, distillation_weight=DISTILLATION_WEIGHT)
     train, held = (data, validation) if validation is not None else _split(data)
-    held_objective_of(model, held, config).batches(1)  # which refuses what makes no sense, before anything runs
+    objective = held_objective_of(model, held, config)
+    objective.batches(1)  # which refuses what makes no sense, before anything runs
     start = _Start(model)
     tried: dict[float, float] = {}
     if (begun := _begun(output_dir)) is not None:
         config = replace(config, **begun)
     elif len(rates) > 1:
         bar = held_out_loss(teacher, held, config) if teacher is not None and choose else -math.inf
-        rate, weight, tried = _sweep(model, train, held, teacher, config, rates, bar, start)
+        limits = bar, LEARNT * objective.chance()
+        rate, weight, tried = _sweep(model, train, held, teacher, config, rates, limits, start)
         config = replace(config, learning_rate=rate, distillation_weight=weight)
     elif rates:
         config = replace(config, learning_rate=rates[0])
@@ -164,13 +169,16 @@ def healing_config(steps: int = 300, **changes: Any) -> TrainingConfig:
 
 def _sweep(
     model: PreTrainedModel, train: Any, held: Any, teacher: PreTrainedModel | None, config: TrainingConfig,
-    rates: Sequence[float], bar: float, start: "_Start",
+    rates: Sequence[float], limits: tuple[float, float], start: "_Start",
 ) -> tuple[float, float, dict[float, float]]:  # fmt: skip
     """The rate and the share of distillation for the whole run, and held-out losses of short runs.
 
     Three rates are tried, higher ones while they get better and lower ones while all diverge, the model put back after
-    each. The first run that does better than `bar`, the teacher's own loss, is done on the labels alone too.
+    each. The first run that does better than the first of `limits`, the teacher's own loss, is done on the labels alone
+    too. Runs at or above the second, the loss by chance, count only where all are, and then the rate is lowered: what
+    first brings a model that is far off nearer may kill it before its end.
     """
+    bar, chance = limits
     total = config.max_steps if config.max_steps is not None else max(1, len(train) // config.per_device_batch_size)
     steps = max(1, round(total * SWEEP_SHARE))
     found: dict[float, float] = {}
@@ -205,7 +213,8 @@ def _sweep(
 
     def foretold() -> dict[float, float]:
         gain = GAIN * (0.5 if lora else 1) * min(math.sqrt(total / 100), 2) * min(found.values())
-        return {rate: loss - gain * math.log(rate) for rate, loss in found.items() if rate not in diverged}
+        learnt = [rate for rate in found if found[rate] < chance] or [rate for rate in found if rate not in diverged]
+        return {rate: found[rate] - gain * math.log(rate) for rate in learnt}
 
     place = min(range(len(rates)), key=lambda place: abs(math.log(rates[place] / middle)))
     low, high = max(0, place - 1), min(len(rates) - 1, place + 1)
@@ -219,7 +228,8 @@ def _sweep(
         run(rates[low])
     if len(diverged) == len(found):
         raise diverged[min(diverged)]
-    return _vertex(foretold()), weight, found
+    lower = 1 if min(found.values()) < chance else CAUTION
+    return max(rates[0], _vertex(foretold()) / lower), weight, found
 
 
 def _best_of(losses: Mapping[float, float]) -> float:

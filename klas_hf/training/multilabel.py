@@ -66,6 +66,10 @@ class MultiLabelObjective(Objective):
         present = targets.view(logits.shape).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(1).sum()
 
+    def chance(self) -> float:
+        share = torch.cat([batch["labels"] for batch in self.batches(1)[0]]).double().mean(0)
+        return float((torch.special.entr(share) + torch.special.entr(1 - share)).mean())
+
     def classes(self, model: PreTrainedModel) -> int:
         return model.config.num_labels
 

@@ -87,6 +87,15 @@ class Objective(ABC):
             targets: as `inputs` gives them.
         """
 
+    def chance(self) -> float:
+        """The loss of who knows only how often each class is a label, in nats per label; infinite where unknown."""
+        counts = torch.zeros(())
+        for batch in self.batches(1)[0]:
+            targets = self.inputs(batch)[1]
+            of_batch = targets.sum(0) if targets.ndim > 1 else targets.bincount(minlength=self.classes(self.model))
+            counts = counts + of_batch.double()
+        return float(torch.special.entr(counts / counts.sum()).sum())
+
     @abstractmethod
     def classes(self, model: PreTrainedModel) -> int:
         """Classes that a model of this kind tells apart."""

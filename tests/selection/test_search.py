@@ -267,13 +267,14 @@ def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_anch
     best, found, every = ranked[0], scores.contenders(Cost(99, 99), count), scores.contenders(Cost(99, 99), 99)
     assert found[0] == best == scores.best(Cost(99, 99)) and found == every[:count] and len(set(every)) == len(every)
     assert scores.contenders(1.0, count) == (whole,)
-    # By hand: whoever is first between its ends; or, between those of the best, at most a quarter farther.
+    # By hand: whoever is first between its ends, at most three times as far; between the best's, a quarter farther.
     anchor = [path for path in ranked if not path.joints and path != best][:1]
     others: list[Path] = []
     near: list[Path] = []
     for path in ranked[1:]:
         before = ranked[: ranked.index(path)]
-        if ENDS[str(path)] and not any(ENDS[str(one)] == ENDS[str(path)] for one in before):
+        first = ENDS[str(path)] and not any(ENDS[str(one)] == ENDS[str(path)] for one in before)
+        if first and far[path] <= 3 * far[best]:
             others.append(path)
         if ENDS[str(path)] == ENDS[str(best)] and far[path] <= 1.25 * far[best]:
             near.append(path)

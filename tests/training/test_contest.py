@@ -42,7 +42,7 @@ def contest(setting: tuple[list[Any], PathScores], **options: Any) -> Any:
 def test_the_model_is_the_best_of_those_healed_alone(setting) -> None:
     anchors, found = setting
     done = contest(setting)
-    assert tuple(done.contenders) == found.contenders("70%") and len(done.contenders) == 4
+    assert tuple(done.contenders) == found.contenders("70%") and len(done.contenders) == 3
     ends = {}
     for path, healing in done.contenders.items():
         alone = StitchedModel.from_path(anchors, path, calibration=CALIBRATION, joint=found.joint(path))

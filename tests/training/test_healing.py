@@ -6,16 +6,18 @@ from dataclasses import replace
 from pathlib import Path as Folder
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from image_examples import ToyImages, interrupted_after, tiny_vit, toy_supernet
+from scipy.stats import entropy
 from tiny_models import tiny_model, token_ids
 from torch import nn
 
 from klas_hf import StitchedModel, TrainingConfig, TrainingDiverged, evaluate, heal, healing_config, train_stitches
 from klas_hf.data.images import ImageSet, map_labels
 from klas_hf.training.healing import RATES
-from klas_hf.training.loop import TrainingResult
+from klas_hf.training.loop import TrainingResult, held_objective_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
 QUICK = TrainingConfig(
@@ -173,7 +175,7 @@ def test_long_runs_are_at_higher_rates_than_short_ones(
     least, curvature = 6e-3 if trainable == "lora" else 6e-4, 0.05
 
     def loss(rate: float) -> float:
-        return 4 + curvature * math.log(rate / least) ** 2 / 2
+        return 2 + curvature * math.log(rate / least) ** 2 / 2
 
     def train(model: Any, data: Any, config: TrainingConfig, **_: Any) -> TrainingResult:
         runs.append(config)
@@ -188,6 +190,42 @@ def test_long_runs_are_at_higher_rates_than_short_ones(
     assert [run.max_steps for run in runs] == [round(steps / 10)] * len(result.tried) + [steps]
     slope = gain * times * min(map(loss, result.tried))
     assert result.learning_rate == runs[-1].learning_rate == pytest.approx(least * math.exp(slope / curvature))
+
+
+@pytest.mark.parametrize(
+    ("short", "whole"),
+    [
+        # Chance is 3.44 nats here. What has died stands at it: only what is below says anything.
+        ({1e-4: 6.0, 3e-4: 5.0, 1e-3: 3.0, 3e-3: 3.45}, 1e-3),
+        # Nothing has learnt: higher rates are nearest, and the highest is not trusted.
+        ({3e-4: 6.0, 1e-3: 5.0, 3e-3: 4.5, 1e-2: 4.0, 3e-2: 3.6}, 1e-2),
+    ],
+)
+def test_short_runs_at_chance_say_nothing_of_rates(
+    short: dict[float, float], whole: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(model: Any, data: Any, config: TrainingConfig, **_: Any) -> TrainingResult:
+        return TrainingResult(1, (), 0.0, 1, ((0, 9.0), (1, 1.0)))
+
+    monkeypatch.setattr("klas_hf.training.healing.train_stitches", train)
+    monkeypatch.setattr(
+        "klas_hf.training.healing.held_out_loss", lambda model, held, config: short[config.learning_rate]
+    )
+    assert heal(tiny_model(hidden_size=128), TRAIN, config=QUICK, rates=tuple(short)).learning_rate == pytest.approx(
+        whole
+    )
+
+
+def test_chance_is_the_entropy_of_the_labels() -> None:
+    held = [{"input_ids": [1, 2, 2, 3], "labels": [-100, 2, 2, 3]}, {"input_ids": [4, 9], "labels": [4, 9]}]
+    text = held_objective_of(tiny_model(), held, QUICK)
+    assert text.chance() == pytest.approx(entropy([2, 1, 1]))  # the first token has no label
+    toys = ToyImages(9)
+    counts = np.bincount(toys.labels)
+    assert held_objective_of(tiny_vit(), toys, QUICK).chance() == pytest.approx(entropy(counts))
+    few = map_labels(ImageSet(toys.images, toys.labels, "abc"), {"a": 1, "b": 4, "c": 6})
+    settings = replace(QUICK, mean=[0.5] * 3, std=[0.25] * 3)
+    assert held_objective_of(tiny_vit(classes=7), few, settings).chance() == pytest.approx(entropy(counts))
 
 
 @pytest.mark.parametrize("checkpoints", [True, False])
