@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from kan_examples import tiny_kan
+from scipy.stats import entropy
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 from transformers import AutoModelForImageClassification
@@ -15,6 +16,7 @@ from transformers import AutoModelForImageClassification
 from klas_hf import Augmentation, TrainingConfig, compress_kan, evaluate, train_stitches
 from klas_hf.data.multilabel import MultiLabelSet
 from klas_hf.evaluation.multilabel import average_precisions, mean_average_precision
+from klas_hf.training.loop import held_objective_of
 
 NAMES = ["red", "green", "blue"]
 
@@ -63,6 +65,13 @@ def test_heads_learn_several_labels_and_stay_good_compressed(tmp_path: Path) -> 
     assert again.config.problem_type == "multi_label_classification"
     assert evaluate(again, [inputs]).metrics == evaluate(small, [inputs]).metrics
     assert evaluate(again, [inputs]).metrics["mean_average_precision"] > 0.9
+
+
+def test_chance_is_the_mean_entropy_of_every_class_by_itself() -> None:
+    data = pictures()
+    share = batch(data)["labels"].double().mean(0).tolist()
+    expected = np.mean([entropy([one, 1 - one]) for one in share])
+    assert held_objective_of(multi_kan(), data, CONFIG).chance() == pytest.approx(expected)
 
 
 def test_the_first_loss_is_that_of_transformers() -> None:
