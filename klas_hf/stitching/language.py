@@ -303,6 +303,9 @@ def _blocks(anchor: DecoderCheckpoint, start: int, stop: int, **loading: Any) ->
     decoder: Any = MODEL_MAPPING[type(config)]
 
     class Blocks(decoder):
+        # transformers converts checkpoints, as of experts, for classes of its own.
+        __module__ = decoder.__module__
+
         def __init__(self, config: PreTrainedConfig):
             super().__init__(config)
             self.set_submodule(family.norm, nn.Identity())

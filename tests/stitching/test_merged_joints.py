@@ -5,7 +5,9 @@ from pathlib import Path as Folder
 
 import numpy as np
 import pytest
+import quick_cases
 import torch
+from quick_cases import quick
 from tiny_models import tiny_model, token_ids
 from tiny_vision import KINDS, images, tiny_pair
 
@@ -51,6 +53,24 @@ def test_what_a_writer_writes_is_added_to_the_state_as_it_is(family: str) -> Non
         torch.testing.assert_close(anchor.states(batch)[2], before + moved, rtol=1e-4, atol=1e-5)
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize("family", quick(sorted(DECODER_FAMILIES), quick_cases.FAMILIES))
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_layer_within_an_anchor_leads_to_what_the_anchor_has_behind_the_cut(
+    family: str, saved: bool, tmp_path: Folder
+) -> None:
+    model = deep(family)
+    before = copy.deepcopy(model.state_dict())
+    if saved:
+        model.save_pretrained(tmp_path)
+    made = StitchedModel.from_path([tmp_path if saved else model], "0[:2] 0[4:]", calibration=IDS)
+    x, y = (torch.cat([at(model, block, ids) for ids in IDS]) for block in (2, 4))
+    found = np.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1).numpy(), y.numpy(), rcond=None)[0]
+    (layer,) = made.stitching_layers()
+    torch.testing.assert_close(layer.weight.double(), torch.from_numpy(found[:-1].T), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.bias.double(), torch.from_numpy(found[-1]), rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])  # without a bias and with one
