@@ -83,7 +83,8 @@ def heal_best(
     kept: tuple[Path, StitchedModel] | None = None
     best = float("inf")
     for number, path in enumerate(found.contenders(budget, contenders)):
-        model = assemble_best(anchors, found, budget, path, **assembly)
+        given = {"joint": found.joint(path, healed=True)} | assembly
+        model = assemble_best(anchors, found, budget, path, **given)
         healed[path] = heal(
             model, data, teacher=teacher, validation=validation, config=config,
             output_dir=None if output_dir is None else Folder(output_dir) / f"contender-{number}",

@@ -257,7 +257,7 @@ class EverySize:
             if (ours := self._best(high, length, seed)) is not None:
                 of_bucket[OURS] = ours
                 for rule in self.settings.rivals:
-                    rival = self._rival(rule, seed, max(ours.macs, low), low, high)
+                    rival = self._rival(rule, length, seed, max(ours.macs, low), low, high)
                     if rival is not None:
                         of_bucket[rule] = rival
             found.append(of_bucket)
@@ -295,18 +295,19 @@ class EverySize:
                 self.say(f"  {name}: {found[name]}")
         return found
 
-    def contenders(self, name: str, most: float) -> list[Choice]:
+    def contenders(self, name: str, most: float, length: int) -> list[Choice]:
         """What a search names within a cost, the dear anchor apart; that of least divergence first."""
         found = self._found[name]
         within = [cost.macs for cost in found.costs if cost.macs <= most and cost.macs < self.dearest]
         if not within:
             return []
         paths = found.contenders(Budget(macs=max(within)), self.settings.contenders)
-        return [Choice(path, found.joint(path), found.costs[found.place(path)].macs) for path in paths]
+        joints = [found.joint(path, healed=length > 0) for path in paths]
+        return [Choice(*one, found.costs[found.place(one[0])].macs) for one in zip(paths, joints, strict=True)]
 
     def _best(self, most: float, length: int, seed: int) -> Choice | None:
         """Of what the search names within a cost the one that does best on validation data, once healed."""
-        named = self.contenders(OURS, most)
+        named = self.contenders(OURS, most, length)
         if len(named) < 2 or not length:
             return named[0] if named else None
         ends = []
@@ -315,10 +316,12 @@ class EverySize:
             ends.append(min(loss for _, loss in course))
         return named[ends.index(min(ends))]
 
-    def _rival(self, rule: str, seed: int, wanted: float, low: float, high: float) -> Choice | None:
+    def _rival(
+        self, rule: str, length: int, seed: int, wanted: float, low: float, high: float
+    ) -> Choice | None:  # fmt: skip
         """Of a rule's paths of the cost wanted its best one, else the nearest in cost within the bucket."""
         if rule in SEARCHES:
-            return next(iter(self.contenders(rule, high)), None)
+            return next(iter(self.contenders(rule, high, length)), None)
         selection, macs = self._selections[rule]
         values = np.random.default_rng(seed).random(len(macs)) if rule == "random" else np.array(selection.values)
         apart = np.abs(macs - wanted)

@@ -288,6 +288,19 @@ def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_anch
         scores.contenders(1.0, 0)
 
 
+@pytest.mark.parametrize(
+    ("joint", "divergence", "healed"),
+    [("merged", 0.07, "identity"), ("merged", 0.09, "merged"), ("least_squares", 0.01, "least_squares")],
+)
+def test_little_that_is_cut_is_left_as_it_is_where_healing_follows(joint: str, divergence: float, healed: str) -> None:
+    paths = Path.parse("1[:2] 1[4:]"), Path.parse("1[:]")
+    values, costs = np.array([divergence, 0.0]), (Cost(50, 50), Cost(100, 100))
+    scores = PathScores(
+        paths, values, np.zeros(2), costs, ("a", "b"), 2.0, joints=(joint, "least_squares"), depths=(4, 6)
+    )
+    assert (scores.joint(paths[0]), scores.joint(paths[0], healed=True)) == (joint, healed)
+
+
 def test_the_best_between_any_two_anchors_is_measured_in_full_however_far_behind() -> None:
     found = search_paths(anchors(), data(), SearchConfig(buckets=2, beam=1), tokens=12)
     depths = tuple(one.config.num_hidden_layers for one in anchors())
