@@ -24,7 +24,7 @@ NEAR = 1.25  # times the least divergence: beyond it one path in ten heals bette
 FAR = 3  # times the least divergence: between other ends, what healed best lay within 2.4 times it (LOG.md)
 # Nats of a path with merged joints up to which the same path, joined as it is, heals better: in 32 of 39 pairs of
 # Llamas, ViTs and Swins (LOG.md).
-UNTOUCHED = 0.08
+UNTOUCHED = 0.05
 KINDS = ("anchor", "pruned", "stitch", "mixed", "repeated")
 
 
@@ -98,7 +98,7 @@ class PathScores:
 
         Args:
             healed: whether the path is to be healed: then what would be merged is "identity" where the divergence is
-                at most .08 nats, since that little is repaired sooner than what least squares do to the weights.
+                at most .05 nats, since that little is repaired sooner than what least squares do to the weights.
         """
         place = self.place(path)
         near = self.divergence[place] <= UNTOUCHED
