@@ -77,7 +77,7 @@ def heal_best(
         >>> options = {"config": healing_config(4, per_device_batch_size=2), "calibration": batches}
         >>> contest = heal_best([source, target], found, "70%", examples, validation=examples, **options)
         >>> len(contest.contenders), contest.model.config.search["budget"]
-        (4, '70%')
+        (3, '70%')
     """
     healed: dict[Path, HealingResult] = {}
     kept: tuple[Path, StitchedModel] | None = None
