@@ -53,8 +53,9 @@ def heal_best(
 ) -> Contest:
     """Make and heal the best paths within a budget, and keep the one that does best on held-out examples.
 
-    Each is healed as by `heal`, with the same settings and for all of its steps: to give up half-way what is behind
-    loses winners and saves little (LOG.md).
+    Each is joined as `PathScores.joint(path, healed=True)` says, unless `assembly` does, and healed as by `heal`, with
+    the same settings and for all of its steps: to give up half-way what is behind loses winners and saves little
+    (LOG.md).
 
     Args:
         anchors: those that were searched, in that order: Hub ids, folders or models.
@@ -66,7 +67,8 @@ def heal_best(
         assembly: as for `assemble_best`: `calibration`, `dtype`, `device_map`, …
 
     Returns:
-        The model, with all contenders in its config's `search`.
+        The model, with all contenders in its config's `search`; the divergence there is the search's, of the path as it
+        starts, least squares merged where they can be.
 
     Raises:
         ValueError: as `PathScores.contenders`, `assemble_best` and `heal`.

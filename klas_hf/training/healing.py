@@ -28,7 +28,7 @@ SWEEP_SHARE = 0.1  # of the steps, that each rate is tried for
 # What a whole run of 100 steps gains on such a short one for each e-fold of the rate, as a share of the loss (LOG.md).
 # It goes with the root of the steps, up to twice that; of LoRA, where rates that are too high break less, it is half.
 GAIN = 0.015
-LEARNT = 0.99  # of the loss by chance: a network that a high rate has killed ends within a thousandth of it
+LEARNT = 0.95  # of the loss by chance: what a high rate has killed ends within some hundredths of it
 CAUTION = 3  # what the rate found is divided by where no short run has learnt anything
 HELD_OUT = 10  # every tenth example, where no validation examples are given
 

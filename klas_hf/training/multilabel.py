@@ -13,7 +13,7 @@ from klas_hf.training.augmentation import Augmentation, as_floats, augment
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import EpochOrder
 from klas_hf.training.images import image_loader
-from klas_hf.training.objectives import Objective
+from klas_hf.training.objectives import Objective, laplace_loss
 
 _SINGLE = ("mixup", "cutmix", "label_smoothing")  # of one label per image
 
@@ -67,8 +67,9 @@ class MultiLabelObjective(Objective):
         return F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(1).sum()
 
     def chance(self) -> float:
-        share = torch.cat([batch["labels"] for batch in self.batches(1)[0]]).double().mean(0)
-        return float((torch.special.entr(share) + torch.special.entr(1 - share)).mean())
+        labels = torch.cat([batch["labels"] for batch in self.batches(1)[0]]).double()
+        counts = torch.stack([labels.sum(0), (1 - labels).sum(0)], 1)  # of each class, there and not there
+        return sum(map(laplace_loss, counts)) / len(counts)
 
     def classes(self, model: PreTrainedModel) -> int:
         return model.config.num_labels

@@ -88,13 +88,17 @@ class Objective(ABC):
         """
 
     def chance(self) -> float:
-        """The loss of who knows only how often each class is a label, in nats per label; infinite where unknown."""
+        """The loss of who knows only how often each class is a label, in nats per label; infinite where unknown.
+
+        Each label is foretold from all others, with one more of every class (Laplace's rule): of few labels among many
+        classes little is known, and their entropy alone would be beyond any model.
+        """
         counts = torch.zeros(())
         for batch in self.batches(1)[0]:
             targets = self.inputs(batch)[1]
             of_batch = targets.sum(0) if targets.ndim > 1 else targets.bincount(minlength=self.classes(self.model))
             counts = counts + of_batch.double()
-        return float(torch.special.entr(counts / counts.sum()).sum())
+        return laplace_loss(counts)
 
     @abstractmethod
     def classes(self, model: PreTrainedModel) -> int:
@@ -182,6 +186,12 @@ class Objective(ABC):
             raise ValueError(
                 "got a teacher that shares parameters with the model; expected a copy: copy.deepcopy(teacher)"
             )
+
+
+def laplace_loss(counts: Tensor) -> float:
+    """Mean of −log((others of its class + 1) / (others + classes)) over labels, in nats; `counts` of the classes."""
+    total = counts.sum()
+    return float(torch.special.entr(counts / total).sum() + ((total - 1 + len(counts)) / total).log())
 
 
 @contextmanager

@@ -31,8 +31,8 @@ def rows(count: int, seed: int = 0, in_features: int = WIDTHS[0], offset: float 
     return x + offset, y - offset
 
 
-def added(x: Tensor, y: Tensor, split: int | None = None) -> LeastSquares:
-    equations = LeastSquares(x.shape[1], y.shape[1])
+def added(x: Tensor, y: Tensor, split: int | None = None, bias: bool = True) -> LeastSquares:
+    equations = LeastSquares(x.shape[1], y.shape[1], bias=bias)
     for part in zip(x.split(split or len(x)), y.split(split or len(y)), strict=True):
         equations.update(*part)
     return equations
@@ -230,6 +230,19 @@ def test_processes_together_solve_what_one_would(counts: tuple[int, ...], ridge:
     whole = added(*(torch.cat(side) for side in zip(*parts, strict=True))).solve(ridge)
     for share in shares:
         assert_same(share.solve(ridge), whole, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("counts", [(40,), (33, 2, 11), (0, 25)])
+def test_without_a_bias_it_is_numpys_of_all_rows(counts: tuple[int, ...]) -> None:
+    parts = [rows(count, seed, offset=4.0) for seed, count in enumerate(counts)]
+    shares = combined([added(*part, split=6, bias=False) for part in parts])
+    x, y = (torch.cat(side) for side in zip(*parts, strict=True))
+    weight, *_ = np.linalg.lstsq(x, y)
+    left = np.square(y - x @ weight).sum() / np.square(y).sum()  # about 0: there is no bias to take the mean
+    for fit in (share.solve() for share in shares):
+        np.testing.assert_allclose(fit.weight.T, weight, rtol=1e-5, atol=1e-8)
+        assert not fit.bias.any()
+        assert (fit.r2, fit.rows) == (pytest.approx(1 - left), sum(counts))
 
 
 def test_processes_that_have_seen_nothing_have_nothing_to_fit() -> None:
