@@ -163,7 +163,7 @@ class Quickstart:
         if self.state.is_main_process:
             found.save(self.output / "paths.safetensors")
             found.plot(self.output / "paths")
-        self.joints = dict(zip(found.paths, found.joints, strict=True))
+        self.joints = {path: found.joint(path, healed=True) for path in found.paths}
         self.say("  " + str(found).replace("\n", "\n  "))
         self.clock.lap("search")
         return found
@@ -203,7 +203,7 @@ class Quickstart:
     def make(self, path: Path) -> PreTrainedModel:
         """The model of a path, healed; the large one, which has no teacher, learns from the text itself."""
         calibration = self.fitting if path.joints else None
-        joint = self.joints.get(path, "least_squares")  # or merged into the blocks before
+        joint = self.joints.get(path, "least_squares")  # "merged" into the block before, or none: "identity"
         model = StitchedModel.from_path([self.small, self.large], path, calibration=calibration, joint=joint)
         model = model.to(self.state.device)
         teacher = None if str(path) == ANCHORS[1] else self.large
