@@ -5,6 +5,7 @@ each rival the one of its paths whose cost is nearest to that. All of them, and 
 data, steps and sweep of rates, under several seeds.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -166,6 +167,7 @@ class EverySize:
         self.small, self.large = family.anchors
         self.made_from = [fingerprint(anchor) for anchor in family.anchors]
         run = {"study": "every size", "family": family.name, "anchors": self.made_from, "healing": dict(family.healing)}
+        run["items"] = "of every model"  # without them rows cannot be compared item by item
         run |= {name: len(getattr(family, name)) for name in ("train", "validation", "fitting", "scored", "test")}
         self.rows = RowFile(self.output / "rows.jsonl", run)
         self.costs = measure_path_costs(family.anchors, tokens=family.tokens, image_size=family.image_size)
@@ -207,9 +209,8 @@ class EverySize:
 
         def measure(model: PreTrainedModel) -> Measurement:
             measured = evaluate(model, self.family.test, classes=self.family.classes)
-            beside: dict[str, Any] = {}
-            if not choice.path.joints:
-                beside["items"] = items_of(model, self.family.test, self.family.classes)
+            items = items_of(model, self.family.test, self.family.classes)
+            beside: dict[str, Any] = {"items": items if not choice.path.joints else {"quality": items["quality"]}}
             if str(choice.path) == "1[:]":
                 beside["quantised"] = quantised(model, self._quality)
             if length:
@@ -295,25 +296,31 @@ class EverySize:
                 self.say(f"  {name}: {found[name]}")
         return found
 
-    def contenders(self, name: str, most: float, length: int) -> list[Choice]:
-        """What a search names within a cost, the dear anchor apart; that of least divergence first."""
+    def contenders(self, name: str, most: float, length: int, **how: float) -> list[Choice]:
+        """What a search names within a cost, the dear anchor apart; that of least divergence first.
+
+        Args:
+            how: for `PathScores.contenders`.
+        """
         found = self._found[name]
         within = [cost.macs for cost in found.costs if cost.macs <= most and cost.macs < self.dearest]
         if not within:
             return []
-        paths = found.contenders(Budget(macs=max(within)), self.settings.contenders)
+        paths = found.contenders(Budget(macs=max(within)), self.settings.contenders, **how)
         joints = [found.joint(path, healed=length > 0) for path in paths]
         return [Choice(*one, found.costs[found.place(one[0])].macs) for one in zip(paths, joints, strict=True)]
 
     def _best(self, most: float, length: int, seed: int) -> Choice | None:
-        """Of what the search names within a cost the one that does best on validation data, once healed."""
+        """Of what the search names within a cost the best on validation data, once healed, as `heal_best` does it."""
         named = self.contenders(OURS, most, length)
-        if len(named) < 2 or not length:
+        if not named or not length:
             return named[0] if named else None
-        ends = []
-        for place, one in enumerate(named):
-            course = self.row(f"contender {place}", one, length, seed).details["validation"]
-            ends.append(min(loss for _, loss in course))
+        ends: list[float] = []
+        while len(ends) < len(named):
+            details = self.row(f"contender {len(ends)}", named[len(ends)], length, seed).details
+            ends.append(min(loss for _, loss in details["validation"]))
+            if len(ends) == 1 and not details["distillation_weight"]:  # the dear anchor does not know these data
+                named = self.contenders(OURS, most, length, far=math.inf)
         return named[ends.index(min(ends))]
 
     def _rival(

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import hypot, isfinite
+from math import hypot, isnan
 from statistics import fmean
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.beside import QUANTISED, cascade
 from experiments.every_size import ANCHORS, EQUAL, OURS, EverySize
@@ -14,6 +15,7 @@ from klas_hf.curves.regret import lowest_per_bucket
 from klas_hf.curves.tradeoff import TradeoffCurve, higher_is_better, plot_curves
 from klas_hf.files import write_atomically
 from klas_hf.maths.correlations import spearman
+from klas_hf.maths.estimates import RatioSums
 from klas_hf.paths import Path
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow
@@ -25,21 +27,40 @@ Rows = list[ResultRow]
 
 @dataclass(frozen=True)
 class Advantage:
-    """By how much ours is better than a rival at one cost.
+    """By how much ours is better than a rival at one cost, or in the mean over several.
 
     Attributes:
         rival: its rule.
         by: difference of the means over seeds, in the metric's unit; above 0 where ours is better.
-        error: its standard error; nan of one seed.
+        of_seeds: its standard error over seeds; 0 of one seed.
+        items: the difference on each test image or sequence.
+        weights: of these.
     """
 
     rival: str
     by: float
-    error: float
+    of_seeds: float
+    items: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+    @property
+    def error(self) -> float:
+        """Standard error over seeds and test items, which are paired; on the large side: what a seed does to single
+        items counts in both."""
+        sums = RatioSums(())
+        sums.update(self.weights * self.items, self.weights)
+        return hypot(self.of_seeds, float(sums.standard_error))
 
     def __str__(self) -> str:
         told = f"{self.by:+.4f}"
         return f"{told} ± {self.error:.4f} ({self.by / self.error:+.1f} errors)" if self.error > 0 else told
+
+    @classmethod
+    def mean(cls, each: Sequence["Advantage"]) -> "Advantage":
+        """Over a rival at several costs, on the same test items."""
+        of_seeds = hypot(*(one.of_seeds for one in each)) / len(each)
+        items = np.mean([one.items for one in each], axis=0)
+        return cls(each[0].rival, fmean(one.by for one in each), of_seeds, items, each[0].weights)
 
 
 class Outcome:
@@ -96,15 +117,17 @@ class Outcome:
     def advantages(self, bucket: int) -> list[Advantage]:
         """Of ours over every rival in a bucket, the strongest first; 0 where a rival takes the same model."""
         ours = self.rows[bucket][OURS]
-        mean, error = mean_and_error(self.values(ours))
-        found = []
-        for rule, rows in self.rows[bucket].items():
-            if rule != OURS:
-                other, other_error = mean_and_error(self.values(rows))
-                same = [row.measurement for row in rows] == [row.measurement for row in ours]
-                difference = Advantage(rule, self.sign * (mean - other), hypot(error, other_error))
-                found.append(Advantage(rule, 0.0, 0.0) if same else difference)
+        found = [self._advantage(rule, ours, rows) for rule, rows in self.rows[bucket].items() if rule != OURS]
         return sorted(found, key=lambda one: one.by)
+
+    def _advantage(self, rule: str, ours: Rows, rows: Rows) -> Advantage:
+        weights = np.array(self.anchors[0][0].details["items"]["weights"])
+        if [row.measurement for row in rows] == [row.measurement for row in ours]:
+            return Advantage(rule, 0.0, 0.0, np.zeros(len(weights)), weights)
+        (mean, error), (other, other_error) = (mean_and_error(self.values(each)) for each in (ours, rows))
+        of_seeds = 0.0 if isnan(both := hypot(error, other_error)) else both
+        items, others = (np.mean([row.details["items"]["quality"] for row in each], axis=0) for each in (ours, rows))
+        return Advantage(rule, self.sign * (mean - other), of_seeds, self.sign * (items - others), weights)
 
     @cached_property
     def models(self) -> list[tuple[int, float, float]]:
@@ -199,12 +222,10 @@ def totals(outcome: Outcome) -> str:
         for one in outcome.advantages(bucket) if of_bucket else []:
             by_rival.setdefault(one.rival, []).append(one)
     lines = [["rival", "buckets", "ours better by, mean", "ours better in", "no worse within one error in"]]
-    for rival, each in sorted(by_rival.items(), key=lambda pair: fmean(one.by for one in pair[1])):
-        errors = [one.error for one in each]
-        error = f" ± {hypot(*errors) / len(errors):.4f}" if all(map(isfinite, errors)) else ""
-        within = sum(one.by >= -(one.error if isfinite(one.error) else 0.0) for one in each)
-        mean = f"{fmean(one.by for one in each):+.4f}{error}"
-        lines.append([rival, str(len(each)), mean, str(sum(one.by > 0 for one in each)), str(within)])
+    for mean, each in sorted(((Advantage.mean(each), each) for each in by_rival.values()), key=lambda pair: pair[0].by):
+        told = f"{mean.by:+.4f} ± {mean.error:.4f}"
+        within = sum(one.by >= -one.error for one in each)
+        lines.append([mean.rival, str(len(each)), told, str(sum(one.by > 0 for one in each)), str(within)])
     return markdown_table(lines)
 
 
@@ -252,8 +273,9 @@ def _about(study: EverySize) -> str:
     seeds, least = len(study.settings.seeds), study.edges[0] / study.dearest
     text = (
         f"{study.settings.buckets} buckets from {least:.0%} to 100 % of the dear anchor's {study.dearest / 1e6:,.2f} "
-        f"M MACs, {seeds} seed(s); means ± standard errors over seeds. Rivals stand at the cost of ours where they "
-        f"have a path of it (± {EQUAL:.0%}), else at the nearest one in the bucket."
+        f"M MACs, {seeds} seed(s). Qualities are means ± standard errors over seeds; what ours is better by has its "
+        "standard error over seeds and over test items, paired. Rivals stand at the cost of ours where they have a "
+        f"path of it (± {EQUAL:.0%}), else at the nearest one in the bucket."
     )
     return text + "".join(f"\n\n{rule} chooses nothing here: {why}." for rule, why in study.absent.items())
 

@@ -6,11 +6,12 @@ import sys
 from math import hypot
 from pathlib import Path as Folder
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import sem, spearmanr
 from tiny_models import save_with_tokenizer, tiny_model, token_ids
 
 RECIPES = Folder(__file__).parents[2] / "recipes"
@@ -90,13 +91,13 @@ def tables(text: str) -> list[list[list[str]]]:
     return [[one[0], *one[2:]] for one in cells]
 
 
-def losses(study: EverySize, path: str, joint: str, length: int, metric: str = "loss") -> dict[int, float]:
-    """By seed, each measurement once."""
+def losses(study: EverySize, path: str, joint: str, length: int, metric: str = "loss") -> dict[int, Any]:
+    """By seed, each measurement once; "items": of every test sequence."""
     found = {}
     for row in rows(study):
         if (row["path"], row["setting"]["joint"]) == (path, joint) and bool(row["training"]) == bool(length):
-            found.setdefault(row["seed"], row["metrics"][metric])
-            assert found[row["seed"]] == row["metrics"][metric]
+            value = row["details"]["items"]["quality"] if metric == "items" else row["metrics"][metric]
+            assert found.setdefault(row["seed"], value) == value
     return found
 
 
@@ -208,10 +209,10 @@ def test_the_report_says_what_the_rows_say(done) -> None:
         f"{a / study.dearest:.0%}–{b / study.dearest:.0%}" for a, b in zip(edges, edges[1:], strict=False)
     ]
 
-    def of(rule: str, bucket: int) -> list[float]:
+    def of(rule: str, bucket: int, metric: str = "loss") -> list[Any]:
         """The rule's losses by seed; the random one has another path under each."""
         return [
-            losses(study, str(one.path), one.joint, 3)[seed]
+            losses(study, str(one.path), one.joint, 3, metric)[seed]
             for seed in (0, 1) if (one := chosen[seed][bucket].get(rule)) is not None
         ]  # fmt: skip
 
@@ -224,7 +225,7 @@ def test_the_report_says_what_the_rows_say(done) -> None:
             assert (mean, error) == pytest.approx((fmean(of(rule, bucket)), stdev(of(rule, bucket)) / 2**0.5), abs=6e-5)
     small, large = ([*losses(study, path, "least_squares", 3).values()] for path in ("0[:]", "1[:]"))
     cheap = measure_costs(study.small, tokens=10).macs
-    advantages: dict[str, list[float]] = {}
+    advantages: dict[str, list[tuple[float, float, np.ndarray]]] = {}
     for bucket, cells in enumerate(offers[1:]):
         ours, values = chosen[0][bucket]["search"], of("search", bucket)
         assert cells[:2] == [f"{ours.macs / study.dearest:.1%}", str(ours.path)]
@@ -236,15 +237,22 @@ def test_the_report_says_what_the_rows_say(done) -> None:
             assert float(qualities[-2][1 + bucket].split()[0]) == pytest.approx(line, abs=6e-5)
         better = {rule: fmean(of(rule, bucket)) - fmean(values) for rule in chosen[0][bucket] if rule != "search"}
         assert better[cells[5]] == pytest.approx(min(better.values()))
-        same = str(chosen[0][bucket][cells[5]]) == str(chosen[0][bucket]["search"])
-        error = 0.0 if same else hypot(*(stdev(each) / 2**0.5 for each in (values, of(cells[5], bucket))))
-        by, shown = map(float, re.match(r"(\S+)(?: ± (\S+))?", cells[6]).groups(default="0"))
-        assert (by, shown) == pytest.approx((better[cells[5]], error), abs=6e-5)
+        items = {rule: np.mean(of(rule, bucket, "items"), axis=0) for rule in chosen[0][bucket]}
+        assert items["search"].mean() == pytest.approx(fmean(values))  # all sequences are as long
         for rule, one in better.items():
-            advantages.setdefault(rule, []).append(one)
-    for rule, count, mean, ahead, _ in totals[1:]:
-        assert (int(count), int(ahead)) == (len(advantages[rule]), sum(one > 0 for one in advantages[rule]))
-        assert float(mean.split()[0]) == pytest.approx(fmean(advantages[rule]), abs=6e-5)
+            same = str(chosen[0][bucket][rule]) == str(chosen[0][bucket]["search"])
+            seeds = 0.0 if same else hypot(*(stdev(each) / 2**0.5 for each in (values, of(rule, bucket))))
+            advantages.setdefault(rule, []).append((one, seeds, items[rule] - items["search"]))
+        by, shown = map(float, re.match(r"(\S+)(?: ± (\S+))?", cells[6]).groups(default="0"))
+        _, seeds, apart = advantages[cells[5]][-1]
+        assert (by, shown) == pytest.approx((better[cells[5]], hypot(seeds, sem(apart))), abs=6e-5)
+    for rule, count, mean, ahead, within in totals[1:]:
+        each, over_seeds, apart = zip(*advantages[rule], strict=True)
+        errors = map(hypot, over_seeds, map(sem, apart))
+        assert (int(count), int(ahead)) == (len(each), sum(one > 0 for one in each))
+        assert int(within) == sum(one >= -error for one, error in zip(each, errors, strict=True))
+        error = hypot(hypot(*over_seeds) / len(each), sem(np.mean(apart, axis=0)))
+        assert [*map(float, mean.split(" ± "))] == pytest.approx([fmean(each), error], abs=6e-5)
     assert {line[0] for line in totals[1:]} == advantages.keys()
 
 
