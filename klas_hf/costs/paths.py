@@ -27,6 +27,7 @@ class AnchorCosts:
         block_linears: weights of each block's linear layers, which quantisers change.
         tied_parameters: how many of the head's are the embedding's, where a path begins and ends with this anchor.
         merges: whether a joint behind a block, to another block of the anchor, can be merged into the block.
+        residual: whether blocks add to the states, so that those behind others that are left out read what they know.
         maps: of a dense anchor, the states that its head takes as maps, from 0 at the embedding.
         map_norms: whether maps that lie in a slice of this anchor have a layer norm each.
     """
@@ -43,6 +44,7 @@ class AnchorCosts:
     block_linears: Sequence[int] = ()
     tied_parameters: int = 0
     merges: bool = False
+    residual: bool = True
     maps: Sequence[int] = ()
     map_norms: bool = False
 
@@ -133,6 +135,18 @@ class PathCosts:
         """Whether all joints of a path lie within anchors that merge them (`joint="merged"`), and so cost nothing."""
         slices = Path.of(path).slices
         return all(one.anchor == other.anchor and self.anchors[one.anchor].merges for one, other in pairwise(slices))
+
+    def seamless(self, path: Path | Stitch | str | Sequence[int]) -> bool:
+        """Whether all joints of a path lie within residual anchors and states of one shape, and can be left out."""
+        bounds = Path.of(path).bounds([len(one.block_macs) for one in self.anchors])
+        return len(bounds) > 1 and all(
+            place == other and self.anchors[place].residual and self._shape(place, stop) == self._shape(place, start)
+            for (place, _, stop), (other, start, _) in pairwise(bounds)
+        )
+
+    def _shape(self, place: int, block: int) -> tuple[int, int]:
+        """Width and positions of the states before a block of an anchor."""
+        return self.anchors[place].widths[block], self.anchors[place].positions[block]
 
     def of(self, path: Path | Stitch | str | Sequence[int], *, identity: bool = False) -> Cost:
         """What the model of a path costs, its stitching layers (with biases) included.

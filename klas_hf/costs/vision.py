@@ -122,6 +122,7 @@ def parts_of(
         positions=[shape.height * shape.width + kind.prefix_tokens for shape in shapes],
         block_linears=[sum(linear_weights(model.get_submodule(name)) for name in block.modules) for block in blocks],
         merges=kind.writer is not None,
+        residual=kind.residual,
         **head,
     )
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 NEAR = 1.25  # times the least divergence: beyond it one path in ten heals better, and by little (LOG.md)
 FAR = 3  # times the least divergence: between other ends, what healed best lay within 2.4 times it (LOG.md)
-# Nats of a path with merged joints up to which the same path, joined as it is, heals better: in 31 of 40 pairs of
-# Llamas, ViTs and Swins (LOG.md).
+# Nats up to which the same path, joined as it is, heals better than with merged joints, in 31 of 40 pairs of Llamas,
+# ViTs and Swins, or with layers, in 11 of 15 of ResNets (LOG.md).
 UNTOUCHED = 0.05
 KINDS = ("anchor", "pruned", "stitch", "mixed", "repeated")
 
@@ -42,6 +42,7 @@ class PathScores:
         joints: of each path, what `StitchedModel.from_path` is to make of its joints, and what its cost is for.
         depths: number of blocks of each anchor.
         cost: what the search was for the best of every size of, one of `COSTS`.
+        seamless: whether each path's slices can follow each other as they are; empty: where joints are merged.
 
     Example:
         >>> found = search_paths([source, target], batches, tokens=16)
@@ -61,10 +62,13 @@ class PathScores:
     joints: tuple[str, ...] = ()
     depths: tuple[int, ...] = ()
     cost: str = "macs"
+    seamless: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.joints:
             object.__setattr__(self, "joints", ("least_squares",) * len(self.paths))
+        if not self.seamless:
+            object.__setattr__(self, "seamless", tuple(joint == "merged" for joint in self.joints))
         if not self.depths:
             ends = [max(one.start, one.stop or 0, 1) for path in self.paths for one in path.slices]
             object.__setattr__(self, "depths", (max(ends, default=1),) * len(self.names))
@@ -97,12 +101,13 @@ class PathScores:
         """What the joints of a path are to be: "least_squares" layers, or "merged" into the blocks before.
 
         Args:
-            healed: whether the path is to be healed: then what would be merged is "identity" where the divergence is
-                at most .05 nats, since that little is repaired sooner than what least squares do to the weights.
+            healed: whether the path is to be healed: then it is "identity", where slices can follow each other as they
+                are and the divergence is at most .05 nats, since that little is repaired sooner than what least squares
+                do to the weights, and a layer costs something.
         """
         place = self.place(path)
         near = self.divergence[place] <= UNTOUCHED
-        return "identity" if healed and near and self.joints[place] == "merged" else self.joints[place]
+        return "identity" if healed and near and self.seamless[place] else self.joints[place]
 
     def share(self, path: Path) -> float:
         """A path's MACs as a share of the dearest anchor's."""
@@ -224,6 +229,7 @@ class PathScores:
             "joints": list(self.joints),
             "depths": list(self.depths),
             "cost": self.cost,
+            "seamless": list(self.seamless),
         }
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ("divergence", "error")}
         return write_atomically(path, lambda part: save_file(arrays, part, {"klas_hf_paths": json.dumps(plain)}))
@@ -247,7 +253,7 @@ class PathScores:
                 tuple(map(Path.parse, plain["paths"])), **arrays, costs=tuple(Cost(**cost) for cost in plain["costs"]),
                 names=tuple(plain["names"]), bytes_per_parameter=plain["bytes_per_parameter"],
                 provenance=plain["provenance"], joints=tuple(plain["joints"]), depths=tuple(plain["depths"]),
-                cost=plain.get("cost", "macs"),
+                cost=plain.get("cost", "macs"), seamless=tuple(plain.get("seamless", ())),
             )  # fmt: skip
 
     @cached_property

@@ -143,10 +143,11 @@ class _Search:
         full = {path: self.known[path, None] for path, batches in self.priced if batches is None}
         full = dict(sorted(full.items(), key=lambda pair: (self.plan.value(pair[0]), str(pair[0]))))
         costs, joints = [self.plan.cost(path) for path in full], tuple(map(self.plan.joint, full))
+        seamless = tuple(self.config.merged and self.plan.costs.seamless(path) for path in full)
         return as_scores(
             full, costs, names=tuple(anchor.name for anchor in self.anchors),
             bytes_per_parameter=self.plan.bytes_per_parameter, joints=joints, depths=tuple(self.plan.moves.depths),
-            cost=self.config.cost,
+            cost=self.config.cost, seamless=seamless,
             provenance=self.settings
             | {"versions": library_versions(), "spent": self.spent, "limit": self.plan.forwards}
             | ({} if self.usage is None else {"usage": asdict(self.usage)}),

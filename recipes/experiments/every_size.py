@@ -307,8 +307,10 @@ class EverySize:
         if not within:
             return []
         paths = found.contenders(Budget(macs=max(within)), self.settings.contenders, **how)
-        joints = [found.joint(path, healed=length > 0) for path in paths]
-        return [Choice(*one, found.costs[found.place(one[0])].macs) for one in zip(paths, joints, strict=True)]
+        return [self._choice(path, found.joint(path, healed=length > 0)) for path in paths]
+
+    def _choice(self, path: Path, joint: str) -> Choice:
+        return Choice(path, joint, self.costs.of(path, identity=joint in ("merged", "identity")).macs)
 
     def _best(self, most: float, length: int, seed: int) -> Choice | None:
         """Of what the search names within a cost the best on validation data, once healed, as `heal_best` does it."""

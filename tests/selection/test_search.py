@@ -162,6 +162,8 @@ def test_images(pair: tuple[str, str | None]) -> None:
     batches = [images(pair[0], 6, seed=seed) for seed in range(4)]
     found = search_paths(models, batches, SearchConfig(buckets=4, forwards=WIDE))
     assert found.dearest.image_height == batches[0].shape[-1]
+    costs = measure_path_costs(models, image_size=batches[0].shape[-1])
+    assert any(found.seamless) and found.seamless == tuple(map(costs.seamless, found.paths))
     assert any(path.joints for path in found.pareto())
 
 
@@ -291,16 +293,27 @@ def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_anch
 
 
 @pytest.mark.parametrize(
-    ("joint", "divergence", "healed"),
-    [("merged", 0.04, "identity"), ("merged", 0.06, "merged"), ("least_squares", 0.01, "least_squares")],
+    ("joint", "seamless", "divergence", "healed"),
+    [
+        ("merged", (), 0.04, "identity"),  # as files have it that do not say
+        ("merged", (True, False), 0.06, "merged"),
+        ("least_squares", (), 0.01, "least_squares"),
+        ("least_squares", (True, False), 0.01, "identity"),
+        ("least_squares", (True, False), 0.06, "least_squares"),
+    ],
 )
-def test_little_that_is_cut_is_left_as_it_is_where_healing_follows(joint: str, divergence: float, healed: str) -> None:
+def test_little_that_is_cut_is_left_as_it_is_where_healing_follows(
+    joint: str, seamless: tuple[bool, ...], divergence: float, healed: str, tmp_path: FilePath
+) -> None:
     paths = Path.parse("1[:2] 1[4:]"), Path.parse("1[:]")
     values, costs = np.array([divergence, 0.0]), (Cost(50, 50), Cost(100, 100))
     scores = PathScores(
-        paths, values, np.zeros(2), costs, ("a", "b"), 2.0, joints=(joint, "least_squares"), depths=(4, 6)
-    )
-    assert (scores.joint(paths[0]), scores.joint(paths[0], healed=True)) == (joint, healed)
+        paths, values, np.zeros(2), costs, ("a", "b"), 2.0, joints=(joint, "least_squares"), depths=(4, 6),
+        seamless=seamless,
+    )  # fmt: skip
+    for one in (scores, PathScores.load(scores.save(tmp_path / "paths.safetensors"))):
+        assert (one.joint(paths[0]), one.joint(paths[0], healed=True)) == (joint, healed)
+        assert one.joint(paths[1], healed=True) == "least_squares"
 
 
 def test_the_best_between_any_two_anchors_is_measured_in_full_however_far_behind() -> None:

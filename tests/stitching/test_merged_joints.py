@@ -1,6 +1,8 @@
 """Joints merged into the block before: numpy's least squares, no layer left, no cost, the anchors untouched."""
 
 import copy
+import re
+from itertools import combinations
 from pathlib import Path as Folder
 
 import numpy as np
@@ -161,6 +163,25 @@ def test_classifiers_start_nearer_than_without_and_cost_nothing(kind: str, path:
     assert merged.num_parameters() == none.num_parameters() and not merged.stitching_layers()
     costs = measure_path_costs([model], image_size=size)
     assert costs.mergeable(path) and costs.of(path, identity=True).macs == measure_costs(merged, image_size=size).macs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_slices_of_a_classifier_fit_it_is_known_without_making_them(kind: str) -> None:
+    model = tiny_pair(kind)[1]
+    one, size = vision_kind(model.config), image_size(model.config)
+    costs, found = measure_path_costs([model], image_size=size), []
+    for stop, start in combinations(range(1, len(one.blocks(model.config))), 2):
+        path = f"0[:{stop}] 0[{start}:]"
+        try:
+            made = StitchedModel.from_path([model], path, joint="identity", image_size=size)
+        except ValueError as error:
+            assert re.search("features|equal grids", str(error)) and not costs.seamless(path)
+            continue
+        assert costs.seamless(path) == one.residual  # MobileNetV1's blocks cannot be skipped
+        assert costs.of(path, identity=True).macs == measure_costs(made, image_size=size).macs
+        found.append(path)
+    assert found and not costs.seamless("0[:]")
+    assert not measure_path_costs([model, model], image_size=size).seamless("0[:1] 1[1:]")  # of two anchors
 
 
 def test_it_is_saved_and_generates(tmp_path: Folder) -> None:
