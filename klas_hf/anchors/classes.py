@@ -72,6 +72,11 @@ def check_classes(data: Any, config: PreTrainedConfig) -> None:
         data.classes.check(config)
 
 
+def mapped_classes(data: Any) -> tuple[int, ...] | None:
+    """The labels that images are mapped to, ascending; None where nobody mapped them, or they do not say."""
+    return tuple(sorted(data.classes.ids)) if isinstance(data, WithClasses) and data.classes.mapped else None
+
+
 def label_ids(names: Sequence[str], id2label: Mapping[int, str] | Mapping[str, str]) -> dict[str, int]:
     """Find the anchors' label of each class name.
 

@@ -80,22 +80,26 @@ def evaluate(model: PreTrainedModel, batches: Iterable[object], *, classes: Sequ
 
 
 @torch.no_grad()
-def evaluate_divergence(model: PreTrainedModel, target: PreTrainedModel, batches: Iterable[object]) -> float:
+def evaluate_divergence(
+    model: PreTrainedModel, target: PreTrainedModel, batches: Iterable[object], *, classes: Sequence[int] | None = None
+) -> float:
     """Mean KL(target ‖ model) of two models' outputs, in nats per token or image.
 
     Args:
         batches: as for `evaluate`, with or without labels; padding and BOS of text are left out.
+        classes: of images, compare the answers among these only.
 
     Raises:
         ValueError: nothing to compare on, or a model that several processes share out.
     """
     for one in (model, target):
         check_whole_here(one)
-    task, sums = task_of(target), RatioSums(())
+    task, sums, among = task_of(target), RatioSums(()), slice(None) if classes is None else list(classes)
     with evaluating(model), evaluating(target):
         for batch in progress(task.read(shared_out(batches)), "comparing outputs"):
             counted = task.counted(target, batch)
-            log_p, log_q = (task.logits(one, batch).float().log_softmax(-1).cpu()[counted] for one in (target, model))
+            logits = (task.logits(one, batch)[..., among].float() for one in (target, model))
+            log_p, log_q = (one.log_softmax(-1).cpu()[counted] for one in logits)
             sums.update(kl_divergence(log_p, log_q).double().numpy(), torch.ones(len(log_p)).numpy())
     sums.set_moments(sum_array_over_processes(sums.moments()))
     if not sums.sequences:

@@ -21,9 +21,14 @@ class Reference:
         batch: that both have read.
         temperature: that softens all distributions.
         workspace_bytes: memory for distributions, which are formed for so many units at a time.
+        classes: that distributions are over; None: all.
     """
 
-    def __init__(self, anchor: Anchor, state: Any, batch: Any, temperature: float, workspace_bytes: int):
+    def __init__(
+        self, anchor: Anchor, state: Any, batch: Any, temperature: float, workspace_bytes: int,
+        classes: Sequence[int] | None = None,
+    ):  # fmt: skip
+        self.classes = slice(None) if classes is None else list(classes)
         self.anchor, self.state, self.batch, self.temperature = anchor, state, batch, temperature
         self.units = len(batch.unit_items)
         of_all = 4 * anchor.classes * self.units
@@ -48,7 +53,7 @@ class Reference:
             log_p = self._log_p(units) if self._whole is None else self._whole[units]
             for place, (anchor, state) in enumerate(others):
                 logits = anchor.answers(state, self.batch, units).to(log_p.device)
-                terms[place, units] = kl_to_logits(log_p, logits, self.temperature).cpu()
+                terms[place, units] = kl_to_logits(log_p, logits[:, self.classes], self.temperature).cpu()
                 if labels is not None and picked is not None:
                     classes = labels[units].clamp_min(0).to(logits.device)
                     picked[place, units] = label_log_probabilities(logits, classes).cpu()
@@ -58,7 +63,7 @@ class Reference:
         return (slice(start, start + self.chunk) for start in range(0, self.units, self.chunk))
 
     def _log_p(self, units: slice) -> Tensor:
-        return log_softmax(self.anchor.answers(self.state, self.batch, units), self.temperature)
+        return log_softmax(self.anchor.answers(self.state, self.batch, units)[:, self.classes], self.temperature)
 
     def _log_p_of_all(self) -> Tensor | None:
         whole = None

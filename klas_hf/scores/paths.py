@@ -61,6 +61,7 @@ class PathScorer:
         moment_bytes: memory that the sums of one group's fits may take.
         workspace_bytes: memory for distributions.
         merged: whether the joints of a path are merged (`joint="merged"`); None: of no path.
+        classes: that answers are compared among; None: all.
 
     Attributes:
         forwards: runs of one block on one sequence or image so far, in this process.
@@ -78,12 +79,14 @@ class PathScorer:
         moment_bytes: int = 2 << 30,
         workspace_bytes: int = WORKSPACE_BYTES,
         merged: Callable[[Path], bool] | None = None,
+        classes: Sequence[int] | None = None,
     ):
         self.anchors, self.reference = anchors, reference
         self.calibration, self.scored = calibration, scored
         self.temperature, self.ridge, self.moment_bytes = temperature, ridge, moment_bytes
         self.workspace_bytes = workspace_bytes
         self.merged = merged or (lambda _: False)
+        self.classes = classes
         self.forwards = 0
         self.depths = [anchor.num_blocks for anchor in anchors]
         self._joints: dict[tuple[Beginning, int, int], nn.Module] = {}
@@ -205,7 +208,12 @@ class PathScorer:
         for batch in progress(shared_out(batches), f"scoring {len(paths)} paths"):
             run = _Run(self, batch, [whole, *bounds])
             reference = Reference(
-                self.anchors[self.reference], run.state(whole), batch, self.temperature, self.workspace_bytes
+                self.anchors[self.reference],
+                run.state(whole),
+                batch,
+                self.temperature,
+                self.workspace_bytes,
+                self.classes,
             )
             found = []
             for first in range(0, len(bounds), TOGETHER):

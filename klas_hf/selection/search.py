@@ -14,6 +14,7 @@ from pathlib import Path as File
 from typing import Any
 
 from klas_hf.anchors.anchor import Anchor, check_anchors
+from klas_hf.anchors.classes import mapped_classes
 from klas_hf.anchors.loading import load_anchors
 from klas_hf.budgets import Budget, Cost
 from klas_hf.costs.usage import Usage
@@ -38,6 +39,7 @@ def search_paths(
     usage: Usage | None = None,
     budget: Budget | Cost | str | float | None = None,
     output: str | File | None = None,
+    classes: Sequence[int] | None = None,
     revisions: Sequence[str | None] | None = None,
     **loading: Any,
 ) -> PathScores:
@@ -52,6 +54,9 @@ def search_paths(
         budget: that a path is searched for: sizes are of the cost that it limits most (`SearchConfig.cost` names
             another), and paths beyond its other limits are left out.
         output: JSONL file of all that was measured; a search that was interrupted goes on from it.
+        classes: of image classifiers, the labels among which answers are compared; None: those that the images are
+            mapped to (`map_labels`), where they say so, else all. Paths that are to tell ten of a thousand classes
+            apart need not agree with the dearest anchor about the others.
         revisions: of the anchors on the Hub.
         loading: of anchors named by Hub id or folder, as for `from_pretrained`: dtype, device_map, attn_implementation,
             quantization_config, token, …; by themselves they lie on accelerate's device, in their checkpoints' dtype.
@@ -60,8 +65,8 @@ def search_paths(
         All paths that were measured on all items, the anchors among them.
 
     Raises:
-        ValueError: an anchor twice, other vocabularies or classes, too little data, a cost that takes a usage to be
-            known, or an output of another search.
+        ValueError: an anchor twice, other vocabularies or classes, classes that the anchors do not have, too little
+            data, a cost that takes a usage to be known, or an output of another search.
 
     Example:
         >>> found = search_paths([source, target], batches, tokens=16)
@@ -69,7 +74,10 @@ def search_paths(
         (True, True)
     """
     wanted = None if budget is None else Budget.of(budget)
-    return _Search(load_anchors(anchors, revisions, **loading), data, config, tokens, output, usage, wanted).run()
+    among = mapped_classes(data) if classes is None else tuple(classes)
+    return _Search(
+        load_anchors(anchors, revisions, **loading), data, config, tokens, output, usage, wanted, among
+    ).run()
 
 
 class _Search:
@@ -84,16 +92,19 @@ class _Search:
         output: str | File | None,
         usage: Usage | None,
         budget: Budget | None,
+        classes: tuple[int, ...] | None,
     ):
         self.anchors, self.usage = anchors, usage
         check_anchors(self.anchors, least=1)
+        if classes is not None and not set(classes) <= set(range(self.anchors[0].classes)):
+            raise ValueError(f"got classes={classes}; expected some of the anchors' {self.anchors[0].classes}, from 0")
         self.plan = SearchPlan(self.anchors, data, config, tokens, usage, budget)
         self.config = config = self.plan.config
         self.scorer = PathScorer(
             self.anchors, self.plan.reference, self.plan.calibration, self.plan.scored,
             temperature=config.scoring.temperature, ridge=config.scoring.ridge,
             moment_bytes=config.scoring.moment_bytes, workspace_bytes=config.scoring.workspace_bytes,
-            merged=lambda path: self.plan.joint(path) == "merged",
+            merged=lambda path: self.plan.joint(path) == "merged", classes=classes,
         )  # fmt: skip
         fingerprints = [anchor.fingerprint for anchor in self.anchors]
         plain = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "scoring"}
@@ -101,6 +112,7 @@ class _Search:
             "temperature": config.scoring.temperature, "ridge": config.scoring.ridge, "tokens": tokens,
             "anchors": fingerprints, "data": self.plan.digest,
         } | ({} if budget is None else {"budget": budget.text})  # fmt: skip
+        self.settings |= {} if classes is None else {"classes": list(classes)}
         self.rows = None if output is None else RowFile(output, {"search": self.settings})
         self.known: dict[tuple[Path, int | None], tuple[float, float]] = {}
         self.priced: set[tuple[Path, int | None]] = set()

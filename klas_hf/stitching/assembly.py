@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from klas_hf.anchors.classes import mapped_classes
 from klas_hf.anchors.dense import is_dense
 from klas_hf.anchors.language import anchor_config, hub_options, on_accelerator
 from klas_hf.anchors.vision import is_vision
@@ -176,6 +177,7 @@ def _searched(
     about: dict[str, Any] = {"usage": usage, "budget": budget}
     SearchPlan(shapes, batches, search, tokens, **about).check(budget)
     given = {name: value for name, value in kwargs.items() if name not in _OF_ASSEMBLY and value is not None}
+    about["classes"] = mapped_classes(kwargs["calibration"])
     found = search_paths(anchors, batches, search, tokens=tokens, revisions=revisions, **about, **given)
     return assemble_best(anchors, found, budget, revisions=revisions, **kwargs | {"calibration": batches})
 

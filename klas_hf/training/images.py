@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from klas_hf.anchors.classes import WithClasses, check_classes
+from klas_hf.anchors.classes import check_classes, mapped_classes
 from klas_hf.training.augmentation import Augmentation, as_floats, augment
 from klas_hf.training.batch_norm import batch_norms
 from klas_hf.training.config import TrainingConfig
@@ -58,8 +58,7 @@ class ImageObjective(Objective):
         super().__init__(model, config, teacher)
         self.data = data
         self.augmentation = config.augmentation or Augmentation()
-        mapped = isinstance(data, WithClasses) and data.classes.mapped and data.classes
-        self.among = torch.tensor(sorted(mapped.ids) if mapped else range(model.config.num_labels))
+        self.among = torch.tensor(mapped_classes(data) or range(model.config.num_labels))
 
     def batches(self, multiple: int) -> tuple[DataLoader, EpochOrder]:
         return image_loader(self.data, self.config, multiple)

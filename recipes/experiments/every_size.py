@@ -218,7 +218,7 @@ class EverySize:
                 course = {"validation": last.training.validation, "rate": last.learning_rate}
                 course["distillation_weight"] = last.distillation_weight
                 return Measurement(measured.metrics, {**measured.details, **beside, **course})
-            divergence = evaluate_divergence(model, self.large, self.family.scored)
+            divergence = evaluate_divergence(model, self.large, self.family.scored, classes=self.family.classes)
             return Measurement({**measured.metrics, "divergence": divergence}, {**measured.details, **beside})
 
         (row,) = evaluate_stitches(

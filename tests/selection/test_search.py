@@ -13,9 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCABULARY, tiny_model, token_ids
 from tiny_vision import images, tiny_classifier, tiny_pair
+from torch.distributions import Categorical, kl_divergence
 
-from klas_hf import FunctionalScoring, Path, PathScores, SearchConfig, measure_path_costs, search_paths
+from klas_hf import (
+    FunctionalScoring,
+    Path,
+    PathScores,
+    SearchConfig,
+    StitchedModel,
+    measure_path_costs,
+    search_paths,
+)
 from klas_hf.budgets import Budget, Cost
+from klas_hf.data.images import ImageBatches, ImageSet, map_labels
 from klas_hf.evaluation import evaluate_divergence
 from klas_hf.rows import read_rows
 from klas_hf.scores.path_scores import ends_of, kind_of
@@ -373,3 +383,31 @@ def test_mistakes_are_told(tmp_path: FilePath) -> None:
     (tmp_path / "other.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="damaged"):
         PathScores.load(tmp_path / "other.safetensors")
+
+
+def test_images_of_some_of_the_classes_are_compared_among_these() -> None:
+    small, large = (tiny_classifier("vit", large=one, seed=int(one), num_labels=6).float() for one in (False, True))
+    pixels = torch.randint(256, (48, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    named = ImageSet(list(pixels), [n % 3 for n in range(48)], "abc")
+    batches = ImageBatches(map_labels(named, {"a": 4, "b": 1, "c": 5}), 8, (0.5,) * 3, (0.25,) * 3)
+    config = SearchConfig(buckets=4, joints=1, forwards=WIDE)
+    found = search_paths([small, large], batches, config)
+    assert found.provenance["classes"] == [1, 4, 5]
+    fitted, scored = list(batches)[:3], torch.cat([one["pixel_values"] for one in list(batches)[3:]])
+    for path, divergence in zip(found.paths, found.divergence, strict=True):
+        about = {"joint": found.joint(path), "calibration": fitted} if path.joints else {}
+        model = StitchedModel.from_path([small, large], path, **about).eval()
+        with torch.no_grad():
+            p, q = (Categorical(logits=one(scored).logits[:, [1, 4, 5]]) for one in (large, model))
+        expected = float(kl_divergence(p, q).mean())
+        assert divergence == pytest.approx(expected, rel=1e-3, abs=1e-7)
+        loader = [{"pixel_values": scored}]
+        assert evaluate_divergence(model, large, loader, classes=[5, 1, 4]) == pytest.approx(expected, abs=1e-6)
+    among, every = (search_paths([small, large], list(batches), config, classes=one) for one in ((1, 4, 5), None))
+    np.testing.assert_array_equal(among.divergence, found.divergence)
+    assert "classes" not in every.provenance and not np.allclose(every.divergence[:2], found.divergence[:2], rtol=0.05)
+    made = StitchedModel.from_anchors(small, large, budget="70%", calibration=batches, search=config)
+    assert made.config.path == str(found.best("70%"))
+    assert made.config.search["divergence"] == pytest.approx(found.divergence[found.place(found.best("70%"))], rel=1e-5)
+    with pytest.raises(ValueError, match=r"classes=\(1, 6\); expected some of the anchors' 6, from 0"):
+        search_paths([small, large], list(batches), config, classes=(1, 6))
