@@ -144,20 +144,18 @@ class PathScores:
         """
         return self.contenders(budget, 1)[0]
 
-    def contenders(self, budget: Budget | Cost | str | float, count: int = 4, *, far: float = FAR) -> tuple[Path, ...]:
+    def contenders(self, budget: Budget | Cost | str | float, count: int = 4) -> tuple[Path, ...]:
         """The best path within a budget, and others that may be better than it once they are healed.
 
         How much a path gains by healing depends on the anchors that it begins and ends with, which its start does not
         show, and what lies within a quarter of the least divergence is often better in the end (LOG.md). So the best
         whole anchor follows, for a path must do better than that; then, in turn, those so near between the same ends,
         and the best between others, first those that end with the dearest anchor, from which they are to learn, if
-        their divergence is not too far above the least.
+        their divergence is at most three times the least.
 
         Args:
             budget: see `Budget.of`.
             count: paths at most. The dearest anchor, where the budget allows it, contends alone.
-            far: times the least divergence, up to which a path between other ends contends. Infinite lets all of them,
-                which suits data that the dearest anchor does not know: to diverge from it tells little then.
 
         Returns:
             Paths, that of least divergence first.
@@ -181,7 +179,7 @@ class PathScores:
             return (best,)
         own, dearest = ends_of(best, self.depths), self.paths[self._dearest].slices[0].anchor
         least = self.divergence[self.place(best)]
-        reach = [path for path in ranked if self.divergence[self.place(path)] <= far * least]
+        reach = [path for path in ranked if self.divergence[self.place(path)] <= FAR * least]
         ends = {found: path for path in reversed(reach) if (found := ends_of(path, self.depths)) not in (None, own)}
         others = sorted(ends, key=lambda found: (found[1] != dearest, ranked.index(ends[found])))
         first = (best, *[path for path in ranked if not path.joints and path != best][:1])

@@ -5,7 +5,6 @@ each rival the one of its paths whose cost is nearest to that. All of them, and 
 data, steps and sweep of rates, under several seeds.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -296,33 +295,27 @@ class EverySize:
                 self.say(f"  {name}: {found[name]}")
         return found
 
-    def contenders(self, name: str, most: float, length: int, **how: float) -> list[Choice]:
-        """What a search names within a cost, the dear anchor apart; that of least divergence first.
-
-        Args:
-            how: for `PathScores.contenders`.
-        """
+    def contenders(self, name: str, most: float, length: int) -> list[Choice]:
+        """What a search names within a cost, the dear anchor apart; that of least divergence first."""
         found = self._found[name]
         within = [cost.macs for cost in found.costs if cost.macs <= most and cost.macs < self.dearest]
         if not within:
             return []
-        paths = found.contenders(Budget(macs=max(within)), self.settings.contenders, **how)
+        paths = found.contenders(Budget(macs=max(within)), self.settings.contenders)
         return [self._choice(path, found.joint(path, healed=length > 0)) for path in paths]
 
     def _choice(self, path: Path, joint: str) -> Choice:
         return Choice(path, joint, self.costs.of(path, identity=joint in ("merged", "identity")).macs)
 
     def _best(self, most: float, length: int, seed: int) -> Choice | None:
-        """Of what the search names within a cost the best on validation data, once healed, as `heal_best` does it."""
+        """Of what the search names within a cost the one that does best on validation data, once healed."""
         named = self.contenders(OURS, most, length)
-        if not named or not length:
+        if len(named) < 2 or not length:
             return named[0] if named else None
-        ends: list[float] = []
-        while len(ends) < len(named):
-            details = self.row(f"contender {len(ends)}", named[len(ends)], length, seed).details
-            ends.append(min(loss for _, loss in details["validation"]))
-            if len(ends) == 1 and not details["distillation_weight"]:  # the dear anchor does not know these data
-                named = self.contenders(OURS, most, length, far=math.inf)
+        ends = []
+        for place, one in enumerate(named):
+            course = self.row(f"contender {place}", one, length, seed).details["validation"]
+            ends.append(min(loss for _, loss in course))
         return named[ends.index(min(ends))]
 
     def _rival(

@@ -32,7 +32,7 @@ class Advantage:
     Attributes:
         rival: its rule.
         by: difference of the means over seeds, in the metric's unit; above 0 where ours is better.
-        of_seeds: its standard error over seeds; 0 of one seed.
+        of_seeds: its standard error over seeds, paired where both have the same; 0 of one seed.
         items: the difference on each test image or sequence.
         weights: of these.
     """
@@ -124,10 +124,14 @@ class Outcome:
         weights = np.array(self.anchors[0][0].details["items"]["weights"])
         if [row.measurement for row in rows] == [row.measurement for row in ours]:
             return Advantage(rule, 0.0, 0.0, np.zeros(len(weights)), weights)
-        (mean, error), (other, other_error) = (mean_and_error(self.values(each)) for each in (ours, rows))
-        of_seeds = 0.0 if isnan(both := hypot(error, other_error)) else both
-        items, others = (np.mean([row.details["items"]["quality"] for row in each], axis=0) for each in (ours, rows))
-        return Advantage(rule, self.sign * (mean - other), of_seeds, self.sign * (items - others), weights)
+        values, others = self.values(ours), self.values(rows)
+        if [row.seed for row in ours] == [row.seed for row in rows]:  # which sees the same batches in one order
+            _, error = mean_and_error([a - b for a, b in zip(values, others, strict=True)])
+        else:
+            error = hypot(*(mean_and_error(each)[1] for each in (values, others)))
+        items, of_items = (np.mean([row.details["items"]["quality"] for row in each], axis=0) for each in (ours, rows))
+        by, of_seeds = self.sign * (fmean(values) - fmean(others)), 0.0 if isnan(error) else error
+        return Advantage(rule, by, of_seeds, self.sign * (items - of_items), weights)
 
     @cached_property
     def models(self) -> list[tuple[int, float, float]]:
@@ -274,7 +278,7 @@ def _about(study: EverySize) -> str:
     text = (
         f"{study.settings.buckets} buckets from {least:.0%} to 100 % of the dear anchor's {study.dearest / 1e6:,.2f} "
         f"M MACs, {seeds} seed(s). Qualities are means ± standard errors over seeds; what ours is better by has its "
-        "standard error over seeds and over test items, paired. Rivals stand at the cost of ours where they have a "
+        "standard error over seeds and test items, both paired. Rivals stand at the cost of ours where they have a "
         f"path of it (± {EQUAL:.0%}), else at the nearest one in the bucket."
     )
     return text + "".join(f"\n\n{rule} chooses nothing here: {why}." for rule, why in study.absent.items())

@@ -241,7 +241,7 @@ def test_the_report_says_what_the_rows_say(done) -> None:
         assert items["search"].mean() == pytest.approx(fmean(values))  # all sequences are as long
         for rule, one in better.items():
             same = str(chosen[0][bucket][rule]) == str(chosen[0][bucket]["search"])
-            seeds = 0.0 if same else hypot(*(stdev(each) / 2**0.5 for each in (values, of(rule, bucket))))
+            seeds = 0.0 if same else sem([a - b for a, b in zip(values, of(rule, bucket), strict=True)])
             advantages.setdefault(rule, []).append((one, seeds, items[rule] - items["search"]))
         by, shown = map(float, re.match(r"(\S+)(?: ± (\S+))?", cells[6]).groups(default="0"))
         _, seeds, apart = advantages[cells[5]][-1]

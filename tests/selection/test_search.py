@@ -1,6 +1,5 @@
 """The search over paths: what it finds against every path measured, what it spends, and how it goes on."""
 
-import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path as FilePath
@@ -265,10 +264,10 @@ MEASURED = st.lists(
 )  # fmt: skip
 
 
-@given(MEASURED, st.integers(1, 8), st.sampled_from([None, 1.5, math.inf]))
+@given(MEASURED, st.integers(1, 8))
 @settings(max_examples=100, deadline=None)
 def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_anchors(
-    measured: list[tuple[str, float, int]], count: int, limit: float | None
+    measured: list[tuple[str, float, int]], count: int
 ) -> None:
     paths, whole = [Path.parse(text) for text, _, _ in measured], Path.parse("1[:]")
     values, costs = [value for _, value, _ in measured] + [0.0], [Cost(m, m) for _, _, m in measured] + [Cost(100, 100)]
@@ -277,18 +276,17 @@ def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_anch
     )
     far = {path: scores.divergence[scores.place(path)] for path in paths}
     ranked = sorted(paths, key=lambda path: (far[path], scores.share(path)))
-    given = {} if limit is None else {"far": limit}
-    best, found, every = ranked[0], *(scores.contenders(Cost(99, 99), one, **given) for one in (count, 99))
+    best, found, every = ranked[0], scores.contenders(Cost(99, 99), count), scores.contenders(Cost(99, 99), 99)
     assert found[0] == best == scores.best(Cost(99, 99)) and found == every[:count] and len(set(every)) == len(every)
     assert scores.contenders(1.0, count) == (whole,)
-    # By hand: whoever is first between its ends, at most so far; between the best's, a quarter farther.
+    # By hand: whoever is first between its ends, at most three times as far; between the best's, a quarter farther.
     anchor = [path for path in ranked if not path.joints and path != best][:1]
     others: list[Path] = []
     near: list[Path] = []
     for path in ranked[1:]:
         before = ranked[: ranked.index(path)]
         first = ENDS[str(path)] and not any(ENDS[str(one)] == ENDS[str(path)] for one in before)
-        if first and far[path] <= (limit or 3) * far[best]:
+        if first and far[path] <= 3 * far[best]:
             others.append(path)
         if ENDS[str(path)] == ENDS[str(best)] and far[path] <= 1.25 * far[best]:
             near.append(path)
