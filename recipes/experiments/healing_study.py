@@ -68,8 +68,10 @@ class HealingStudy:
         """Heal and measure whatever is missing; the report, in `report.md` too."""
         for length in self.lengths:
             for what in self.trainable:
-                for method in methods(what):
+                for method in METHODS:
                     for path in self.paths:
+                        if not applies(method, what, path):
+                            continue
                         cells = [self.row(path, method, what, length, seed) for seed in self.seeds]
                         self.say(f"  {path}, {length} steps, {what}, {method}: {self._mean(cells)}")
         text = self.report()
@@ -136,7 +138,7 @@ class HealingStudy:
                 for method in METHODS:
                     cells = [
                         self._mean([self.row(path, method, what, length, seed) for seed in self.seeds])
-                        if method in methods(what)
+                        if applies(method, what, path)
                         else "–"
                         for what in self.trainable
                     ]
@@ -149,9 +151,9 @@ class HealingStudy:
         return f"{format_mean([row.value(self.family.metric) for row in rows])} ({', '.join(f'{r:g}' for r in rates)})"
 
 
-def methods(trainable: str) -> tuple[str, ...]:
-    """Those that are compared where this learns: the matching trains all of a model."""
-    return METHODS if trainable == "full" else tuple(WEIGHTS)
+def applies(method: str, trainable: str, path: Path) -> bool:
+    """Whether a method is compared: the matching trains all of a model, and states as wide as the large anchor's."""
+    return method in WEIGHTS or (trainable == "full" and path.slices[-1].anchor == 1)
 
 
 def match(
