@@ -96,8 +96,9 @@ class _Search:
     ):
         self.anchors, self.usage = anchors, usage
         check_anchors(self.anchors, least=1)
-        if classes is not None and not set(classes) <= set(range(self.anchors[0].classes)):
-            raise ValueError(f"got classes={classes}; expected some of the anchors' {self.anchors[0].classes}, from 0")
+        known = self.anchors[0].classes
+        if classes is not None and (len(set(classes)) < 2 or not set(classes) <= set(range(known))):
+            raise ValueError(f"got classes={classes}; expected at least two of the anchors' {known}, from 0")
         self.plan = SearchPlan(self.anchors, data, config, tokens, usage, budget)
         self.config = config = self.plan.config
         self.scorer = PathScorer(
