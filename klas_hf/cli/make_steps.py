@@ -137,12 +137,13 @@ def measured(
     options: MakeOptions, budget: "Budget", reference: int, found: "PathScores", data: MakeData, output: Path
 ) -> list[ResultRow]:
     """Rows of the anchors and, last, of the model, on what was held out."""
+    from klas_hf.anchors.classes import mapped_classes
     from klas_hf.evaluation import Measurement, evaluate, evaluate_anchor, evaluate_stitches
 
-    usage = options.usage(budget)
+    usage, classes = options.usage(budget), mapped_classes(data.held_out)
 
     def measure(model: Any) -> Measurement:
-        found = evaluate(model, data.held_out)
+        found = evaluate(model, data.held_out, classes=classes)
         if usage is not None:
             return found
         size = model.num_parameters() * model.dtype.itemsize  # which a usage counts

@@ -1,6 +1,7 @@
 """`klas-hf make`: end to end on tiny anchors, killed anywhere and gone on with, refused where settings differ."""
 
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,22 @@ def test_images_of_two_anchors_or_one(vision: Path, tmp_path: Path, capsys: pyte
     alone = AutoModelForImageClassification.from_pretrained(tmp_path / "one")
     assert alone.num_parameters() == whole.num_parameters()
     assert read_rows(tmp_path / "one" / "rows.jsonl")[0].details["images"] == 60
+
+
+def test_images_of_some_classes_are_searched_and_measured_among_these(vision: Path, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        for name in ("ant", "cat"):
+            shutil.copytree(vision / "images" / split / name, tmp_path / "images" / split / f"my {name}")
+    (tmp_path / "labels.yaml").write_text("{my ant: 0, my cat: 2}")
+    words = ("--labels", str(tmp_path / "labels.yaml"))
+    assert _make(vision, str(tmp_path / "images"), tmp_path / "made", *words) == 0  # an absolute path stays itself
+    assert PathScores.load(tmp_path / "made" / "paths.safetensors").provenance["classes"] == [0, 2]
+    rows = read_rows(tmp_path / "made" / "rows.jsonl")
+    among = [row.metrics["accuracy_among"] for row in rows]
+    assert all(one >= row.metrics["accuracy"] for one, row in zip(among, rows, strict=True))
+    assert (
+        among[-1] > 0.5 > rows[0].metrics["accuracy"] and "accuracy_among" in (tmp_path / "made/README.md").read_text()
+    )
 
 
 def test_a_dry_run_loads_and_writes_nothing(
