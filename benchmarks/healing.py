@@ -1,6 +1,7 @@
 """What LOG.md says of rates and joints before healing, on any family of the studies.
 
     python benchmarks/healing.py rates "1[:2] 1[5:6] 1[7:]" "0[:5] 1[5:]"    # held-out loss by steps and rate
+    python benchmarks/healing.py rates "1[:2] 1[6:]" --shares 0.5 0.75 0.9   # and share of the loss that is distilled
     python benchmarks/healing.py joints "1[:1] 1[7:]" "1[:2] 1[5:]"          # start and healed, by joint
 
     python benchmarks/healing.py rates "0[:2] 1[7:]" --trainable lora --rates 1e-3 3e-3 1e-2 --steps 10 100
@@ -11,6 +12,7 @@ Takes the options of recipes/every_size.py that name a family (`--family stories
 import copy
 import sys
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path as Folder
 
 from transformers import HfArgumentParser
@@ -33,6 +35,9 @@ class HealingArguments:
     rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "of rates"})
     trainable: str = field(default="full", metadata={"help": "of rates: full or lora"})
     joint: str = field(default="least_squares", metadata={"help": f"of rates: one of {', '.join(JOINTS)}"})
+    shares: list[float] = field(default_factory=lambda: [0.5], metadata={"help": "of rates: of the loss, distilled"})
+    joints: list[str] = field(default_factory=lambda: list(JOINTS), metadata={"help": "of joints: those compared"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "of joints: seeds of the healing"})
 
 
 def main() -> None:
@@ -40,14 +45,14 @@ def main() -> None:
     parser.add_argument("what", choices=("rates", "joints"))
     parser.add_argument("paths", nargs="+")
     chosen, args, given = parser.parse_args_into_dataclasses()
-    if args.joint not in JOINTS:
-        parser.error(f"got --joint {args.joint}; expected one of {', '.join(JOINTS)}")
+    if unknown := {args.joint, *args.joints} - set(JOINTS):
+        parser.error(f"got the joints {sorted(unknown)}; expected some of {', '.join(JOINTS)}")
     family = family_of(chosen)
     for path in given.paths:
         if given.what == "rates":
             rates(family, path, args)
         else:
-            joints(family, path)
+            joints(family, path, args)
 
 
 def start(family: Family, path: str, joint: str) -> StitchedModel:
@@ -58,29 +63,31 @@ def start(family: Family, path: str, joint: str) -> StitchedModel:
 
 
 def measured(family: Family, model: StitchedModel) -> str:
-    return f"{evaluate(model, family.test, classes=family.classes).metrics[family.metric]:.4f}"
+    """The family's metric and, of images, the loss beside it."""
+    metrics = evaluate(model, family.test, classes=family.classes).metrics
+    return " / ".join(f"{metrics[name]:.4f}" for name in dict.fromkeys((family.metric, "loss")))
 
 
 def rates(family: Family, path: str, args: HealingArguments) -> None:
-    """One run, with its own cosine, of each length at each rate; half labels, half distilled."""
+    """One run, with its own cosine, of each length at each rate and share of distillation."""
     begun = start(family, path, args.joint)
-    for count in args.steps:
+    for count, share in product(args.steps, args.shares):
         ends = []
         for rate in args.rates:
             model = copy.deepcopy(begun)
-            settings = {"learning_rate": rate, "distillation_weight": 0.5, "eval_steps": count} | dict(family.healing)
+            settings = {"learning_rate": rate, "distillation_weight": share, "eval_steps": count} | dict(family.healing)
             config = healing_config(count, **settings, trainable=args.trainable)
-            options = {"teacher": family.anchors[1], "validation": family.validation}
+            options = {"teacher": family.anchors[1] if share else None, "validation": family.validation}
             (_, before), (_, after) = train_stitches(model, family.train, config, **options).validation
             ends.append(f"{rate:g} {after:.4f} (kept: {measured(family, model)})")
-        print(f"{path}: {before:.4f}; {count} steps: {', '.join(ends)}", flush=True)
+        print(f"{path}: {before:.4f}; {count} steps, {share:.0%} distilled: {', '.join(ends)}", flush=True)
 
 
-def joints(family: Family, path: str) -> None:
-    """Every kind of joint, healed for 100 steps under two seeds."""
-    for joint in JOINTS:
+def joints(family: Family, path: str, args: HealingArguments) -> None:
+    """Each kind of joint, healed for 100 steps under each seed."""
+    for joint in args.joints:
         begun, ends = start(family, path, joint), []
-        for seed in (0, 1):
+        for seed in args.seeds:
             model, config = (
                 copy.deepcopy(begun),
                 healing_config(100, **{"seed": seed, "eval_steps": 25} | dict(family.healing)),

@@ -35,6 +35,7 @@ class EvaluateOptions(UsageOptions, DataOptions):
 
 def run(options: EvaluateOptions) -> int:
     """Run `klas-hf evaluate`; its exit status."""
+    from klas_hf.anchors.classes import mapped_classes
     from klas_hf.anchors.vision import is_vision
     from klas_hf.evaluation import evaluate
 
@@ -51,7 +52,7 @@ def run(options: EvaluateOptions) -> int:
         known = next((one for one in [*done, *(rows or [])] if _same(one, row)), None)
         if known is None:
             material = images or load_material(options, [folder], options.split)
-            measured = evaluate(model, material.batches)
+            measured = evaluate(model, material.batches, classes=mapped_classes(material.batches))
             known = replace(row, metrics=measured.metrics, details={**row.details, **measured.details})
             if rows is not None:
                 rows.append(known, to_disk=is_main_process())

@@ -132,9 +132,8 @@ class PathCosts:
     times: PathTimes | None = None
 
     def mergeable(self, path: Path | Stitch | str | Sequence[int]) -> bool:
-        """Whether all joints of a path lie within anchors that merge them (`joint="merged"`), and so cost nothing."""
-        slices = Path.of(path).slices
-        return all(one.anchor == other.anchor and self.anchors[one.anchor].merges for one, other in pairwise(slices))
+        """Whether a path is seamless and its anchor merges joints into blocks (`joint="merged"`): they cost nothing."""
+        return self.seamless(path) and self.anchors[Path.of(path).slices[0].anchor].merges
 
     def seamless(self, path: Path | Stitch | str | Sequence[int]) -> bool:
         """Whether all joints of a path lie within residual anchors and states of one shape, and can be left out."""

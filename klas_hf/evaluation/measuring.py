@@ -217,7 +217,7 @@ class Sums:
         if classes is not None and "accuracy" not in task.metrics:
             raise ValueError("got classes for a language model; leave them out")
         self.task, self.classes = task, classes
-        self.names = task.metrics + (() if classes is None else ("accuracy_among",))
+        self.names = (() if classes is None else ("accuracy_among",)) + task.metrics  # what curves are of comes first
         self.ratios = RatioSums((len(self.names),))
 
     def add(self, logits: Tensor, labels: Tensor) -> None:

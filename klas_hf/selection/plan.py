@@ -162,7 +162,7 @@ class SearchPlan:
 
     def joint(self, path: Path) -> str:
         """What the joints of a path are to be."""
-        return "merged" if path.joints and self.config.merged and self.costs.mergeable(path) else "least_squares"
+        return "merged" if self.config.merged and self.costs.mergeable(path) else "least_squares"
 
     def cost(self, path: Path) -> Cost:
         """What a path costs, with such joints."""

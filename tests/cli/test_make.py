@@ -188,7 +188,9 @@ def test_images_of_two_anchors_or_one(vision: Path, tmp_path: Path, capsys: pyte
     assert read_rows(tmp_path / "one" / "rows.jsonl")[0].details["images"] == 60
 
 
-def test_images_of_some_classes_are_searched_and_measured_among_these(vision: Path, tmp_path: Path) -> None:
+def test_images_of_some_classes_are_searched_and_measured_among_these(
+    vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     for split in ("train", "validation"):
         for name in ("ant", "cat"):
             shutil.copytree(vision / "images" / split / name, tmp_path / "images" / split / f"my {name}")
@@ -202,6 +204,11 @@ def test_images_of_some_classes_are_searched_and_measured_among_these(vision: Pa
     assert (
         among[-1] > 0.5 > rows[0].metrics["accuracy"] and "accuracy_among" in (tmp_path / "made/README.md").read_text()
     )
+    assert next(iter(rows[-1].metrics)) == "accuracy_among"  # what the curve is of
+    capsys.readouterr()
+    data = ["--data", str(tmp_path / "images"), "--split", "validation", *words, "--json"]
+    assert main(["evaluate", str(tmp_path / "made"), *data]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["metrics"] == pytest.approx(rows[-1].metrics)
 
 
 def test_a_dry_run_loads_and_writes_nothing(
