@@ -72,9 +72,10 @@ def check_classes(data: Any, config: PreTrainedConfig) -> None:
         data.classes.check(config)
 
 
-def mapped_classes(data: Any) -> tuple[int, ...] | None:
-    """The labels that images are mapped to, ascending; None where nobody mapped them, or they do not say."""
-    return tuple(sorted(data.classes.ids)) if isinstance(data, WithClasses) and data.classes.mapped else None
+def mapped_classes(data: Any, known: int) -> tuple[int, ...] | None:
+    """The labels, of so many that are known, that images are mapped to, ascending; None: all, or they do not say."""
+    mapped = isinstance(data, WithClasses) and data.classes.mapped and len(data.classes.ids) < known
+    return tuple(sorted(data.classes.ids)) if mapped else None
 
 
 def label_ids(names: Sequence[str], id2label: Mapping[int, str] | Mapping[str, str]) -> dict[str, int]:

@@ -52,7 +52,8 @@ def run(options: EvaluateOptions) -> int:
         known = next((one for one in [*done, *(rows or [])] if _same(one, row)), None)
         if known is None:
             material = images or load_material(options, [folder], options.split)
-            measured = evaluate(model, material.batches, classes=mapped_classes(material.batches))
+            among = mapped_classes(material.batches, model.config.num_labels)
+            measured = evaluate(model, material.batches, classes=among)
             known = replace(row, metrics=measured.metrics, details={**row.details, **measured.details})
             if rows is not None:
                 rows.append(known, to_disk=is_main_process())

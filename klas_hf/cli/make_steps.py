@@ -140,10 +140,10 @@ def measured(
     from klas_hf.anchors.classes import mapped_classes
     from klas_hf.evaluation import Measurement, evaluate, evaluate_anchor, evaluate_stitches
 
-    usage, classes = options.usage(budget), mapped_classes(data.held_out)
+    usage = options.usage(budget)
 
     def measure(model: Any) -> Measurement:
-        found = evaluate(model, data.held_out, classes=classes)
+        found = evaluate(model, data.held_out, classes=mapped_classes(data.held_out, model.config.num_labels))
         if usage is not None:
             return found
         size = model.num_parameters() * model.dtype.itemsize  # which a usage counts

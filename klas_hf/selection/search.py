@@ -74,10 +74,8 @@ def search_paths(
         (True, True)
     """
     wanted = None if budget is None else Budget.of(budget)
-    among = mapped_classes(data) if classes is None else tuple(classes)
-    return _Search(
-        load_anchors(anchors, revisions, **loading), data, config, tokens, output, usage, wanted, among
-    ).run()
+    loaded = load_anchors(anchors, revisions, **loading)
+    return _Search(loaded, data, config, tokens, output, usage, wanted, classes).run()
 
 
 class _Search:
@@ -92,11 +90,12 @@ class _Search:
         output: str | File | None,
         usage: Usage | None,
         budget: Budget | None,
-        classes: tuple[int, ...] | None,
+        classes: Sequence[int] | None,
     ):
         self.anchors, self.usage = anchors, usage
         check_anchors(self.anchors, least=1)
         known = self.anchors[0].classes
+        classes = mapped_classes(data, known) if classes is None else tuple(classes)
         if classes is not None and (len(set(classes)) < 2 or not set(classes) <= set(range(known))):
             raise ValueError(f"got classes={classes}; expected at least two of the anchors' {known}, from 0")
         self.plan = SearchPlan(self.anchors, data, config, tokens, usage, budget)

@@ -177,7 +177,7 @@ def _searched(
     about: dict[str, Any] = {"usage": usage, "budget": budget}
     SearchPlan(shapes, batches, search, tokens, **about).check(budget)
     given = {name: value for name, value in kwargs.items() if name not in _OF_ASSEMBLY and value is not None}
-    about["classes"] = mapped_classes(kwargs["calibration"])
+    about["classes"] = mapped_classes(kwargs["calibration"], shapes[0].classes)
     found = search_paths(anchors, batches, search, tokens=tokens, revisions=revisions, **about, **given)
     return assemble_best(anchors, found, budget, revisions=revisions, **kwargs | {"calibration": batches})
 

@@ -58,7 +58,7 @@ class ImageObjective(Objective):
         super().__init__(model, config, teacher)
         self.data = data
         self.augmentation = config.augmentation or Augmentation()
-        self.among = torch.tensor(mapped_classes(data) or range(model.config.num_labels))
+        self.among = torch.tensor(mapped_classes(data, model.config.num_labels) or range(model.config.num_labels))
 
     def batches(self, multiple: int) -> tuple[DataLoader, EpochOrder]:
         return image_loader(self.data, self.config, multiple)
