@@ -80,8 +80,9 @@ def heal(
         data: examples of text, or a dataset of images, as for `train_stitches`.
         teacher: the dearest anchor; the loss is half the labels' and half soft distillation then, which was best of
             labels alone, distillation alone and both (LOG.md). But a teacher that does not know these data holds its
-            pupil back: where a short run already does better than the teacher, one on the labels alone is tried, and
-            whichever does better goes on, unless the settings give a `distillation_weight`. None: the labels alone.
+            pupil back: from one that does no better than chance nothing is distilled, and where short runs do better
+            than the teacher, runs on the labels alone are tried too, which go on once they are ahead, unless the
+            settings give a `distillation_weight`. None: the labels alone.
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
         rates: learning rates that may be tried, ascending, in runs of a tenth of the steps: the three about 0.09 /
@@ -119,9 +120,10 @@ def heal(
     if (begun := _begun(output_dir)) is not None:
         config = replace(config, **begun)
     elif len(rates) > 1:
-        bar = held_out_loss(teacher, held, config) if teacher is not None and choose else -math.inf
-        limits = bar, LEARNT * objective.chance()
-        rate, weight, tried = _sweep(model, train, held, teacher, config, rates, limits, start)
+        bar, chance = -math.inf, LEARNT * objective.chance()
+        if teacher is not None and choose and (bar := held_out_loss(teacher, held, config)) >= chance:
+            bar, config = -math.inf, replace(config, distillation_weight=0.0)
+        rate, weight, tried = _sweep(model, train, held, teacher, config, rates, (bar, chance), start)
         config = replace(config, learning_rate=rate, distillation_weight=weight)
     elif rates:
         config = replace(config, learning_rate=rates[0])
@@ -174,13 +176,13 @@ def _sweep(
     """The rate and the share of distillation for the whole run, and held-out losses of short runs.
 
     Three rates are tried, higher ones while they get better and lower ones while all diverge, the model put back after
-    each. The first run that does better than the first of `limits`, the teacher's own loss, is done on the labels alone
-    too. Runs at or above the second, the loss by chance, count only where all are, and then the rate is lowered: what
-    first brings a model that is far off nearer may kill it before its end.
+    each. A run that does better than the first of `limits`, the teacher's own loss, is done on the labels alone too,
+    until these are ahead. Runs at or above the second, the loss by chance, count only where all are, and then the rate
+    is lowered: what first brings a model that is far off nearer may kill it before its end.
     """
     bar, chance = limits
     total = config.max_steps if config.max_steps is not None else max(1, len(train) // config.per_device_batch_size)
-    steps = max(1, round(total * SWEEP_SHARE))
+    steps = max(2, round(total * SWEEP_SHARE))  # the first of which is at a rate of 0
     found: dict[float, float] = {}
     diverged: dict[float, TrainingDiverged] = {}
     weight = config.distillation_weight
@@ -188,9 +190,9 @@ def _sweep(
     def run(rate: float) -> float:
         nonlocal weight, bar
         if once(rate, weight) < bar:
-            bar, both = -math.inf, found[rate]
+            both = found[rate]
             if once(rate, 0.0) < both:
-                weight = 0.0
+                weight, bar = 0.0, -math.inf
             else:
                 found[rate] = both
                 diverged.pop(rate, None)

@@ -121,6 +121,33 @@ def test_healing_finds_a_rate_and_whether_the_teacher_helps_and_is_never_worse(k
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+def test_nothing_is_distilled_from_a_teacher_that_does_no_better_than_chance() -> None:
+    model, dearest = pruned()
+    alone = copy.deepcopy(model)
+    assert evaluate(dearest, batches(HELD)).metrics["loss"] > np.log(32)
+    result = heal(model, TRAIN, teacher=dearest, validation=HELD, config=QUICK)
+    expected = heal(alone, TRAIN, validation=HELD, config=QUICK)
+    assert result.tried == expected.tried and result.training.validation == expected.training.validation
+    assert result.distillation_weight == 0 and expected.distillation_weight == 0
+
+
+def test_runs_too_short_to_be_tried_in_a_tenth_of_their_steps_are_tried_still() -> None:
+    result = heal(pruned()[0], TRAIN, validation=HELD, config=replace(QUICK, max_steps=5))
+    assert result.start not in result.tried.values() and len(set(result.tried.values())) == len(result.tried)
+
+
+def test_of_a_teacher_that_knows_less_than_a_short_run_teaches_the_labels_are_tried_alone() -> None:
+    model, dearest = pruned()
+    config = replace(QUICK, learning_rate=1e-2)
+    train_stitches(model, TRAIN, config)
+    train_stitches(dearest, TRAIN, replace(config, max_steps=60))
+    dearest.get_output_embeddings().weight.data *= 0.3  # it knows which, but not how surely
+    taught, knows = (evaluate(one, batches(HELD)).metrics["loss"] for one in (model, dearest))
+    assert taught < knows < 0.9 * np.log(32), (taught, knows)
+    config = replace(QUICK, max_steps=40)
+    assert heal(model, TRAIN, teacher=dearest, validation=HELD, config=config).distillation_weight == 0
+
+
 def test_held_out_examples_that_make_no_sense_are_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
