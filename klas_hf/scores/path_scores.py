@@ -144,7 +144,9 @@ class PathScores:
         """
         return self.contenders(budget, 1)[0]
 
-    def contenders(self, budget: Budget | Cost | str | float, count: int = 4) -> tuple[Path, ...]:
+    def contenders(
+        self, budget: Budget | Cost | str | float, count: int = 4, *, known: bool = True
+    ) -> tuple[Path, ...]:  # fmt: skip
         """The best path within a budget, and others that may be better than it once they are healed.
 
         How much a path gains by healing depends on the anchors that it begins and ends with, which its start does not
@@ -156,6 +158,8 @@ class PathScores:
         Args:
             budget: see `Budget.of`.
             count: paths at most. The dearest anchor, where the budget allows it, contends alone.
+            known: whether the dearest anchor knows the data that paths are to learn. Where it does not, to be far from
+                it says little: between other ends the path of fewest joints contends then, however far it starts.
 
         Returns:
             Paths, that of least divergence first.
@@ -180,7 +184,8 @@ class PathScores:
         own, dearest = ends_of(best, self.depths), self.paths[self._dearest].slices[0].anchor
         least = self.divergence[self.place(best)]
         reach = [path for path in ranked if self.divergence[self.place(path)] <= FAR * least]
-        ends = {found: path for path in reversed(reach) if (found := ends_of(path, self.depths)) not in (None, own)}
+        apart_from = reach if known else sorted(ranked, key=lambda path: path.joints)
+        ends = {one: path for path in reversed(apart_from) if (one := ends_of(path, self.depths)) not in (None, own)}
         others = sorted(ends, key=lambda found: (found[1] != dearest, ranked.index(ends[found])))
         first = (best, *[path for path in ranked if not path.joints and path != best][:1])
         apart = [ends[found] for found in others if ends[found] not in first]

@@ -26,7 +26,7 @@ from klas_hf.scores.paths import PathScore, PathScorer
 from klas_hf.selection.plan import GROUP, SearchConfig, SearchPlan
 
 ROUND = 64  # neighbours that are measured before it is decided anew which come next
-BETTER = 0.95  # times the divergence of a cheaper path between the same anchors, from which one is measured so too
+BETTER = 0.95  # times the divergence of a cheaper path, below which a far one that ends with a small anchor is measured
 NEAR = 1.25  # times the divergence of the best path of its size or below, up to which one is measured on all items
 
 
@@ -129,7 +129,7 @@ class _Search:
     def run(self) -> PathScores:
         """Screen, keep, grow."""
         self._measure(self.plan.wholes, None)
-        self._measure(self._affordable(list(self._new(self.plan.first()))), self.plan.few)
+        self._measure(self._affordable(list(self._new(self.plan.first())), self.plan.few), self.plan.few)
         pool: dict[Path, tuple[Path, str]] = {}  # not yet measured → from which path, by which move
         grown: set[Path] = set()
         while True:
@@ -140,7 +140,7 @@ class _Search:
                     pool |= {one: (path, moves[one]) for one in self._new(moves)}
             front = self._front()
             promise = {one: (self._promise(front, *origin), str(one)) for one, origin in pool.items()}
-            chosen = self._affordable(sorted(pool, key=promise.__getitem__)[:ROUND])
+            chosen = self._affordable(sorted(pool, key=promise.__getitem__)[:ROUND], self.plan.few)
             if not chosen:
                 break
             before = self._best()
@@ -151,7 +151,7 @@ class _Search:
                 self.tried[move] = self.tried.get(move, 0) + 1
                 better = after.get(self.plan.place(one)) == one and before.get(self.plan.place(one)) != one
                 self.improved[move] = self.improved.get(move, 0) + better
-        self._measure(self._finalists(), None)
+        self._measure(self._affordable(self._finalists(), None), None)
         full = {path: self.known[path, None] for path, batches in self.priced if batches is None}
         full = dict(sorted(full.items(), key=lambda pair: (self.plan.value(pair[0]), str(pair[0]))))
         costs, joints = [self.plan.cost(path) for path in full], tuple(map(self.plan.joint, full))
@@ -219,32 +219,37 @@ class _Search:
         """What is measured on all items: of every bucket the best that no cheaper path beats by far.
 
         The best of each number of joints first: screening, which fits them to few rows, flatters many joints. And the
-        best between any two anchors, however far behind, for they gain unequally as they are healed; but for those that
-        are hardly better than a cheaper one.
+        best of one joint between any two anchors, however far behind, for they gain unequally as they are healed, and
+        what has a stitch and more joints besides gains least; but for those that a cheaper one beats, or nearly does
+        and they end with another than the dearest anchor, from which they are to learn.
         """
-        front, found = self._front(), []
+        front = self._front()
+        found: list[tuple[int, Path]] = []  # with their rank: what comes first if not all can be measured
         best: dict[tuple[int, int], float] = {}  # of paths between the same anchors, up to this bucket
         for of_one in self._screened():
             near = [path for path in of_one if self._excess(front, path) <= NEAR]
             first = list({path.joints: path for path in reversed(near)}.values())
-            found += sorted(near, key=lambda path: path not in first)[: max(self.config.beam, len(first))]
-            ends = {ends_of(path, self.plan.moves.depths): path for path in reversed(of_one)}
+            found += enumerate(sorted(near, key=lambda path: path not in first)[: max(self.config.beam, len(first))])
+            ends = {ends_of(path, self.plan.moves.depths): path for path in reversed(of_one) if path.joints == 1}
             for between, path in ends.items():
                 own = self.known[path, self.plan.few][0]
-                if between is not None and own <= BETTER * best.get(between, math.inf):
+                bar = 1 if between and between[1] == self.plan.reference else BETTER
+                if between is not None and own < bar * best.get(between, math.inf):
                     best[between] = own
-                    found.append(path)
-        return list(dict.fromkeys(found))
+                    found.append((0, path))
+        return list(dict.fromkeys(path for _, path in sorted(found, key=lambda pair: pair[0])))
 
-    def _affordable(self, paths: list[Path]) -> list[Path]:
+    def _affordable(self, paths: list[Path], batches: int | None) -> list[Path]:
         """As many of the paths, from the first, as what is left to spend can measure.
 
-        What measuring the best on all items will take is set aside.
+        While candidates are screened, what measuring the best on all items will take is set aside; half, at first.
         """
-        left = self.plan.forwards - self.spent - sum(self.plan.price(path, None) for path in self._finalists())
+        left = self.plan.forwards - self.spent
+        if batches is not None:
+            left -= sum(self.plan.price(path, None) for path in self._finalists()) or left // 2
         kept = []
         for path in paths:
-            left -= self.plan.price(path, self.plan.few)
+            left -= self.plan.price(path, batches)
             if left < 0:
                 break
             kept.append(path)
