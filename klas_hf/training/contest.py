@@ -55,7 +55,8 @@ def heal_best(
 
     Each is joined as `PathScores.joint(path, healed=True)` says, unless `assembly` does, and healed as by `heal`, with
     the same settings and for all of its steps: to give up half-way what is behind loses winners and saves little
-    (LOG.md).
+    (LOG.md). Where the first learns from the labels alone, since the teacher does not know these data, the simplest
+    paths between other ends contend however far they start.
 
     Args:
         anchors: those that were searched, in that order: Hub ids, folders or models.
@@ -84,7 +85,9 @@ def heal_best(
     healed: dict[Path, HealingResult] = {}
     kept: tuple[Path, StitchedModel] | None = None
     best = float("inf")
-    for number, path in enumerate(found.contenders(budget, contenders)):
+    named = found.contenders(budget, contenders)
+    while len(healed) < len(named):
+        path = named[number := len(healed)]
         given = {"joint": found.joint(path, healed=True)} | assembly
         model = assemble_best(anchors, found, budget, path, **given)
         healed[path] = heal(
@@ -93,6 +96,8 @@ def heal_best(
         )  # fmt: skip
         if kept is None or healed[path].end < best:
             kept, best = (path, model), healed[path].end
+        if not number and teacher is not None and not healed[path].distillation_weight:
+            named = found.contenders(budget, contenders, known=False)
     assert kept is not None
     path, model = kept
     model.config.search["contenders"] = [

@@ -295,27 +295,29 @@ class EverySize:
                 self.say(f"  {name}: {found[name]}")
         return found
 
-    def contenders(self, name: str, most: float, length: int) -> list[Choice]:
+    def contenders(self, name: str, most: float, length: int, known: bool = True) -> list[Choice]:
         """What a search names within a cost, the dear anchor apart; that of least divergence first."""
         found = self._found[name]
         within = [cost.macs for cost in found.costs if cost.macs <= most and cost.macs < self.dearest]
         if not within:
             return []
-        paths = found.contenders(Budget(macs=max(within)), self.settings.contenders)
+        paths = found.contenders(Budget(macs=max(within)), self.settings.contenders, known=known)
         return [self._choice(path, found.joint(path, healed=length > 0)) for path in paths]
 
     def _choice(self, path: Path, joint: str) -> Choice:
         return Choice(path, joint, self.costs.of(path, identity=joint in ("merged", "identity")).macs)
 
     def _best(self, most: float, length: int, seed: int) -> Choice | None:
-        """Of what the search names within a cost the one that does best on validation data, once healed."""
+        """Of what the search names within a cost the best on validation data, once healed, as `heal_best` does it."""
         named = self.contenders(OURS, most, length)
         if len(named) < 2 or not length:
             return named[0] if named else None
-        ends = []
-        for place, one in enumerate(named):
-            course = self.row(f"contender {place}", one, length, seed).details["validation"]
-            ends.append(min(loss for _, loss in course))
+        ends: list[float] = []
+        while len(ends) < len(named):
+            details = self.row(f"contender {len(ends)}", named[len(ends)], length, seed).details
+            ends.append(min(loss for _, loss in details["validation"]))
+            if len(ends) == 1 and not details["distillation_weight"]:  # the dear anchor does not know these data
+                named = self.contenders(OURS, most, length, known=False)
         return named[ends.index(min(ends))]
 
     def _rival(

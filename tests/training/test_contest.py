@@ -42,7 +42,7 @@ def contest(setting: tuple[list[Any], PathScores], **options: Any) -> Any:
 def test_the_model_is_the_best_of_those_healed_alone(setting) -> None:
     anchors, found = setting
     done = contest(setting)
-    assert tuple(done.contenders) == found.contenders("70%") and len(done.contenders) == 3
+    assert tuple(done.contenders) == found.contenders("70%", known=False) and len(done.contenders) == 4
     ends = {}
     for path, healing in done.contenders.items():
         alone = StitchedModel.from_path(anchors, path, calibration=CALIBRATION, joint=found.joint(path, healed=True))
@@ -58,6 +58,21 @@ def test_the_model_is_the_best_of_those_healed_alone(setting) -> None:
     assert [one["path"] for one in told["contenders"]] == list(map(str, done.contenders))
     assert [one["end"] for one in told["contenders"]] == [one.end for one in done.contenders.values()]
     assert told["divergence"] == float(found.divergence[found.place(best)])
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_what_starts_far_contends_where_the_teacher_does_not_know_the_data(setting, knows: bool) -> None:
+    anchors, found = setting
+    teacher = tiny_model(large=True, seed=2)
+    config = replace(CONFIG, max_steps=40, eval_steps=10)
+    if knows:
+        heal(teacher, TRAIN, validation=HELD, config=replace(config, max_steps=200), rates=(3e-3,))
+    else:
+        teacher.get_output_embeddings().weight.data *= 30  # very sure of what is wrong
+    done = contest(setting, teacher=teacher, config=config)
+    near, all_of_them = found.contenders("70%"), found.contenders("70%", known=False)
+    assert tuple(done.contenders) == (near if knows else all_of_them) and near != all_of_them
+    assert bool(done.contenders[near[0]].distillation_weight) == knows
 
 
 def test_one_contender_is_the_best_path(setting) -> None:
