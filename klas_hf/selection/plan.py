@@ -39,7 +39,9 @@ class SearchConfig:
         cheapest: share of the dearest anchor's cost below which nothing is searched.
         screened: share of the scored items that candidates are first measured on.
         forwards: runs of a block on one sequence or image that may be spent; None: three times what scoring all
-            stitches between the anchors' costs on all items takes (of one anchor, all its cuts).
+            stitches between the anchors' costs on all items takes (of one anchor, all its cuts); but where these are
+            few, or so are the batches, three times what screening all paths of one joint takes, and a path of every
+            bucket on all items.
         merged: joints of paths of one anchor are merged into the blocks before (`joint="merged"`), and cost nothing,
             where its family allows it.
         scoring: how functional KL is measured.
@@ -143,7 +145,7 @@ class SearchPlan:
         self.few = max(1, round(len(self.scored) * config.screened))
         self.fitted = enough_rows(self.calibration, max(max(anchor.widths) for anchor in anchors))
         self.head = self._head()
-        self.forwards = 3 * self._all_pairs() if config.forwards is None else config.forwards
+        self.forwards = self._forwards() if config.forwards is None else config.forwards
 
     @property
     def bytes_per_parameter(self) -> int:
@@ -226,6 +228,12 @@ class SearchPlan:
 
     def _sized(self, path: Path) -> bool:
         return kind_of(path) in self.config.kinds and self.place(path) is not None
+
+    def _forwards(self) -> int:
+        first = self.first()
+        screened = 3 * sum(self.price(path, self.few) for path in first)
+        measured = self.config.buckets * max((self.price(path, None) for path in first), default=0)
+        return max(3 * self._all_pairs(), screened + measured)
 
     def _all_pairs(self) -> int:
         """What scoring all stitches between the anchors' costs on all items takes; of one anchor, all its cuts."""

@@ -242,11 +242,12 @@ class _Search:
     def _affordable(self, paths: list[Path], batches: int | None) -> list[Path]:
         """As many of the paths, from the first, as what is left to spend can measure.
 
-        While candidates are screened, what measuring the best on all items will take is set aside; half, at first.
+        While candidates are screened, what measuring the best on all items will take is set aside, and half of the rest
+        too: what is screened now may be among them.
         """
         left = self.plan.forwards - self.spent
         if batches is not None:
-            left -= sum(self.plan.price(path, None) for path in self._finalists()) or left // 2
+            left = (left - sum(self.plan.price(path, None) for path in self._finalists())) // 2
         kept = []
         for path in paths:
             left -= self.plan.price(path, batches)

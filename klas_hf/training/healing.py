@@ -103,7 +103,7 @@ def heal(
 
     Example:
         >>> model = StitchedModel.from_path([source, target], "0[:2] 1[3:]", calibration=batches)
-        >>> config = healing_config(4, per_device_batch_size=2)
+        >>> config = healing_config(4, per_device_batch_size=2, distillation_weight=0.5)
         >>> result = heal(model, examples, teacher=target, validation=examples, config=config)
         >>> model.config.training["teacher"], result.training.steps
         ('LlamaForCausalLM', 4)
