@@ -88,7 +88,7 @@ def model_card(
     data = _metadata(subject, licence_held, dataset, [*tags, *_own_tags(what)])
     if rows is not None and subject.task is not None:
         data.model_name = name
-        data.eval_results = eval_results(rows, subject.paths, subject.task, dataset, split)
+        data.eval_results = eval_results(rows, subject.paths, subject.task, dataset, split, subject.trained)
     sections = {
         "Use": f"{_needs(subject)}\n\n```python\n{subject.code(repo_id, processor).strip()}\n```",
         "What it is": facts_table(subject.facts),

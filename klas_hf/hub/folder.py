@@ -65,7 +65,7 @@ def draw_picture(
         ValueError: a row lacks the metric or the cost.
     """
     if rows:
-        draw_curve(rows, metric, subject.paths, folder / "curve.png", cost)
+        draw_curve(rows, metric, subject.paths, folder / "curve.png", cost, subject.trained)
     if isinstance(what, StitchScores):
         what.plot().savefig(folder / "heatmap.png", dpi=130)
 

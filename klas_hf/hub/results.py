@@ -18,8 +18,14 @@ PREFERRED = (
 )  # fmt: skip
 
 
-def own_rows(rows: Sequence[ResultRow], paths: Collection[AnyPath]) -> dict[str, list[ResultRow]]:
+def own_rows(
+    rows: Sequence[ResultRow], paths: Collection[AnyPath], trained: bool | None = None
+) -> dict[str, list[ResultRow]]:
     """The rows that measured a model of these paths: those of each path, a row that several rules share once.
+
+    Args:
+        trained: whether the model was: an anchor that was healed has the path of the anchor as it was. Rows that say
+            otherwise are left out where others say so. None takes all.
 
     Raises:
         ValueError: there are none.
@@ -32,6 +38,8 @@ def own_rows(rows: Sequence[ResultRow], paths: Collection[AnyPath]) -> dict[str,
             f"got rows of the paths {', '.join(there) or '(none)'}; expected some of this model's own, "
             f"{', '.join(names[:5])}. Pass the rows of the run that measured it"
         )
+    for name, of_path in found.items():
+        found[name] = [row for row in of_path if trained in (None, row.training is not None)] or of_path
     return {name: [row for group in by_model(of_path) for row in group] for name, of_path in found.items() if of_path}
 
 
@@ -74,14 +82,16 @@ def sources_of(rows: Sequence[ResultRow]) -> dict[str, Mapping[str, str]]:
 
 
 def eval_results(
-    rows: Sequence[ResultRow], paths: Collection[AnyPath], task: str, dataset: str | None, split: str | None
-) -> list[EvalResult]:
+    rows: Sequence[ResultRow], paths: Collection[AnyPath], task: str, dataset: str | None, split: str | None,
+    trained: bool | None = None,
+) -> list[EvalResult]:  # fmt: skip
     """The model's own figures, means over seeds, as the Hub's model-index has them.
 
     Args:
+        trained: as for `own_rows`.
         dataset, split: of the figures whose source the rows do not say; None leaves these out.
     """
-    own, sources = own_rows(rows, paths), sources_of(rows)
+    own, sources = own_rows(rows, paths, trained), sources_of(rows)
     return [
         EvalResult(
             task_type=task,
@@ -115,11 +125,13 @@ def table(rows: Sequence[ResultRow], cost: str) -> str:
 
 
 def draw_curve(
-    rows: Sequence[ResultRow], metric: str | None, paths: Collection[AnyPath], file: File, cost: str
-) -> None:
+    rows: Sequence[ResultRow], metric: str | None, paths: Collection[AnyPath], file: File, cost: str,
+    trained: bool | None = None,
+) -> None:  # fmt: skip
     """One line per rule between the anchors, and where on it the model is.
 
     Args:
+        trained: as for `own_rows`.
         metric: which figure; None takes the first.
         cost: over which one, of `COSTS`.
 
@@ -127,5 +139,5 @@ def draw_curve(
         ValueError: a row that lacks the metric or the cost, or none of the model.
     """
     metric = metric or metrics_of(rows)[0]
-    mine = measured_models((row for measured in own_rows(rows, paths).values() for row in measured), metric)
+    mine = measured_models((row for measured in own_rows(rows, paths, trained).values() for row in measured), metric)
     plot_curves(curves_by_rule(rows, metric, cost), points={"this model": mine}).savefig(file, dpi=130)

@@ -26,6 +26,7 @@ class Subject:
         task: what its measurements are of; None for what is not measured.
         relation: how it is made from its anchors ("merge", "adapter"); None: it holds nothing of them.
         paths: those whose measured rows are its own.
+        trained: whether it was, after it was put together.
         processor: what a repo of it needs beside it, "tokenizer", "image processor" or None.
         identity: the entries of config.json that make it this one and no other.
         carries_code: whether it loads without klas_hf, from the code beside its weights.
@@ -44,6 +45,7 @@ class Subject:
     task: str | None = None
     relation: str | None = "merge"
     paths: tuple[str, ...] = ()
+    trained: bool = False
     processor: str | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     carries_code: bool = False

@@ -63,7 +63,7 @@ def _stitched(config: Any, base_model: Sequence[str] | None, whole: Any = None, 
     about["facts"] = facts | about["facts"]
     return Subject(
         summary=f"The {', then the '.join(parts)}, {joints}, {head}: path `{path}`, made with `klas_hf`.",
-        anchors=anchors, origin=_start(config.joint_fits, layers), paths=(str(path),),
+        anchors=anchors, origin=_start(config.joint_fits, layers), paths=(str(path),), trained=bool(config.training),
         identity=identity(public_config((whole or config).to_dict(), anchors)), carries_code=whole is None, **about,
     )  # fmt: skip
 
@@ -174,6 +174,7 @@ def _supernet(what: PreTrainedModel, base_model: Sequence[str] | None) -> Subjec
         limits=_MODEL_LIMITS,
         task="image-classification" if images else "text-generation",
         paths=tuple(config.paths),
+        trained=bool(config.training),
         processor="image processor" if images else "tokenizer",
         identity=identity(public_config(config.to_dict(), anchors)),
     )

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageClassification, AutoTokenizer
 
 from klas_hf import (
     ProbeNet,
+    ResultRow,
     StitchedBackbone,
     StitchedModel,
     StitchedSupernet,
@@ -31,6 +32,7 @@ from klas_hf import (
 )
 from klas_hf.hub import model_card
 from klas_hf.hub.licences import Licence, carried_licence, check_name, is_legal_file
+from klas_hf.hub.results import own_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:the stitching layer is random")
 BASES = ["org/Small", "org/Large"]
@@ -219,6 +221,23 @@ def test_rows_need_a_dataset_and_must_be_the_models_own(tmp_path: Path) -> None:
         model_card(model, "me/x", rows=[rows_of()[4]], dataset="x")
     with pytest.raises(ValueError, match="expected none"):
         model_card(some_scores(tmp_path), "me/x", rows=rows_of(), dataset="x")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_figures_of_a_healed_anchor_are_not_those_of_the_anchor_as_it_was(trained: bool, tmp_path: Path) -> None:
+    model = StitchedModel.from_path(text_anchors(tmp_path), "0[:]")
+    if trained:
+        ids = token_ids(4, 8).tolist()
+        settings = TrainingConfig(trainable="full", max_steps=1, per_device_batch_size=4)
+        train_stitches(model, [{"input_ids": row, "labels": row} for row in ids], settings)
+    rows = [
+        ResultRow("source", "0[:]", 0, 10, 10, {"loss": 4.0}),
+        ResultRow("made", "0[:]", 0, 10, 10, {"loss": 3.0}, training={"max_steps": 1}),
+        ResultRow("target", "1[:]", 0, 20, 20, {"loss": 1.0}),
+    ]
+    assert own_rows(rows, ["0[:]"], trained) == {"0[:]": [rows[trained]]}
+    (result,) = reread(model_card(model, "me/x", rows=rows, dataset="org/corpus"), tmp_path).data.eval_results
+    assert result.metric_value == (3.0 if trained else 4.0)
 
 
 def test_metadata_of_image_models(tmp_path: Path) -> None:
