@@ -153,13 +153,14 @@ class PathScores:
         show, and what lies within a quarter of the least divergence is often better in the end (LOG.md). So the best
         whole anchor follows, for a path must do better than that; then, in turn, those so near between the same ends,
         and the best between others, first those that end with the dearest anchor, from which they are to learn, if
-        their divergence is at most three times the least.
+        their divergence is at most three times the least; of a stitch and further joints, which gain least, only where
+        there is none simpler.
 
         Args:
             budget: see `Budget.of`.
             count: paths at most. The dearest anchor, where the budget allows it, contends alone.
             known: whether the dearest anchor knows the data that paths are to learn. Where it does not, to be far from
-                it says little: between other ends the path of fewest joints contends then, however far it starts.
+                it says little: the best between other ends contends then, however far it starts.
 
         Returns:
             Paths, that of least divergence first.
@@ -184,8 +185,8 @@ class PathScores:
         own, dearest = ends_of(best, self.depths), self.paths[self._dearest].slices[0].anchor
         least = self.divergence[self.place(best)]
         reach = [path for path in ranked if self.divergence[self.place(path)] <= FAR * least]
-        apart_from = reach if known else sorted(ranked, key=lambda path: path.joints)
-        ends = {one: path for path in reversed(apart_from) if (one := ends_of(path, self.depths)) not in (None, own)}
+        simpler = sorted(reach if known else ranked, key=lambda path: kind_of(path) == "mixed")
+        ends = {one: path for path in reversed(simpler) if (one := ends_of(path, self.depths)) not in (None, own)}
         others = sorted(ends, key=lambda found: (found[1] != dearest, ranked.index(ends[found])))
         first = (best, *[path for path in ranked if not path.joints and path != best][:1])
         apart = [ends[found] for found in others if ends[found] not in first]

@@ -55,8 +55,8 @@ def heal_best(
 
     Each is joined as `PathScores.joint(path, healed=True)` says, unless `assembly` does, and healed as by `heal`, with
     the same settings and for all of its steps: to give up half-way what is behind loses winners and saves little
-    (LOG.md). Where the first learns from the labels alone, since the teacher does not know these data, the simplest
-    paths between other ends contend however far they start.
+    (LOG.md). Where the first learns from the labels alone, since the teacher does not know these data, paths between
+    other ends contend however far they start.
 
     Args:
         anchors: those that were searched, in that order: Hub ids, folders or models.

@@ -281,16 +281,15 @@ def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_anch
     best, found, every = ranked[0], *(scores.contenders(Cost(99, 99), one, known=known) for one in (count, 99))
     assert found[0] == best == scores.best(Cost(99, 99)) and found == every[:count] and len(set(every)) == len(every)
     assert scores.contenders(1.0, count) == (whole,)
-    # By hand: whoever is first between its ends, at most three times as far (if the dearest anchor does not know the
-    # data, of the fewest joints there, however far); between the best's ends, a quarter farther.
+    # By hand: whoever is first between its ends, a mixture after all others, at most three times as far (however far,
+    # if the dearest anchor does not know the data); between the best's ends, a quarter farther.
     anchor = [path for path in ranked if not path.joints and path != best][:1]
     others: list[Path] = []
     near: list[Path] = []
     for path in ranked[1:]:
-        alike = [one for one in ranked if ENDS[str(one)] == ENDS[str(path)]]
-        first = min(alike, key=lambda one: 0 if known else one.joints)  # the nearest of these
-        other = ENDS[str(path)] not in (None, ENDS[str(best)])
-        if path == first and other and (not known or far[path] <= 3 * far[best]):
+        reach = [one for one in ranked if not known or far[one] <= 3 * far[best]]
+        alike = [one for one in reach if ENDS[str(one)] == ENDS[str(path)] not in (None, ENDS[str(best)])]
+        if alike and path == min(alike, key=lambda one: kind_of(one) == "mixed"):
             others.append(path)
         if ENDS[str(path)] == ENDS[str(best)] and far[path] <= 1.25 * far[best]:
             near.append(path)
