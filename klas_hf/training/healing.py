@@ -6,8 +6,9 @@ the weights that did best on held-out examples are kept, so that healing never r
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,22 +128,10 @@ def heal(
         config = replace(config, learning_rate=rate, distillation_weight=weight)
     elif rates:
         config = replace(config, learning_rate=rates[0])
+    run = partial(train_stitches, model, train, teacher=teacher, validation=held, output_dir=output_dir)
     lower = [rate for rate in rates if rate < config.learning_rate]
-    while True:
-        try:
-            result = train_stitches(model, train, config, teacher=teacher, validation=held, output_dir=output_dir)
-            losses = [loss for _, loss in result.validation]
-            if min(losses) < losses[0] or not lower:
-                break
-            tried[config.learning_rate] = losses[-1]
-            start.put_back()
-        except TrainingDiverged:
-            start.put_back()
-            if not lower:
-                raise
-            tried[config.learning_rate] = math.inf
-        Checkpoints(output_dir, {}).remove()
-        config = replace(config, learning_rate=lower.pop())
+    result, config = _whole(run, config, lower, tried, start, output_dir)
+    losses = [loss for _, loss in result.validation]
     return HealingResult(result, config.learning_rate, config.distillation_weight, tried, losses[0], min(losses))
 
 
@@ -232,6 +221,28 @@ def _sweep(
         raise diverged[min(diverged)]
     lower = 1 if min(found.values()) < chance else CAUTION
     return max(rates[0], _vertex(foretold()) / lower), weight, found
+
+
+def _whole(
+    run: Callable[[TrainingConfig], TrainingResult], config: TrainingConfig, lower: list[float],
+    tried: dict[float, float], start: "_Start", output_dir: str | Path | None,
+) -> tuple[TrainingResult, TrainingConfig]:  # fmt: skip
+    """The whole run, at the next of the lower rates where it was no better than the start, and its settings."""
+    while True:
+        try:
+            result = run(config)
+            losses = [loss for _, loss in result.validation]
+            if min(losses) < losses[0] or not lower:
+                return result, config
+            tried[config.learning_rate] = losses[-1]
+            start.put_back()
+        except TrainingDiverged:
+            start.put_back()
+            if not lower:
+                raise
+            tried[config.learning_rate] = math.inf
+        Checkpoints(output_dir, {}).remove()
+        config = replace(config, learning_rate=lower.pop())
 
 
 def _best_of(losses: Mapping[float, float]) -> float:

@@ -1,0 +1,137 @@
+"""Scores of paths: the best within a budget, the Pareto front, who contends, and how their joints are to be made."""
+
+from itertools import pairwise
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from klas_hf import Path, PathScores
+from klas_hf.budgets import Cost
+from klas_hf.scores.path_scores import kind_of
+
+
+def made(points: list[tuple[int, float]]) -> PathScores:
+    """Scores of pruned paths of an anchor of 50 blocks, of (MACs, divergence); the anchor comes last."""
+    paths = [Path.parse(f"0[:{n + 1}] 0[{n + 2}:]") for n in range(len(points))]
+    costs = [Cost(macs, parameters=2 * macs) for macs, _ in points] + [Cost(1000, 2000)]
+    values = np.array([value for _, value in points] + [0.0])
+    return PathScores((*paths, Path.parse("0[:]")), values, values / 10, tuple(costs), ("one",), 2.0, {"a": 1})
+
+
+@pytest.mark.parametrize("budget", ["5000", "1 MB", Cost(1001, 2001)])
+def test_a_budget_beyond_the_dearest_anchor_gives_the_range(budget: Any) -> None:
+    scores = made([(300, 2.0), (600, 0.5)])
+    with pytest.raises(
+        ValueError, match="above the dearest anchor.*at least 30.0%.* at most 100.0% .*2,000 parameters"
+    ):
+        scores.best(budget)
+    assert scores.best("2000") == scores.best(Cost(1000, 2000)) == scores.best("4 KB") == Path.parse("0[:]")
+
+
+POINTS = st.lists(st.tuples(st.integers(200, 999), st.floats(0.001, 5)), min_size=1, max_size=12)
+
+
+@given(POINTS, st.floats(0.05, 1))
+@settings(max_examples=60, deadline=None)
+def test_the_best_within_a_budget_and_the_pareto_front(points: list[tuple[int, float]], share: float) -> None:
+    scores = made(points)
+    every = [*points, (1000, 0.0)]
+    within = [value for macs, value in every if macs <= share * 1000]
+    if within:
+        place = scores.place(scores.best(share))
+        assert scores.divergence[place] == min(within) and scores.costs[place].macs <= share * 1000
+    else:
+        with pytest.raises(ValueError, match="below what any path found here reaches; expected at least"):
+            scores.best(share)
+    front = [every[scores.place(path)] for path in scores.pareto()]
+    for macs, value in every:
+        beaten = any(m <= macs and v < value or m < macs and v <= value for m, v in every)
+        assert beaten or (macs, value) in front
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(front))
+
+
+ENDS = {
+    "0[:]": (0, 0), "0[:2] 0[3:]": (0, 0), "0[:1] 0[2:3] 0[4:]": (0, 0), "0[:3] 0[4:]": (0, 0),
+    "0[:2] 1[5:]": (0, 1), "0[:3] 1[6:]": None,
+    "1[:1] 1[2:]": (1, 1), "1[:1] 1[2:3] 1[4:]": (1, 1), "1[:1] 1[2:3] 1[4:5] 1[6:]": (1, 1),
+    "1[:2] 0[1:2] 1[4:]": (1, 1), "1[:3] 0[1:]": (1, 0),
+}  # of anchors of 4 and of 6 blocks: path → the anchors that it begins and ends with  # fmt: skip
+MEASURED = st.lists(
+    st.tuples(st.sampled_from(sorted(ENDS)), st.floats(0.01, 5), st.integers(1, 99)), min_size=1,
+    unique_by=lambda one: one[0],
+)  # fmt: skip
+
+
+@given(MEASURED, st.integers(1, 8), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_anchors(
+    measured: list[tuple[str, float, int]], count: int, known: bool
+) -> None:
+    paths, whole = [Path.parse(text) for text, _, _ in measured], Path.parse("1[:]")
+    values, costs = [value for _, value, _ in measured] + [0.0], [Cost(m, m) for _, _, m in measured] + [Cost(100, 100)]
+    scores = PathScores(
+        (*paths, whole), np.array(values), np.zeros(len(costs)), tuple(costs), ("a", "b"), 2.0, depths=(4, 6)
+    )
+    far = {path: scores.divergence[scores.place(path)] for path in paths}
+    ranked = sorted(paths, key=lambda path: (far[path], scores.share(path)))
+    best, found, every = ranked[0], *(scores.contenders(Cost(99, 99), one, known=known) for one in (count, 99))
+    assert found[0] == best == scores.best(Cost(99, 99)) and found == every[:count] and len(set(every)) == len(every)
+    assert scores.contenders(1.0, count) == (whole,)
+    # By hand: whoever is first between its ends, a mixture after all others, at most three times as far (however far,
+    # if the dearest anchor does not know the data); between the best's ends, a quarter farther.
+    anchor = [path for path in ranked if not path.joints and path != best][:1]
+    others: list[Path] = []
+    near: list[Path] = []
+    for path in ranked[1:]:
+        reach = [one for one in ranked if not known or far[one] <= 3 * far[best]]
+        alike = [one for one in reach if ENDS[str(one)] == ENDS[str(path)] not in (None, ENDS[str(best)])]
+        if alike and path == min(alike, key=lambda one: kind_of(one) == "mixed"):
+            others.append(path)
+        if ENDS[str(path)] == ENDS[str(best)] and far[path] <= 1.25 * far[best]:
+            near.append(path)
+    others.sort(key=lambda path: ENDS[str(path)][1] == 0)  # stable: those that end with the dearest anchor first
+    assert set(every) == {best, *anchor, *others, *near} and every[1 : 1 + len(anchor)] == tuple(anchor)
+    others, near = ([path for path in of_one if path not in anchor] for of_one in (others, near))
+    assert [path for path in every if path in others] == others and [path for path in every if path in near] == near
+    if others and near:
+        assert every[1 + len(anchor) :][:2] == (near[0], others[0])
+    with pytest.raises(ValueError, match="count=0"):
+        scores.contenders(1.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("joint", "seamless", "divergence", "healed"),
+    [
+        ("merged", (), 0.04, "identity"),  # as files have it that do not say
+        ("merged", (True, False), 0.06, "merged"),
+        ("least_squares", (), 0.01, "least_squares"),
+        ("least_squares", (True, False), 0.01, "identity"),
+        ("least_squares", (True, False), 0.06, "least_squares"),
+    ],
+)
+def test_little_that_is_cut_is_left_as_it_is_where_healing_follows(
+    joint: str, seamless: tuple[bool, ...], divergence: float, healed: str, tmp_path: FilePath
+) -> None:
+    paths = Path.parse("1[:2] 1[4:]"), Path.parse("1[:]")
+    values, costs = np.array([divergence, 0.0]), (Cost(50, 50), Cost(100, 100))
+    scores = PathScores(
+        paths, values, np.zeros(2), costs, ("a", "b"), 2.0, joints=(joint, "least_squares"), depths=(4, 6),
+        seamless=seamless,
+    )  # fmt: skip
+    for one in (scores, PathScores.load(scores.save(tmp_path / "paths.safetensors"))):
+        assert (one.joint(paths[0]), one.joint(paths[0], healed=True)) == (joint, healed)
+        assert one.joint(paths[1], healed=True) == "least_squares"
+
+
+def test_scores_are_saved_and_drawn(tmp_path: FilePath) -> None:
+    scores = made([(300, 2.0), (600, 0.5), (700, 0.6)])
+    again = PathScores.load(scores.save(tmp_path / "paths.safetensors"))
+    assert again.paths == scores.paths and again.costs == scores.costs and again.provenance == {"a": 1}
+    assert (again.divergence == scores.divergence).all() and (again.error == scores.error).all()
+    scores.plot(tmp_path / "picture")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert str(scores).count("\n") == 3 and "0[:2] 0[3:]" in str(scores) and "0.6000" not in str(scores)
