@@ -14,6 +14,7 @@ from klas_hf.scores.path_scores import PathScores
 from klas_hf.stitching.assembly import assemble_best
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.healing import HealingResult, heal
+from klas_hf.training.held_out import is_less
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Contest:
     """What became of the paths that were healed.
 
     Attributes:
-        model: the one of least held-out loss.
+        model: the best one.
         healing: what healing it did.
         contenders: every path, with what healing did to it, in the order of their divergence.
 
@@ -56,7 +57,8 @@ def heal_best(
     Each is joined as `PathScores.joint(path, healed=True)` says, unless `assembly` does, and healed as by `heal`, with
     the same settings and for all of its steps: to give up half-way what is behind loses winners and saves little
     (LOG.md). Where the first learns from the labels alone, since the teacher does not know these data, paths between
-    other ends contend however far they start.
+    other ends contend however far they start; where it does not, and of images, the first stays unless another's
+    held-out loss is less by more than a standard error, since few images tell little of which is right more often.
 
     Args:
         anchors: those that were searched, in that order: Hub ids, folders or models.
@@ -84,8 +86,7 @@ def heal_best(
     """
     healed: dict[Path, HealingResult] = {}
     kept: tuple[Path, StitchedModel] | None = None
-    best = float("inf")
-    named = found.contenders(budget, contenders)
+    named, known = found.contenders(budget, contenders), True
     while len(healed) < len(named):
         path = named[number := len(healed)]
         given = {"joint": found.joint(path, healed=True)} | assembly
@@ -94,13 +95,27 @@ def heal_best(
             model, data, teacher=teacher, validation=validation, config=config,
             output_dir=None if output_dir is None else Folder(output_dir) / f"contender-{number}",
         )  # fmt: skip
-        if kept is None or healed[path].end < best:
-            kept, best = (path, model), healed[path].end
         if not number and teacher is not None and not healed[path].distillation_weight:
-            named = found.contenders(budget, contenders, known=False)
+            named, known = found.contenders(budget, contenders, known=False), False
+        done, careful = healed.values(), known and model.main_input_name == "pixel_values"
+        examples = [one.training.examples for one in done] if careful else ()
+        if best_contender([one.end for one in done], examples) == number:
+            kept = path, model
     assert kept is not None
     path, model = kept
     model.config.search["contenders"] = [
         {"path": str(of), "start": one.start, "end": one.end, "steps": one.training.steps} for of, one in healed.items()
     ]
     return Contest(model, healed[path], healed)
+
+
+def best_contender(ends: Sequence[float], examples: Sequence[Sequence[float]] = ()) -> int:
+    """The place of the best of some contenders, by held-out loss.
+
+    Args:
+        ends: held-out loss of each.
+        examples: the losses of each on the held-out examples, where the first is to stay unless another's are less by
+            more than a standard error; empty: by the least loss alone.
+    """
+    ahead = [place for place in range(len(ends)) if not place or not examples or is_less(examples[place], examples[0])]
+    return min(ahead, key=ends.__getitem__)

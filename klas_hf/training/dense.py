@@ -60,10 +60,10 @@ class DenseObjective(Objective):
         scores = self.head.scores(output, None)
         return scores.movedim(1, -1).flatten(0, 2) if len(batch["labels"]) else scores.flatten()[:0].view(0, 1)
 
-    def own_loss_sum(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def own_losses(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
         if not len(targets):
-            return self.head.scores(output, None).sum() * 0.0  # of fillers alone
-        return output.loss.sum() * len(targets)
+            return self.head.scores(output, None).sum()[None] * 0.0  # of fillers alone
+        return output.loss.sum()[None] * len(targets)
 
     def chance(self) -> float:
         return math.inf  # the model's own loss is of more than classes

@@ -131,8 +131,9 @@ def heal(
     run = partial(train_stitches, model, train, teacher=teacher, validation=held, output_dir=output_dir)
     lower = [rate for rate in rates if rate < config.learning_rate]
     result, config = _whole(run, config, lower, tried, start, output_dir)
-    losses = [loss for _, loss in result.validation]
-    return HealingResult(result, config.learning_rate, config.distillation_weight, tried, losses[0], min(losses))
+    assert result.kept is not None
+    before, after = result.validation[0][1], result.kept[1]
+    return HealingResult(result, config.learning_rate, config.distillation_weight, tried, before, after)
 
 
 def healing_config(steps: int = 300, **changes: Any) -> TrainingConfig:
@@ -231,10 +232,9 @@ def _whole(
     while True:
         try:
             result = run(config)
-            losses = [loss for _, loss in result.validation]
-            if min(losses) < losses[0] or not lower:
+            if (result.kept is not None and result.kept[1] < result.validation[0][1]) or not lower:
                 return result, config
-            tried[config.learning_rate] = losses[-1]
+            tried[config.learning_rate] = result.validation[-1][1]
             start.put_back()
         except TrainingDiverged:
             start.put_back()

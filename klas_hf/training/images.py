@@ -14,7 +14,7 @@ from klas_hf.training.augmentation import Augmentation, as_floats, augment
 from klas_hf.training.batch_norm import batch_norms
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import FILLER, EpochOrder
-from klas_hf.training.losses import cross_entropy_sum
+from klas_hf.training.losses import cross_entropies
 from klas_hf.training.objectives import Objective
 
 
@@ -77,9 +77,9 @@ class ImageObjective(Objective):
     def labelled(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
         return output.logits[: len(batch["labels"])]  # none of a blank image
 
-    def own_loss_sum(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def own_losses(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
         few = len(self.among) < logits.shape[-1]
-        return cross_entropy_sum(logits[:, self.among.to(logits.device)] if few else logits, targets)
+        return cross_entropies(logits[:, self.among.to(logits.device)] if few else logits, targets)
 
     def classes(self, model: PreTrainedModel) -> int:
         return model.config.num_labels

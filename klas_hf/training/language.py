@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import IGNORED, EpochOrder, batches_of
-from klas_hf.training.losses import cross_entropy_sum
+from klas_hf.training.losses import cross_entropies
 from klas_hf.training.objectives import Objective
 
 
@@ -52,8 +52,13 @@ class LanguageObjective(Objective):
     def labelled(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
         return output.logits[:, :-1][batch["labels"][:, 1:] != IGNORED]
 
-    def own_loss_sum(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy_sum(logits, targets)
+    def own_losses(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropies(logits, targets)
+
+    def by_example(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
+        labelled, place = rows.unique_consecutive(return_inverse=True)
+        return losses.new_zeros(len(labelled)).index_add(0, place, losses)
 
     def classes(self, model: PreTrainedModel) -> int:
         return model.config.get_text_config().vocab_size

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,12 @@ class TrainingResult:
         steps: optimiser steps.
         losses: mean loss of each step, in nats per label.
         validation: (step, held-out loss in nats per label) of every measurement, the start's first; empty without
-            held-out examples. The model has the weights of the least.
+            held-out examples.
         seconds: time of this call; of a resumed run, only what it added.
         processes: number of processes.
+        kept: the step, and held-out loss, of the weights that the model has: those of the end, unless earlier ones did
+            better by more than a standard error, or the end is worse than the start; None without held-out examples.
+        examples: the held-out loss of each example then, summed over its labels, in nats.
 
     Example:
         >>> model = StitchedModel.from_anchors(source, target, stitch=(2, 1), calibration=batches)
@@ -60,6 +63,8 @@ class TrainingResult:
     seconds: float
     processes: int
     validation: tuple[tuple[int, float], ...] = ()
+    kept: tuple[int, float] | None = None
+    examples: tuple[float, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:
         steps = f"{self.steps:,} step{'' if self.steps == 1 else 's'} in {self.seconds:.1f} s"
@@ -90,7 +95,8 @@ def train_stitches(
         config: settings; None takes the defaults.
         teacher: for distillation, usually the dearest anchor.
         validation: held-out examples of the form of `data`; their loss (of the labels, not distilled) is measured at
-            the start and every `eval_steps`, and at the end the model has the weights that did best.
+            the start and every `eval_steps`, and at the end the model has the weights that did best, or those of the
+            end where they are as good within a standard error.
         output_dir: where checkpoints go. A run found there is resumed, to the same parameters as without a break.
 
     Returns:
@@ -146,11 +152,14 @@ def train_stitches(
         try:
             progress = run.train(steps, progress, total, checkpoints)
             if held is not None:
-                held.put_back()
+                held.finish()
         finally:
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    seconds, history = time.perf_counter() - begun, () if held is None else tuple(held.history)
-    result = TrainingResult(progress.step, progress.losses, seconds, accelerator.num_processes, history)
+    seconds = time.perf_counter() - begun
+    result = TrainingResult(progress.step, progress.losses, seconds, accelerator.num_processes)
+    if held is not None:
+        kept = held.kept_step, dict(held.history)[held.kept_step]
+        result = replace(result, validation=tuple(held.history), kept=kept, examples=held.examples)
     if result.steps:
         model.config.training = _record(result, config, objective, len(data), getattr(model.config, "training", None))
     return result
@@ -169,9 +178,8 @@ def _record(
         "first_loss": result.losses[0],
         "last_loss": result.losses[-1],
     }
-    if result.validation:
-        step, loss = min(result.validation, key=lambda pair: pair[1])
-        made |= {"kept_step": step, "validation_loss": loss}
+    if result.kept is not None:
+        made |= dict(zip(("kept_step", "validation_loss"), result.kept, strict=True))
     return made if before is None else made | {"before": before}
 
 
@@ -205,7 +213,8 @@ def held_out_loss(model: PreTrainedModel, validation: Any, config: TrainingConfi
     accelerator = Accelerator()
     objective = held_objective_of(model, validation, with_precision(config, accelerator.device))
     with on_device(model, accelerator.device):
-        return HeldOut(accelerator, model, objective, 1).loss()
+        examples, labels = HeldOut(accelerator, model, objective, 1).measure()
+    return sum(examples) / max(labels, 1)
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""Losses, as sums over labels, so that any split into batches adds up to the same.
+"""Losses of labels, and sums over them, so that any split into batches adds up to the same.
 
 Logits are `(labels, classes)`: of next tokens or of images.
 """
@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats with class numbers `(labels,)` or class probabilities `(labels, classes)`."""
-    return F.cross_entropy(logits, targets, reduction="sum")
+def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, `(labels,)`, with class numbers `(labels,)` or probabilities `(labels, classes)`."""
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def soft_distillation_sum(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -62,9 +62,9 @@ class MultiLabelObjective(Objective):
     def labelled(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
         return output.logits[: len(batch["labels"])]  # none of a blank image
 
-    def own_loss_sum(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def own_losses(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
         present = targets.view(logits.shape).to(logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(1).sum()
+        return F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(1)
 
     def chance(self) -> float:
         labels = torch.cat([batch["labels"] for batch in self.batches(1)[0]]).double()

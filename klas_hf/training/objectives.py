@@ -78,14 +78,18 @@ class Objective(ABC):
         """The logits that have a label, `(labels, classes)`, of those that the forward gives."""
 
     @abstractmethod
-    def own_loss_sum(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss of the labels, undistilled, as a sum.
+    def own_losses(self, output: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each label, undistilled, `(labels,)`; `(1,)`, their sum, where the model gives no more.
 
         Args:
             output: of the forward.
             logits: those that have a label.
             targets: as `inputs` gives them.
         """
+
+    def by_example(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """What `own_losses` gives, summed over each example of a batch that has labels; here, each has one."""
+        return losses
 
     def chance(self) -> float:
         """The loss of who knows only how often each class is a label, in nats per label; infinite where unknown.
@@ -114,13 +118,8 @@ class Objective(ABC):
         """
         config = self.config
         inputs, targets = self.inputs(batch)
-        # Not left to the Accelerator, whose precision is one for the life of the process.
-        autocast = torch.autocast(targets.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
-        # Of fillers alone statistics must not be taken; other processes wait for this one's forward all the same.
-        with autocast, nullcontext() if batch["labels"].numel() else evaluating(model):
-            output = model(**inputs, **self._options(seed))
-            logits = self.labelled(output, batch).float()
-        loss = self.own_loss_sum(output, logits, targets)
+        output, logits = self._answers(model, batch, inputs, seed)
+        loss = self.own_losses(output, logits, targets).sum()
         if self.teacher is None:
             return loss
         with torch.no_grad():
@@ -131,6 +130,24 @@ class Objective(ABC):
             distance = soft_distillation_sum(logits, teacher_logits, config.distillation_temperature)
         distance = distance * (self.count(batch) / max(len(logits), 1))  # pixels are more than labels are counted
         return (1 - config.distillation_weight) * loss + config.distillation_weight * distance
+
+    def example_losses(self, model: nn.Module, batch: dict[str, Tensor], seed: tuple[int, ...]) -> Tensor:
+        """The undistilled loss of each labelled example of a batch, summed over its labels, in nats, `(examples,)`."""
+        inputs, targets = self.inputs(batch)
+        output, logits = self._answers(model, batch, inputs, seed)
+        return self.by_example(self.own_losses(output, logits, targets), batch)
+
+    def _answers(
+        self, model: nn.Module, batch: dict[str, Tensor], inputs: dict[str, Any], seed: tuple[int, ...]
+    ) -> tuple[Any, Tensor]:
+        """What the forward gives, and the logits that have a label."""
+        device, fast = batch["labels"].device.type, self.config.mixed_precision == "bf16"
+        # Not left to the Accelerator, whose precision is one for the life of the process.
+        autocast = torch.autocast(device, torch.bfloat16, enabled=fast)
+        # Of fillers alone statistics must not be taken; other processes wait for this one's forward all the same.
+        with autocast, nullcontext() if batch["labels"].numel() else evaluating(model):
+            output = model(**inputs, **self._options(seed))
+            return output, self.labelled(output, batch).float()
 
     @contextmanager
     def while_training(self, device: torch.device) -> Iterator[None]:

@@ -43,6 +43,7 @@ from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stit
 from klas_hf.selection.search import search_paths
 from klas_hf.selection.snnet import snnet_stitches
 from klas_hf.training import TrainingConfig, heal, healing_config
+from klas_hf.training.contest import best_contender
 from klas_hf.training.healing import RATES, HealingResult
 
 OURS, ANCHORS = "search", "anchors"
@@ -166,7 +167,7 @@ class EverySize:
         self.small, self.large = family.anchors
         self.made_from = [fingerprint(anchor) for anchor in family.anchors]
         run = {"study": "every size", "family": family.name, "anchors": self.made_from, "healing": dict(family.healing)}
-        run["items"] = "of every model"  # without them rows cannot be compared item by item
+        run["items"] = "of every model, held-out ones too"  # without them rows cannot be compared item by item
         run |= {name: len(getattr(family, name)) for name in ("train", "validation", "fitting", "scored", "test")}
         self.rows = RowFile(self.output / "rows.jsonl", run)
         self.costs = measure_path_costs(family.anchors, tokens=family.tokens, image_size=family.image_size)
@@ -214,7 +215,9 @@ class EverySize:
                 beside["quantised"] = quantised(model, self._quality)
             if length:
                 last = healed[-1]
-                course = {"validation": last.training.validation, "rate": last.learning_rate}
+                course = {"validation": last.training.validation, "kept": last.end, "rate": last.learning_rate}
+                if self.family.image_size is not None:
+                    course["held_out"] = last.training.examples
                 course["distillation_weight"] = last.distillation_weight
                 return Measurement(measured.metrics, {**measured.details, **beside, **course})
             divergence = evaluate_divergence(model, self.large, self.family.scored, classes=self.family.classes)
@@ -312,13 +315,15 @@ class EverySize:
         named = self.contenders(OURS, most, length)
         if len(named) < 2 or not length:
             return named[0] if named else None
-        ends: list[float] = []
-        while len(ends) < len(named):
-            details = self.row(f"contender {len(ends)}", named[len(ends)], length, seed).details
-            ends.append(min(loss for _, loss in details["validation"]))
-            if len(ends) == 1 and not details["distillation_weight"]:  # the dear anchor does not know these data
-                named = self.contenders(OURS, most, length, known=False)
-        return named[ends.index(min(ends))]
+        done: list[dict[str, Any]] = []
+        known = True
+        while len(done) < len(named):
+            done.append(self.row(f"contender {len(done)}", named[len(done)], length, seed).details)
+            if len(done) == 1 and not done[0]["distillation_weight"]:  # the dear anchor does not know these data
+                named, known = self.contenders(OURS, most, length, known=False), False
+        careful = known and self.family.image_size is not None
+        examples = [details["held_out"] for details in done] if careful else ()
+        return named[best_contender([details["kept"] for details in done], examples)]
 
     def _rival(
         self, rule: str, length: int, seed: int, wanted: float, low: float, high: float

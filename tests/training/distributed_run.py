@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,11 +31,15 @@ def main() -> None:
         trainable=trainable, max_steps=6, per_device_batch_size=batch_size, learning_rate=1e-2,
         gradient_accumulation_steps=accumulation, distillation_weight=0.3,
     )  # fmt: skip
-    result = train_stitches(model, examples(), config, teacher=target, output_dir=folder / "checkpoints")
+    options = {"validation": examples()[:9], "output_dir": folder / "checkpoints"}
+    result = train_stitches(model, examples(), replace(config, eval_steps=2), teacher=target, **options)
     measured = TextBatches([example["input_ids"] for example in examples()], 4)
     found = {
         "processes": state.num_processes,
         "losses": result.losses,
+        "validation": result.validation,
+        "kept": result.kept,
+        "examples": sorted(result.examples),
         "loss": evaluate(model, measured).metrics["loss"],
         "answers": generate_greedily(model, [[1, 5, 9], [1, 7], [1, 8, 8, 8, 3]], max_new_tokens=5, batch_size=1),
         "r2": model.config.joint_fits[0]["r2"],

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from image_examples import interrupted_after
+from image_examples import ToyImages, interrupted_after, tiny_vit
+from scipy.stats import ttest_rel
 from tiny_models import tiny_model, token_ids
 
 from klas_hf import PathScores, StitchedModel, TrainingConfig, evaluate, heal, heal_best, search_paths
@@ -58,6 +59,31 @@ def test_the_model_is_the_best_of_those_healed_alone(setting) -> None:
     assert [one["path"] for one in told["contenders"]] == list(map(str, done.contenders))
     assert [one["end"] for one in told["contenders"]] == [one.end for one in done.contenders.values()]
     assert told["divergence"] == float(found.divergence[found.place(best)])
+
+
+def test_of_images_the_first_stays_unless_another_is_surely_ahead() -> None:
+    small, large = tiny_vit(1), tiny_vit(2, num_hidden_layers=4)
+    data, held = ToyImages(42, floats=True), ToyImages(30, floats=True, seed=5)
+    for anchor in (small, large):
+        heal(anchor, data, validation=held, config=replace(CONFIG, max_steps=20), rates=(1e-2,))
+    held.labels[:3] = reversed(held.labels[:3])  # mistakes, which cost the surest most
+    batches = [{"pixel_values": part} for part in data.images.split(7)]
+    found = search_paths([small, large], batches)
+    stayed = set()
+    for budget in ("60%", "80%"):
+        config = replace(CONFIG, distillation_weight=0.5)
+        options = {"teacher": large, "validation": held, "config": config, "calibration": batches}
+        done = heal_best([small, large], found, budget, data, **options)
+        ends = {path: one.end for path, one in done.contenders.items()}
+        losses = {path: one.training.examples for path, one in done.contenders.items()}
+        first, *others = ends
+        surely = [path for path in others if ttest_rel(losses[first], losses[path]).statistic > 1]
+        best = min([first, *surely], key=ends.__getitem__)
+        assert done.model.config.path == str(best)
+        measured = evaluate(done.model, [{"pixel_values": held.images, "labels": torch.tensor(held.labels)}])
+        assert measured.metrics["loss"] == pytest.approx(ends[best], rel=1e-4)
+        stayed.add((best == first, min(ends, key=ends.__getitem__) == first))
+    assert (True, False) in stayed, stayed
 
 
 @pytest.mark.parametrize("knows", [True, False])

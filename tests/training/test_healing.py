@@ -2,14 +2,21 @@
 
 import copy
 import math
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path as Folder
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from image_examples import ToyImages, interrupted_after, tiny_vit, toy_supernet
+from safetensors.torch import load_file
 from scipy.stats import entropy
 from tiny_models import tiny_model, token_ids
 from torch import nn
@@ -17,6 +24,7 @@ from torch import nn
 from klas_hf import StitchedModel, TrainingConfig, TrainingDiverged, evaluate, heal, healing_config, train_stitches
 from klas_hf.data.images import ImageSet, map_labels
 from klas_hf.training.healing import RATES
+from klas_hf.training.held_out import is_less
 from klas_hf.training.loop import TrainingResult, held_objective_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
@@ -42,6 +50,12 @@ def pruned(seed: int = 2) -> Any:
     return StitchedModel.from_path([model], "0[:2] 0[3:]", calibration=[token_ids(32, 12)]), model
 
 
+def image_losses(model: Any, data: ToyImages) -> np.ndarray:
+    with torch.no_grad():
+        logits = model(pixel_values=data.images).logits
+    return nn.functional.cross_entropy(logits, torch.tensor(data.labels), reduction="none").numpy()
+
+
 TRAIN, HELD = examples(48, 1), examples(16, 2)
 
 
@@ -56,6 +70,44 @@ def test_the_weights_are_those_of_the_least_held_out_loss(trainable: str) -> Non
     after = evaluate(model, batches(HELD)).metrics["loss"]
     assert after == pytest.approx(min(loss for _, loss in result.validation), rel=1e-5) and after < before
     assert model.config.training["validation_loss"] == pytest.approx(after, rel=1e-5)
+
+
+def test_the_end_is_kept_unless_earlier_weights_did_better_by_more_than_an_error(tmp_path: Folder) -> None:
+    seen = Counter()
+    for seed in range(10):
+        data, held = ToyImages(42, floats=True, seed=seed), ToyImages(9, floats=True, seed=seed + 50)
+        if seed % 2:  # which is learnt by heart
+            data.labels = np.random.default_rng(seed).permutation(data.labels).tolist()
+        config = replace(QUICK, eval_steps=3, save_steps=1, learning_rate=3e-2, seed=seed)
+        model, after = tiny_vit(seed), {0: tiny_vit(seed)}
+        result = train_stitches(model, data, config, validation=held)
+        for step in (3, 6, 9, 12):
+            after[step] = tiny_vit(seed)
+            with interrupted_after(step) if step < 12 else nullcontext():
+                train_stitches(after[step], data, config, output_dir=tmp_path / f"{seed}-{step}")
+            after[step].load_state_dict(
+                load_file(tmp_path / f"{seed}-{step}" / f"checkpoint-{step}/weights.safetensors")
+            )
+        losses = {step: image_losses(one, held) for step, one in after.items()}
+        torch.testing.assert_close(dict(result.validation), {step: float(one.mean()) for step, one in losses.items()})
+        least, worse = min(after, key=dict(result.validation).__getitem__), losses[12].mean() > losses[0].mean()
+        far = least != 12 and scipy.stats.ttest_rel(losses[12], losses[least]).statistic > 1
+        kept = least if far or worse else 12
+        seen["far" if far else "near" if least != 12 else "last"] += 1
+        assert result.kept == (kept, pytest.approx(losses[kept].mean(), rel=1e-4)), seed
+        torch.testing.assert_close(sorted(result.examples), sorted(losses[kept].tolist()), rtol=1e-4, atol=1e-5)
+        for name, tensor in after[kept].state_dict().items():
+            torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+    assert set(seen) == {"far", "near", "last"}, seen
+
+
+@given(arrays(float, st.integers(2, 40), elements=st.floats(0, 5)), st.integers(0, 10**6))
+def test_less_by_more_than_an_error_is_a_paired_t_above_one(losses: np.ndarray, seed: int) -> None:
+    others = losses + np.random.default_rng(seed).normal(0.2, 1, len(losses))
+    found = scipy.stats.ttest_rel(others, losses).statistic
+    assume(abs(found - 1) > 1e-6)
+    assert is_less(losses, others) == (found > 1)
+    assert is_less(losses[:1], losses[:1] + 0.1) and not is_less(losses, losses)
 
 
 def test_a_training_that_makes_things_worse_gives_the_start_back() -> None:
@@ -206,7 +258,8 @@ def test_long_runs_are_at_higher_rates_than_short_ones(
 
     def train(model: Any, data: Any, config: TrainingConfig, **_: Any) -> TrainingResult:
         runs.append(config)
-        return TrainingResult(1, (), 0.0, 1, ((0, 9.0), (1, loss(config.learning_rate))))
+        end = (1, loss(config.learning_rate))
+        return TrainingResult(1, (), 0.0, 1, ((0, 9.0), end), end)
 
     monkeypatch.setattr("klas_hf.training.healing.train_stitches", train)
     monkeypatch.setattr(
@@ -232,7 +285,7 @@ def test_short_runs_at_chance_say_nothing_of_rates(
     short: dict[float, float], whole: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(model: Any, data: Any, config: TrainingConfig, **_: Any) -> TrainingResult:
-        return TrainingResult(1, (), 0.0, 1, ((0, 9.0), (1, 1.0)))
+        return TrainingResult(1, (), 0.0, 1, ((0, 9.0), (1, 1.0)), (1, 1.0))
 
     monkeypatch.setattr("klas_hf.training.healing.train_stitches", train)
     monkeypatch.setattr(

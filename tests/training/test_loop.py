@@ -19,7 +19,7 @@ from klas_hf import StitchedModel, TrainingConfig, TrainingDiverged, TrainingRes
 from klas_hf.training import language, loop
 from klas_hf.training.data import batches_of, collate
 from klas_hf.training.language import LanguageObjective
-from klas_hf.training.losses import cross_entropy_sum
+from klas_hf.training.losses import cross_entropies
 
 CPU = torch.device("cpu")
 QUICK = TrainingConfig(
@@ -252,9 +252,9 @@ def test_nan_stops_and_keeps_the_last_checkpoint(model: PreTrainedModel, tmp_pat
     seen = iter(range(100))
 
     def poisoned(logits, labels):
-        return cross_entropy_sum(logits, labels) * (float("nan") if next(seen) == 4 else 1.0)
+        return cross_entropies(logits, labels) * (float("nan") if next(seen) == 4 else 1.0)
 
-    monkeypatch.setattr(language, "cross_entropy_sum", poisoned)
+    monkeypatch.setattr(language, "cross_entropies", poisoned)
     with pytest.raises(TrainingDiverged, match=r"nan.*finite.*learning rate"):
         train_stitches(model, examples(), QUICK, output_dir=tmp_path)
     (kept,) = tmp_path.iterdir()
@@ -295,6 +295,10 @@ def test_losses_ignore_masked_labels(model: PreTrainedModel) -> None:
     )
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
     assert objective.count(batch) == 4
+    with torch.no_grad():
+        each = objective.example_losses(model, batch, (0, 0, 0))
+        alone = [model(input_ids=batch["input_ids"][[row]], labels=labels[[row]]).loss for row in range(2)]
+    torch.testing.assert_close(each, torch.stack(alone) * torch.tensor([2, 2]))
     batch["labels"] = torch.full_like(labels, -100)
     assert objective.count(batch) == objective.loss_sum(model, batch, (0, 0, 0)) == 0
 
