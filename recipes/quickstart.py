@@ -163,7 +163,7 @@ class Quickstart:
         if self.state.is_main_process:
             found.save(self.output / "paths.safetensors")
             found.plot(self.output / "paths")
-        self.joints = {path: found.joint(path, healed=True) for path in found.paths}
+        self.joints = {path: found.joint(path, steps=self.args.steps) for path in found.paths}
         self.say("  " + str(found).replace("\n", "\n  "))
         self.clock.lap("search")
         return found

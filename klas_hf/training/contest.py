@@ -13,7 +13,7 @@ from klas_hf.paths import Path
 from klas_hf.scores.path_scores import PathScores
 from klas_hf.stitching.assembly import assemble_best
 from klas_hf.training.config import TrainingConfig
-from klas_hf.training.healing import HealingResult, heal
+from klas_hf.training.healing import HealingResult, heal, healing_config, steps_of
 from klas_hf.training.held_out import is_less
 
 
@@ -54,7 +54,7 @@ def heal_best(
 ) -> Contest:
     """Make and heal the best paths within a budget, and keep the one that does best on held-out examples.
 
-    Each is joined as `PathScores.joint(path, healed=True)` says, unless `assembly` does, and healed as by `heal`, with
+    Each is joined as `PathScores.joint(path, steps=…)` says, unless `assembly` does, and healed as by `heal`, with
     the same settings and for all of its steps: to give up half-way what is behind loses winners and saves little
     (LOG.md). Where the first learns from the labels alone, since the teacher does not know these data, paths between
     other ends contend however far they start; where it does not, and of images, the first stays unless another's
@@ -86,10 +86,12 @@ def heal_best(
     """
     healed: dict[Path, HealingResult] = {}
     kept: tuple[Path, StitchedModel] | None = None
+    config = config or healing_config()
+    steps = steps_of(config, data)
     named, known = found.contenders(budget, contenders), True
     while len(healed) < len(named):
         path = named[number := len(healed)]
-        given = {"joint": found.joint(path, healed=True)} | assembly
+        given = {"joint": found.joint(path, steps=steps)} | assembly
         model = assemble_best(anchors, found, budget, path, **given)
         healed[path] = heal(
             model, data, teacher=teacher, validation=validation, config=config,

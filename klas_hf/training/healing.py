@@ -159,6 +159,11 @@ def healing_config(steps: int = 300, **changes: Any) -> TrainingConfig:
     return TrainingConfig(**settings | changes)
 
 
+def steps_of(config: TrainingConfig, data: Any) -> int:
+    """Steps of a run as settings have it; where they count epochs, of one."""
+    return max(1, len(data) // config.per_device_batch_size) if config.max_steps is None else config.max_steps
+
+
 def _sweep(
     model: PreTrainedModel, train: Any, held: Any, teacher: PreTrainedModel | None, config: TrainingConfig,
     rates: Sequence[float], limits: tuple[float, float], start: "_Start",
@@ -171,7 +176,7 @@ def _sweep(
     is lowered: what first brings a model that is far off nearer may kill it before its end.
     """
     bar, chance = limits
-    total = config.max_steps if config.max_steps is not None else max(1, len(train) // config.per_device_batch_size)
+    total = steps_of(config, train)
     steps = max(2, round(total * SWEEP_SHARE))  # the first of which is at a rate of 0
     found: dict[float, float] = {}
     diverged: dict[float, TrainingDiverged] = {}

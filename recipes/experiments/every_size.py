@@ -305,7 +305,7 @@ class EverySize:
         if not within:
             return []
         paths = found.contenders(Budget(macs=max(within)), self.settings.contenders, known=known)
-        return [self._choice(path, found.joint(path, healed=length > 0)) for path in paths]
+        return [self._choice(path, found.joint(path, steps=length)) for path in paths]
 
     def _choice(self, path: Path, joint: str) -> Choice:
         return Choice(path, joint, self.costs.of(path, identity=joint in ("merged", "identity")).macs)

@@ -61,7 +61,7 @@ def test_a_language_model_is_that_of_the_functions(language: Path, made: Path) -
     found = search_paths(names, searched, tokens=12)
     teacher, healed = AutoModelForCausalLM.from_pretrained(names[1]), {}
     for path in found.contenders("70%", 2, known=False):
-        one = StitchedModel.from_path(names, path, calibration=learnt, joint=found.joint(path, healed=True))
+        one = StitchedModel.from_path(names, path, calibration=learnt, joint=found.joint(path, steps=4))
         result = heal(one, learnt.examples, teacher=teacher, config=healing_config(4, per_device_batch_size=8))
         healed[path] = result.end, one
     best, (_, model) = min(healed.items(), key=lambda pair: pair[1][0])

@@ -104,17 +104,19 @@ def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_anch
 
 
 @pytest.mark.parametrize(
-    ("joint", "seamless", "divergence", "healed"),
+    ("joint", "seamless", "divergence", "steps", "healed"),
     [
-        ("merged", (), 0.04, "identity"),  # as files have it that do not say
-        ("merged", (True, False), 0.06, "merged"),
-        ("least_squares", (), 0.01, "least_squares"),
-        ("least_squares", (True, False), 0.01, "identity"),
-        ("least_squares", (True, False), 0.06, "least_squares"),
+        ("merged", (), 0.04, 4, "identity"),  # as files have it that do not say
+        ("merged", (True, False), 0.06, 100, "merged"),
+        ("merged", (True, False), 0.06, 200, "identity"),
+        ("merged", (True, False), 0.16, 1000, "merged"),
+        ("least_squares", (), 0.01, 300, "least_squares"),
+        ("least_squares", (True, False), 0.01, 100, "identity"),
+        ("least_squares", (True, False), 0.06, 100, "least_squares"),
     ],
 )
 def test_little_that_is_cut_is_left_as_it_is_where_healing_follows(
-    joint: str, seamless: tuple[bool, ...], divergence: float, healed: str, tmp_path: FilePath
+    joint: str, seamless: tuple[bool, ...], divergence: float, steps: int, healed: str, tmp_path: FilePath
 ) -> None:
     paths = Path.parse("1[:2] 1[4:]"), Path.parse("1[:]")
     values, costs = np.array([divergence, 0.0]), (Cost(50, 50), Cost(100, 100))
@@ -123,8 +125,8 @@ def test_little_that_is_cut_is_left_as_it_is_where_healing_follows(
         seamless=seamless,
     )  # fmt: skip
     for one in (scores, PathScores.load(scores.save(tmp_path / "paths.safetensors"))):
-        assert (one.joint(paths[0]), one.joint(paths[0], healed=True)) == (joint, healed)
-        assert one.joint(paths[1], healed=True) == "least_squares"
+        assert (one.joint(paths[0]), one.joint(paths[0], steps=steps)) == (joint, healed)
+        assert one.joint(paths[1], steps=steps) == "least_squares"
 
 
 def test_scores_are_saved_and_drawn(tmp_path: FilePath) -> None:

@@ -46,7 +46,7 @@ def test_the_model_is_the_best_of_those_healed_alone(setting) -> None:
     assert tuple(done.contenders) == found.contenders("70%", known=False) and len(done.contenders) == 4
     ends = {}
     for path, healing in done.contenders.items():
-        alone = StitchedModel.from_path(anchors, path, calibration=CALIBRATION, joint=found.joint(path, healed=True))
+        alone = StitchedModel.from_path(anchors, path, calibration=CALIBRATION, joint=found.joint(path, steps=8))
         result = heal(alone, TRAIN, teacher=anchors[1], validation=HELD, config=CONFIG)
         assert healing.training.validation == result.training.validation and healing.tried == result.tried
         ends[path] = result.end, alone.state_dict()
