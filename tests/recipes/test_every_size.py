@@ -102,9 +102,9 @@ def losses(study: EverySize, path: str, joint: str, length: int, metric: str = "
 
 
 def validation(study: EverySize, path: str, joint: str, seed: int) -> float:
-    """The least validation loss as a model was healed, that of its start included."""
+    """The validation loss of the weights that were kept as a model was healed."""
     found = {
-        min(loss for _, loss in row["details"]["validation"])
+        row["details"]["kept"]
         for row in rows(study)
         if (row["path"], row["setting"]["joint"], row["seed"]) == (path, joint, seed) and row["training"]
     }
