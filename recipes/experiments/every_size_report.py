@@ -112,7 +112,8 @@ class Outcome:
     def closed(self, bucket: int) -> float | None:
         """Share of the gap between the anchors' means that ours closes; None where there is no gap."""
         small, large = (fmean(self.values(rows)) for rows in self.anchors)
-        return None if small == large else (fmean(self.values(self.rows[bucket][OURS])) - small) / (large - small)
+        ours = fmean(self.values(self.rows[bucket][OURS]))
+        return (ours - small) / (large - small) if abs(large - small) > 1e-9 else None
 
     def advantages(self, bucket: int) -> list[Advantage]:
         """Of ours over every rival in a bucket, the strongest first; 0 where a rival takes the same model."""

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from math import hypot
 from pathlib import Path as Folder
 from statistics import fmean, stdev
@@ -21,7 +22,7 @@ import every_size as recipe  # noqa: E402
 from experiments import every_size  # noqa: E402
 from experiments.beside import quantised  # noqa: E402
 from experiments.every_size import EverySize, Family, StudySettings  # noqa: E402
-from experiments.every_size_report import report  # noqa: E402
+from experiments.every_size_report import Outcome, report  # noqa: E402
 from families import FamilyArguments, family_of  # noqa: E402
 
 from klas_hf import Path, PathSelection, SearchConfig, StitchedModel, evaluate, heal, healing_config, measure_costs  # noqa: E402
@@ -254,6 +255,19 @@ def test_the_report_says_what_the_rows_say(done) -> None:
         error = hypot(hypot(*over_seeds) / len(each), sem(np.mean(apart, axis=0)))
         assert [*map(float, mean.split(" ± "))] == pytest.approx([fmean(each), error], abs=6e-5)
     assert {line[0] for line in totals[1:]} == advantages.keys()
+
+
+@pytest.mark.parametrize("better", [-0.1, 1e-12, 0.0, 0.1])
+def test_no_share_of_a_gap_is_told_where_there_is_none(done, better: float) -> None:
+    outcome = Outcome(done[0], 3)
+    bucket = max(number for number, of_bucket in enumerate(outcome.rows) if of_bucket)
+    of_ours = fmean(row.metrics["loss"] for row in outcome.rows[bucket]["search"])
+    at = of_ours + 0.02, of_ours + 0.02 - better
+    outcome.anchors = tuple(
+        [replace(row, metrics={"loss": loss}) for row in each] for each, loss in zip(outcome.anchors, at, strict=True)
+    )
+    expected = pytest.approx(0.02 / better) if abs(better) > 0.01 else None
+    assert outcome.closed(bucket) == expected
 
 
 def test_cascades_stand_beside(done) -> None:
