@@ -56,8 +56,8 @@ def heal_best(
 
     Each is joined as `PathScores.joint(path, steps=…)` says, unless `assembly` does, and healed as by `heal`, with
     the same settings and for all of its steps: to give up half-way what is behind loses winners and saves little
-    (LOG.md). Where the first learns from the labels alone, since the teacher does not know these data, paths between
-    other ends contend however far they start; where it does not, and of images, the first stays unless another's
+    (LOG.md). Where the teacher does not know these data, so that the first learns from the labels alone, paths between
+    other ends contend however far they start. Where it knows them and they are images, the first stays unless another's
     held-out loss is less by more than a standard error, since few images tell little of which is right more often.
 
     Args:

@@ -65,6 +65,9 @@ class DenseObjective(Objective):
             return self.head.scores(output, None).sum()[None] * 0.0  # of fillers alone
         return output.loss.sum()[None] * len(targets)
 
+    def by_example(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return losses[: len(batch["labels"])]  # a batch is one example, but of fillers alone none
+
     def chance(self) -> float:
         return math.inf  # the model's own loss is of more than classes
 

@@ -36,7 +36,8 @@ class HeldOut:
         best_step: of the least loss.
         weights: the trained tensors of that step, on the CPU.
         kept_step: whose weights the model has after `finish`.
-        examples: the loss of each example, summed over its labels, when last measured; after `finish`, of what is kept.
+        examples: the loss of each example (of dense models: batch), summed over its labels, when last measured; after
+            `finish`, of what is kept.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, objective: Objective, every: int):

@@ -88,7 +88,7 @@ class Objective(ABC):
         """
 
     def by_example(self, losses: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """What `own_losses` gives, summed over each example of a batch that has labels; here, each has one."""
+        """What `own_losses` gives, summed over each example of a batch that has labels; here, each label is one."""
         return losses
 
     def chance(self) -> float:

@@ -9,23 +9,14 @@ import torch
 from image_examples import ToyImages, interrupted_after, tiny_vit
 from scipy.stats import ttest_rel
 from tiny_models import tiny_model, token_ids
+from training_examples import QUICK, counting, one_batch
 
-from klas_hf import PathScores, StitchedModel, TrainingConfig, evaluate, heal, heal_best, search_paths
+from klas_hf import PathScores, StitchedModel, evaluate, heal, heal_best, search_paths
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
-CONFIG = TrainingConfig(
-    trainable="full", max_steps=8, per_device_batch_size=8, gradient_accumulation_steps=1, eval_steps=2
-)
+CONFIG = replace(QUICK, max_steps=8, eval_steps=2)
 CALIBRATION = [token_ids(32, 12, seed=9)]
-
-
-def examples(count: int, seed: int) -> list[dict[str, list[int]]]:
-    """Sequences that count upwards, so that there is something to learn."""
-    ids = (token_ids(count, 1, seed=seed) + torch.arange(10)) % 32
-    return [{"input_ids": row, "labels": row} for row in ids.tolist()]
-
-
-TRAIN, HELD = examples(48, 1), examples(16, 2)
+TRAIN, HELD = counting(48, 1), counting(16, 2)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +44,7 @@ def test_the_model_is_the_best_of_those_healed_alone(setting) -> None:
     best = min(ends, key=lambda path: ends[path][0])
     assert done.model.config.path == str(best) and done.healing == done.contenders[best]
     assert all(torch.equal(tensor, ends[best][1][name]) for name, tensor in done.model.state_dict().items())
-    batch = {name: torch.tensor([one[name] for one in HELD]) for name in HELD[0]}
-    assert evaluate(done.model, [batch]).metrics["loss"] == pytest.approx(done.healing.end, rel=1e-5)
+    assert evaluate(done.model, one_batch(HELD)).metrics["loss"] == pytest.approx(done.healing.end, rel=1e-5)
     told = done.model.config.search
     assert [one["path"] for one in told["contenders"]] == list(map(str, done.contenders))
     assert [one["end"] for one in told["contenders"]] == [one.end for one in done.contenders.values()]

@@ -99,6 +99,17 @@ def test_the_loss_is_the_models_own_per_image() -> None:
         )
 
 
+def test_held_out_losses_are_of_batches_and_fillers_alone_have_none() -> None:
+    model, (batch,) = tiny_dense("upernet"), dense_images(1)
+    objective = DenseObjective(model, Examples(), config(), None)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            objective.example_losses(model, batch, (0,)), objective.loss_sum(model, batch, (0,))[None]
+        )
+        fillers = batch | {"labels": batch["labels"][:0]}
+        assert objective.example_losses(model, fillers, (0,)).shape == (0,)
+
+
 def test_masks_become_one_mask_per_class_for_mask2former() -> None:
     model = tiny_dense("mask2former")
     masks = torch.tensor([[[0, 0], [3, 255]], [[2, 2], [2, 2]]])
