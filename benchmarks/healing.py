@@ -5,6 +5,7 @@
     python benchmarks/healing.py joints "1[:1] 1[7:]" "1[:2] 1[5:]"          # start and healed, by joint
 
     python benchmarks/healing.py rates "0[:2] 1[7:]" --trainable lora --rates 1e-3 3e-3 1e-2 --steps 10 100
+    python benchmarks/healing.py rates "1[:2] 1[6:]" --optimizer muon --shares 0 0.5 --rates 2e-3 4e-3 8e-3 --steps 300
 
 Takes the options of recipes/every_size.py that name a family (`--family stories --anchors … --data …`).
 """
@@ -34,6 +35,7 @@ class HealingArguments:
     steps: list[int] = field(default_factory=lambda: [10, 30, 100, 300], metadata={"help": "of rates: runs' lengths"})
     rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "of rates"})
     trainable: str = field(default="full", metadata={"help": "of rates: full or lora"})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, muon or sgd"})
     joint: str = field(default="least_squares", metadata={"help": f"of rates: one of {', '.join(JOINTS)}"})
     shares: list[float] = field(default_factory=lambda: [0.5], metadata={"help": "of rates: of the loss, distilled"})
     joints: list[str] = field(default_factory=lambda: list(JOINTS), metadata={"help": "of joints: those compared"})
@@ -76,7 +78,7 @@ def rates(family: Family, path: str, args: HealingArguments) -> None:
         for rate in args.rates:
             model = copy.deepcopy(begun)
             settings = {"learning_rate": rate, "distillation_weight": share, "eval_steps": count} | dict(family.healing)
-            config = healing_config(count, **settings, trainable=args.trainable)
+            config = healing_config(count, **settings, trainable=args.trainable, optimizer=args.optimizer)
             options = {"teacher": family.anchors[1] if share else None, "validation": family.validation}
             (_, before), (_, after) = train_stitches(model, family.train, config, **options).validation
             ends.append(f"{rate:g} {after:.4f} (kept: {measured(family, model)})")
@@ -88,10 +90,8 @@ def joints(family: Family, path: str, args: HealingArguments) -> None:
     for joint in args.joints:
         begun, ends = start(family, path, joint), []
         for seed in args.seeds:
-            model, config = (
-                copy.deepcopy(begun),
-                healing_config(100, **{"seed": seed, "eval_steps": 25} | dict(family.healing)),
-            )
+            model, settings = copy.deepcopy(begun), {"seed": seed, "eval_steps": 25} | dict(family.healing)
+            config = healing_config(100, **settings, optimizer=args.optimizer)
             heal(model, family.train, teacher=family.anchors[1], validation=family.validation, config=config)
             ends.append(measured(family, model))
         print(f"{path}, {joint}: start {measured(family, begun)}, healed {', '.join(ends)}", flush=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 TRAINABLE = ("stitch", "lora", "head", "backbone", "full")
 PRECISIONS = ("auto", "no", "bf16")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "muon", "sgd")
 DISTILLATIONS = ("soft", "hard")
 SAMPLINGS = ("uniform", "bucket")
 BATCH_NORMS = ("frozen", "train")
@@ -107,7 +107,7 @@ class TrainingConfig:
         default=None, metadata={"help": "peak learning rate of the stitching layers; None: learning_rate"}
     )
     warmup_ratio: float = field(default=0.1, metadata={"help": "share of the steps with rising rate (1 epoch of 10)"})
-    optimizer: str = field(default="adamw", metadata={"help": "'adamw' or 'sgd'"})
+    optimizer: str = field(default="adamw", metadata={"help": "'adamw', 'sgd', or 'muon' for matrices"})
     momentum: float = field(default=0.9, metadata={"help": "of sgd"})
     weight_decay: float = field(default=0.0, metadata={"help": "of matrices only; AdamW's is decoupled"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})

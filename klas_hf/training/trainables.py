@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from klas_hf.anchors.dense import dense_head, is_dense
 from klas_hf.training.config import TrainingConfig
+from klas_hf.training.muon import MuonWithAdamW, hidden_matrices
 
 # Matrices by their shape, but positions, tokens and offsets by what they are: DeiT and Swin do not decay them.
 _UNDECAYED = re.compile(r"position_embeddings|\w+_token|\w+_bias_table|attention_biases")
@@ -125,16 +126,21 @@ def lora_config(model: PreTrainedModel, config: TrainingConfig) -> LoraConfig:
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
-    """The optimiser's groups: the stitching layers at their own rate, weight decay on matrices only."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """The optimiser's groups: stitching layers at their own rate, weight decay on matrices only, what Muon takes."""
+    hidden = hidden_matrices(model) if config.optimizer == "muon" else set()
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((is_stitching(name), _decays(name, parameter)), []).append(parameter)
+            kind = is_stitching(name), _decays(name, parameter), parameter in hidden
+            groups.setdefault(kind, []).append(parameter)
     rates = {True: config.stitch_learning_rate or config.learning_rate, False: config.learning_rate}
     return [
-        {"params": parameters, "lr": rates[is_stitch], "weight_decay": config.weight_decay if decays else 0.0}
-        for (is_stitch, decays), parameters in groups.items()
-    ]
+        {
+            "params": parameters, "lr": rates[is_stitch], "weight_decay": config.weight_decay if decays else 0.0,
+            "is_hidden": is_hidden,
+        }
+        for (is_stitch, decays, is_hidden), parameters in groups.items()
+    ]  # fmt: skip
 
 
 def optimizer_of(model: nn.Module, config: TrainingConfig) -> Optimizer:
@@ -142,7 +148,7 @@ def optimizer_of(model: nn.Module, config: TrainingConfig) -> Optimizer:
     groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
         return SGD(groups, lr=config.learning_rate, momentum=config.momentum)
-    return AdamW(groups, lr=config.learning_rate)
+    return (MuonWithAdamW if config.optimizer == "muon" else AdamW)(groups, lr=config.learning_rate)
 
 
 def _prepared(model: PreTrainedModel, config: TrainingConfig) -> nn.Module:
