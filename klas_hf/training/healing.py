@@ -83,7 +83,8 @@ def heal(
             labels alone, distillation alone and both (LOG.md). But a teacher that does not know these data holds its
             pupil back: from one that does no better than chance nothing is distilled, and where short runs do better
             than the teacher, runs on the labels alone are tried too, which go on once they are ahead, unless the
-            settings give a `distillation_weight`. None: the labels alone.
+            settings give a `distillation_weight`. Of such data much is to be learnt, and where everything learns Muon
+            takes AdamW's place, which learns more of it (LOG.md). None: the labels alone.
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
         rates: learning rates that may be tried, ascending, in runs of a tenth of the steps: the three about 0.09 /
@@ -123,9 +124,8 @@ def heal(
     elif len(rates) > 1:
         bar, chance = -math.inf, LEARNT * objective.chance()
         if teacher is not None and choose and (bar := held_out_loss(teacher, held, config)) >= chance:
-            bar, config = -math.inf, replace(config, distillation_weight=0.0)
-        rate, weight, tried = _sweep(model, train, held, teacher, config, rates, (bar, chance), start)
-        config = replace(config, learning_rate=rate, distillation_weight=weight)
+            bar, config = -math.inf, _labels_alone(config)
+        config, tried = _sweep(model, train, held, teacher, config, rates, (bar, chance), start)
     elif rates:
         config = replace(config, learning_rate=rates[0])
     run = partial(train_stitches, model, train, teacher=teacher, validation=held, output_dir=output_dir)
@@ -167,8 +167,8 @@ def steps_of(config: TrainingConfig, data: Any) -> int:
 def _sweep(
     model: PreTrainedModel, train: Any, held: Any, teacher: PreTrainedModel | None, config: TrainingConfig,
     rates: Sequence[float], limits: tuple[float, float], start: "_Start",
-) -> tuple[float, float, dict[float, float]]:  # fmt: skip
-    """The rate and the share of distillation for the whole run, and held-out losses of short runs.
+) -> tuple[TrainingConfig, dict[float, float]]:  # fmt: skip
+    """The settings of the whole run, with its rate and share of distillation, and held-out losses of short runs.
 
     Three rates are tried, higher ones while they get better and lower ones while all diverge, the model put back after
     each. A run that does better than the first of `limits`, the teacher's own loss, is done on the labels alone too,
@@ -180,21 +180,23 @@ def _sweep(
     steps = max(2, round(total * SWEEP_SHARE))  # the first of which is at a rate of 0
     found: dict[float, float] = {}
     diverged: dict[float, TrainingDiverged] = {}
-    weight = config.distillation_weight
 
     def run(rate: float) -> float:
-        nonlocal weight, bar
-        if once(rate, weight) < bar:
-            both = found[rate]
-            if once(rate, 0.0) < both:
-                weight, bar = 0.0, -math.inf
+        nonlocal config, bar
+        if once(rate, config) < bar:
+            both, alone = found[rate], replace(config, distillation_weight=0.0)
+            if once(rate, alone) < both:
+                config, bar = _labels_alone(config), -math.inf
+                if config != alone:
+                    once(rate, config)
             else:
                 found[rate] = both
                 diverged.pop(rate, None)
         return found[rate]
 
-    def once(rate: float, weight: float) -> float:
-        trial = replace(config, learning_rate=rate, max_steps=steps, save_steps=10**9, distillation_weight=weight)
+    def once(rate: float, config: TrainingConfig) -> float:
+        trial = replace(config, learning_rate=rate, max_steps=steps, save_steps=10**9)
+        diverged.pop(rate, None)
         try:
             train_stitches(model, train, trial, teacher=teacher)
             found[rate] = held_out_loss(model, held, trial)
@@ -226,7 +228,13 @@ def _sweep(
     if len(diverged) == len(found):
         raise diverged[min(diverged)]
     lower = 1 if min(found.values()) < chance else CAUTION
-    return max(rates[0], _vertex(foretold()) / lower), weight, found
+    return replace(config, learning_rate=max(rates[0], _vertex(foretold()) / lower)), found
+
+
+def _labels_alone(config: TrainingConfig) -> TrainingConfig:
+    """Settings for data that the teacher does not know."""
+    muon = config.trainable == "full" and config.optimizer == "adamw"
+    return replace(config, distillation_weight=0.0, optimizer="muon" if muon else config.optimizer)
 
 
 def _whole(
@@ -286,7 +294,7 @@ def _begun(folder: str | Path | None) -> dict[str, Any] | None:
     if latest is None:
         return None
     run = json.loads((latest / "state.json").read_text())["run"]
-    return {name: float(run[name]) for name in ("learning_rate", "distillation_weight")}
+    return {name: run[name] for name in ("learning_rate", "distillation_weight", "optimizer")}
 
 
 def _head_width(model: PreTrainedModel) -> int:

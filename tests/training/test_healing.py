@@ -40,7 +40,8 @@ def test_healing_finds_a_rate_and_whether_the_teacher_helps_and_is_never_worse(k
     assert "before" not in model.config.training
     alone = StitchedModel.from_path([dearest], "0[:2] 0[3:]", calibration=[token_ids(32, 12)])
     alone.load_state_dict(start)
-    config = replace(config, learning_rate=result.learning_rate, distillation_weight=knows / 2)
+    chosen = {"distillation_weight": knows / 2, "optimizer": "adamw" if knows else "muon"}
+    config = replace(config, learning_rate=result.learning_rate, **chosen)
     train_stitches(alone, TRAIN, config, teacher=dearest, validation=HELD)
     for name, tensor in alone.state_dict().items():  # the sweep left nothing behind
         assert torch.equal(tensor, model.state_dict()[name]), name
@@ -51,9 +52,18 @@ def test_nothing_is_distilled_from_a_teacher_that_does_no_better_than_chance() -
     alone = copy.deepcopy(model)
     assert evaluate(dearest, one_batch(HELD)).metrics["loss"] > np.log(32)
     result = heal(model, TRAIN, teacher=dearest, validation=HELD, config=QUICK)
-    expected = heal(alone, TRAIN, validation=HELD, config=QUICK)
+    expected = heal(alone, TRAIN, validation=HELD, config=replace(QUICK, optimizer="muon"))
     assert result.tried == expected.tried and result.training.validation == expected.training.validation
     assert result.distillation_weight == 0 and expected.distillation_weight == 0
+    assert model.config.training["settings"]["optimizer"] == "muon"
+
+
+@pytest.mark.parametrize("given", [{"trainable": "lora"}, {"optimizer": "sgd"}])
+def test_muon_takes_the_place_of_adamw_alone_where_everything_learns(given: dict[str, str]) -> None:
+    model, dearest = pruned()  # which knows nothing of the data
+    config = replace(QUICK, **given)
+    assert heal(model, TRAIN, teacher=dearest, validation=HELD, config=config).distillation_weight == 0
+    assert model.config.training["settings"]["optimizer"] == config.optimizer
 
 
 def test_runs_too_short_to_be_tried_in_a_tenth_of_their_steps_are_tried_still() -> None:
@@ -70,7 +80,10 @@ def test_of_a_teacher_that_knows_less_than_a_short_run_teaches_the_labels_are_tr
     taught, knows = (evaluate(one, one_batch(HELD)).metrics["loss"] for one in (model, dearest))
     assert taught < knows < 0.9 * np.log(32), (taught, knows)
     config = replace(QUICK, max_steps=40)
-    assert heal(model, TRAIN, teacher=dearest, validation=HELD, config=config).distillation_weight == 0
+    result = heal(model, TRAIN, teacher=dearest, validation=HELD, config=config)
+    settings = model.config.training["settings"]
+    assert (result.distillation_weight, settings["optimizer"]) == (0, "muon")
+    assert settings["learning_rate"] == result.learning_rate
 
 
 def test_held_out_examples_that_make_no_sense_are_refused_before_anything_runs(
@@ -94,13 +107,15 @@ def test_a_share_of_distillation_that_is_given_stays() -> None:
 @pytest.mark.parametrize("distilled", [True, False])
 def test_an_interrupted_healing_goes_on_with_what_was_chosen(distilled: bool, tmp_path: Folder) -> None:
     model, dearest = pruned()
-    weight = 0.5 if distilled else 0.0
-    config = replace(QUICK, save_steps=4, learning_rate=7e-3, distillation_weight=weight)
+    weight, optimizer = (0.5, "adamw") if distilled else (0.0, "muon")
+    config = replace(QUICK, save_steps=4, learning_rate=7e-3, distillation_weight=weight, optimizer=optimizer)
     with interrupted_after(6):
         train_stitches(model, TRAIN, config, teacher=dearest, validation=HELD, output_dir=tmp_path)
     config = replace(QUICK, save_steps=4)
-    result = heal(pruned()[0], TRAIN, teacher=dearest, validation=HELD, config=config, output_dir=tmp_path)
+    model = pruned()[0]
+    result = heal(model, TRAIN, teacher=dearest, validation=HELD, config=config, output_dir=tmp_path)
     assert (result.learning_rate, result.distillation_weight, result.tried) == (7e-3, weight, {})
+    assert model.config.training["settings"]["optimizer"] == optimizer
 
 
 @pytest.mark.parametrize(
