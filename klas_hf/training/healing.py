@@ -81,10 +81,10 @@ def heal(
         data: examples of text, or a dataset of images, as for `train_stitches`.
         teacher: the dearest anchor; the loss is half the labels' and half soft distillation then, which was best of
             labels alone, distillation alone and both (LOG.md). But a teacher that does not know these data holds its
-            pupil back: from one that does no better than chance nothing is distilled, and where short runs do better
-            than the teacher, runs on the labels alone are tried too, which go on once they are ahead, unless the
-            settings give a `distillation_weight`. Of such data much is to be learnt, and where everything learns Muon
-            takes AdamW's place, which learns more of it (LOG.md). None: the labels alone.
+            pupil back: from one that does no better than chance nothing is distilled, and since much is to be learnt
+            then, Muon takes AdamW's place where everything learns (LOG.md); where short runs do better than the
+            teacher, runs on the labels alone are tried too, which go on once they are ahead, unless the settings give a
+            `distillation_weight`. None: the labels alone.
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
         rates: learning rates that may be tried, ascending, in runs of a tenth of the steps: the three about 0.09 /
@@ -124,7 +124,9 @@ def heal(
     elif len(rates) > 1:
         bar, chance = -math.inf, LEARNT * objective.chance()
         if teacher is not None and choose and (bar := held_out_loss(teacher, held, config)) >= chance:
-            bar, config = -math.inf, _labels_alone(config)
+            muon = config.trainable == "full" and config.optimizer == "adamw"
+            config = replace(config, distillation_weight=0.0, optimizer="muon" if muon else config.optimizer)
+            bar = -math.inf
         config, tried = _sweep(model, train, held, teacher, config, rates, (bar, chance), start)
     elif rates:
         config = replace(config, learning_rate=rates[0])
@@ -186,9 +188,7 @@ def _sweep(
         if once(rate, config) < bar:
             both, alone = found[rate], replace(config, distillation_weight=0.0)
             if once(rate, alone) < both:
-                config, bar = _labels_alone(config), -math.inf
-                if config != alone:
-                    once(rate, config)
+                config, bar = alone, -math.inf
             else:
                 found[rate] = both
                 diverged.pop(rate, None)
@@ -229,12 +229,6 @@ def _sweep(
         raise diverged[min(diverged)]
     lower = 1 if min(found.values()) < chance else CAUTION
     return replace(config, learning_rate=max(rates[0], _vertex(foretold()) / lower)), found
-
-
-def _labels_alone(config: TrainingConfig) -> TrainingConfig:
-    """Settings for data that the teacher does not know."""
-    muon = config.trainable == "full" and config.optimizer == "adamw"
-    return replace(config, distillation_weight=0.0, optimizer="muon" if muon else config.optimizer)
 
 
 def _whole(

@@ -82,7 +82,7 @@ def test_of_a_teacher_that_knows_less_than_a_short_run_teaches_the_labels_are_tr
     config = replace(QUICK, max_steps=40)
     result = heal(model, TRAIN, teacher=dearest, validation=HELD, config=config)
     settings = model.config.training["settings"]
-    assert (result.distillation_weight, settings["optimizer"]) == (0, "muon")
+    assert (result.distillation_weight, settings["optimizer"]) == (0, "adamw")  # it does better than chance
     assert settings["learning_rate"] == result.learning_rate
 
 
