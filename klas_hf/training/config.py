@@ -124,6 +124,10 @@ class TrainingConfig:
         metadata={"help": "'soft' KL(teacher || student), 'hard' cross-entropy with the teacher's best class"},
     )
     distillation_temperature: float = field(default=1.0, metadata={"help": "softens both distributions"})
+    distillation_until_passed: bool = field(
+        default=False,
+        metadata={"help": "distil no more once held-out loss is .1 nats below the teacher's"},
+    )
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA updates"})
     lora_alpha: int = field(default=32, metadata={"help": "scale of the LoRA updates"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the LoRA updates"})

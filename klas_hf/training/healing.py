@@ -83,8 +83,9 @@ def heal(
             labels alone, distillation alone and both (LOG.md). But a teacher that does not know these data holds its
             pupil back: from one that does no better than chance nothing is distilled, and since much is to be learnt
             then, Muon takes AdamW's place where everything learns (LOG.md); where short runs do better than the
-            teacher, runs on the labels alone are tried too, which go on once they are ahead, unless the settings give a
-            `distillation_weight`. None: the labels alone.
+            teacher, runs on the labels alone are tried too, which go on once they are ahead; once the whole run is
+            ahead of it by .1 nats, the labels alone teach. A `distillation_weight` in the settings stays as it is.
+            None: the labels alone.
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
         rates: learning rates that may be tried, ascending, in runs of a tenth of the steps: the three about 0.09 /
@@ -113,7 +114,7 @@ def heal(
     config = config or healing_config()
     choose = teacher is not None and not config.distillation_weight
     if choose:
-        config = replace(config, distillation_weight=DISTILLATION_WEIGHT)
+        config = replace(config, distillation_weight=DISTILLATION_WEIGHT, distillation_until_passed=True)
     train, held = (data, validation) if validation is not None else _split(data)
     objective = held_objective_of(model, held, config)
     objective.batches(1)  # which refuses what makes no sense, before anything runs
@@ -195,7 +196,7 @@ def _sweep(
         return found[rate]
 
     def once(rate: float, config: TrainingConfig) -> float:
-        trial = replace(config, learning_rate=rate, max_steps=steps, save_steps=10**9)
+        trial = replace(config, learning_rate=rate, max_steps=steps, save_steps=10**9, distillation_until_passed=False)
         diverged.pop(rate, None)
         try:
             train_stitches(model, train, trial, teacher=teacher)
@@ -288,7 +289,8 @@ def _begun(folder: str | Path | None) -> dict[str, Any] | None:
     if latest is None:
         return None
     run = json.loads((latest / "state.json").read_text())["run"]
-    return {name: run[name] for name in ("learning_rate", "distillation_weight", "optimizer")}
+    chosen = ("learning_rate", "distillation_weight", "distillation_until_passed", "optimizer")
+    return {name: run[name] for name in chosen}
 
 
 def _head_width(model: PreTrainedModel) -> int:

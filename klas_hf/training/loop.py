@@ -35,6 +35,8 @@ from klas_hf.training.objectives import Objective, on_device
 from klas_hf.training.paths import takes
 from klas_hf.training.trainables import made_trainable, optimizer_of
 
+PASSED = 0.1  # nats that a model must be ahead of its teacher by: one that is about as good still teaches (LOG.md)
+
 
 @dataclass(frozen=True, repr=False)
 class TrainingResult:
@@ -96,7 +98,8 @@ def train_stitches(
         teacher: for distillation, usually the dearest anchor.
         validation: held-out examples of the form of `data`; their loss (of the labels, not distilled) is measured at
             the start and every `eval_steps`, and at the end the model has the weights that did best, or those of the
-            end where they are as good within a standard error.
+            end where they are as good within a standard error. With `config.distillation_until_passed` nothing more is
+            distilled from a teacher once its own loss is more than .1 nats above: it would hold the model back.
         output_dir: where checkpoints go. A run found there is resumed, to the same parameters as without a break.
 
     Returns:
@@ -120,6 +123,11 @@ def train_stitches(
     config = with_precision(config, process_state().device)
     objective = _objective(model, data, config, teacher)
     held_objective = None if validation is None else held_objective_of(model, validation, config)
+    passed = -math.inf
+    if config.distillation_until_passed and objective.teacher is not None:
+        if validation is None:
+            raise ValueError("got distillation_until_passed and no validation; expected held-out examples")
+        passed = held_out_loss(objective.teacher, validation, config) - PASSED
     parallel = DistributedDataParallelKwargs(find_unused_parameters=objective.may_skip_parameters)
     accelerator = Accelerator(kwargs_handlers=[parallel])
     multiple = accelerator.num_processes * config.gradient_accumulation_steps
@@ -147,7 +155,7 @@ def train_stitches(
             group["initial_lr"] = group["lr"]
         warmup = math.ceil(total * config.warmup_ratio)
         schedule = get_cosine_schedule_with_warmup(optimizer.optimizer, warmup, total, last_epoch=progress.step - 1)
-        run = _Run(accelerator, prepared, optimizer, schedule, config, objective, held)
+        run = _Run(accelerator, prepared, optimizer, schedule, config, objective, held, passed)
         steps = _steps(loader, order, config.gradient_accumulation_steps, steps_per_epoch, progress.step, total)
         try:
             progress = run.train(steps, progress, total, checkpoints)
@@ -178,6 +186,8 @@ def _record(
         "first_loss": result.losses[0],
         "last_loss": result.losses[-1],
     }
+    if config.distillation_until_passed:
+        made["passed_teacher"] = objective.has_passed
     if result.kept is not None:
         made |= dict(zip(("kept_step", "validation_loss"), result.kept, strict=True))
     return made if before is None else made | {"before": before}
@@ -229,28 +239,33 @@ class _Run:
         config: TrainingConfig,
         objective: Objective,
         held: HeldOut | None,
+        passed: float,
     ):
         self.accelerator, self.model, self.optimizer, self.schedule = accelerator, model, optimizer, schedule
-        self.config, self.objective, self.held = config, objective, held
+        self.config, self.objective, self.held, self.passed = config, objective, held, passed
 
     def train(
         self, steps: Iterator[list[dict[str, Tensor]]], progress: Progress, total: int, checkpoints: Checkpoints
     ) -> Progress:
         """Take optimiser steps until `total`, writing checkpoints."""
         losses = list(progress.losses)
-        if self.held is not None:
-            self.held.look(progress.step, total)
+        self._look(progress.step, total)
         with ProgressBar("training", "step", total, done=progress.step) as bar:
             for batches in steps:
                 loss = self._step(batches, seed=self.config.seed * 1_000_003 + len(losses))
                 losses.append(loss)
                 progress = Progress(len(losses), tuple(losses))
                 bar.update(f"loss={loss:.3f}")
-                if self.held is not None:
-                    self.held.look(progress.step, total)
+                self._look(progress.step, total)
                 if progress.step % self.config.save_steps == 0 or progress.step == total:
                     checkpoints.save(self.accelerator, self.model, self.optimizer.optimizer, progress, self.held)
         return progress
+
+    def _look(self, step: int, total: int) -> None:
+        """Measure on held-out examples, and leave a teacher that does worse."""
+        if self.held is not None:
+            self.held.look(step, total)
+            self.objective.has_passed = self.held.best < self.passed
 
     def _step(self, batches: list[dict[str, Tensor]], seed: int) -> float:
         # Reseeding at each step makes dropout independent of what ran before: a resumed run draws the same.

@@ -41,6 +41,7 @@ class Objective(ABC):
     Attributes:
         may_skip_parameters: whether a forward can leave trained parameters unused, as a supernet's does.
         kind: of the data.
+        has_passed: whether the model has passed its teacher, from which nothing is distilled then.
     """
 
     may_skip_parameters: bool
@@ -58,6 +59,7 @@ class Objective(ABC):
         self.teacher = teacher if config.distillation_weight else None
         if self.teacher is not None:
             self._check_teacher(self.teacher)
+        self.has_passed = False
         self.paths = path_sampler(model, config)
         self.size = sum(parameter.numel() for parameter in model.parameters())
 
@@ -120,7 +122,7 @@ class Objective(ABC):
         inputs, targets = self.inputs(batch)
         output, logits = self._answers(model, batch, inputs, seed)
         loss = self.own_losses(output, logits, targets).sum()
-        if self.teacher is None:
+        if self.teacher is None or self.has_passed:
             return loss
         with torch.no_grad():
             teacher_logits = self.labelled(self.teacher(**self._teachers(inputs)), batch).float()

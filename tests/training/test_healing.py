@@ -40,7 +40,8 @@ def test_healing_finds_a_rate_and_whether_the_teacher_helps_and_is_never_worse(k
     assert "before" not in model.config.training
     alone = StitchedModel.from_path([dearest], "0[:2] 0[3:]", calibration=[token_ids(32, 12)])
     alone.load_state_dict(start)
-    chosen = {"distillation_weight": knows / 2, "optimizer": "adamw" if knows else "muon"}
+    chosen = {"distillation_weight": knows / 2, "distillation_until_passed": knows}
+    chosen["optimizer"] = "adamw" if knows else "muon"
     config = replace(config, learning_rate=result.learning_rate, **chosen)
     train_stitches(alone, TRAIN, config, teacher=dearest, validation=HELD)
     for name, tensor in alone.state_dict().items():  # the sweep left nothing behind
@@ -102,6 +103,7 @@ def test_a_share_of_distillation_that_is_given_stays() -> None:
     model, dearest = pruned()  # which knows nothing of the data
     config = replace(QUICK, distillation_weight=0.25)
     assert heal(model, TRAIN, teacher=dearest, validation=HELD, config=config).distillation_weight == 0.25
+    assert not model.config.training["settings"]["distillation_until_passed"]
 
 
 @pytest.mark.parametrize("distilled", [True, False])

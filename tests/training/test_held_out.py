@@ -122,3 +122,41 @@ def test_images_and_their_statistics() -> None:
     result = train_stitches(model, data, replace(QUICK, eval_steps=4), validation=ToyImages(18, floats=True, seed=3))
     assert len(result.validation) == 4 and result.validation[-1][1] < result.validation[0][1]
     assert heal(tiny_vit(), data, config=QUICK, rates=(5e-3,)).end < result.validation[0][1]
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_teacher_teaches_until_it_is_passed(knows: bool) -> None:
+    (constant, dearest), until = pruned(), pruned()[0]
+    dearest.get_output_embeddings().weight.data *= 0.5  # less sure, so that it is no worse than the start
+    if knows:
+        train_stitches(dearest, TRAIN, replace(QUICK, max_steps=60))
+    config = replace(QUICK, eval_steps=2, distillation_weight=0.5, learning_rate=1e-2)
+    expected = train_stitches(constant, TRAIN, config, teacher=dearest, validation=HELD)
+    asked = []
+    dearest.register_forward_hook(lambda *_: asked.append(1))
+    known = evaluate(dearest, one_batch(HELD)).metrics["loss"]
+    asked.clear()
+    result = train_stitches(
+        until, TRAIN, replace(config, distillation_until_passed=True), teacher=dearest, validation=HELD
+    )
+    ahead = [step for step, loss in result.validation if loss < known - 0.1]
+    passed = ahead[0] if ahead else 12
+    assert (passed == 12) == knows and passed > 0
+    assert len(asked) == 2 + passed  # two batches of the held-out examples, and each step's
+    assert result.losses[:passed] == expected.losses[:passed]
+    assert until.config.training["passed_teacher"] == (not knows) == (result.losses != expected.losses)
+    assert until.config.training["teacher"] == constant.config.training["teacher"]
+
+
+def test_a_resumed_run_knows_that_its_teacher_was_passed(tmp_path: Folder) -> None:
+    config = replace(QUICK, eval_steps=2, save_steps=3, distillation_weight=0.5, distillation_until_passed=True)
+    (whole, dearest), broken, resumed = pruned(), pruned()[0], pruned()[0]
+    dearest.get_output_embeddings().weight.data *= 0.5
+    options = {"teacher": dearest, "validation": HELD}
+    expected = train_stitches(whole, TRAIN, config, **options)
+    with interrupted_after(11):
+        train_stitches(broken, TRAIN, config, **options, output_dir=tmp_path)
+    assert train_stitches(resumed, TRAIN, config, **options, output_dir=tmp_path).losses == expected.losses
+    assert resumed.config.training["passed_teacher"]
+    with pytest.raises(ValueError, match="distillation_until_passed and no validation"):
+        train_stitches(broken, TRAIN, config, teacher=dearest)
