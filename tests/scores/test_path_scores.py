@@ -109,7 +109,9 @@ def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_anch
         ("merged", (), 0.04, 4, "identity"),  # as files have it that do not say
         ("merged", (True, False), 0.06, 100, "merged"),
         ("merged", (True, False), 0.06, 200, "identity"),
-        ("merged", (True, False), 0.16, 1000, "merged"),
+        ("merged", (True, False), 0.16, 300, "merged"),
+        ("merged", (True, False), 0.16, 1000, "identity"),
+        ("merged", (True, False), 0.21, 1000, "merged"),
         ("least_squares", (), 0.01, 300, "least_squares"),
         ("least_squares", (True, False), 0.01, 100, "identity"),
         ("least_squares", (True, False), 0.06, 100, "least_squares"),
