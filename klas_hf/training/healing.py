@@ -290,7 +290,7 @@ def _begun(folder: str | Path | None) -> dict[str, Any] | None:
         return None
     run = json.loads((latest / "state.json").read_text())["run"]
     chosen = ("learning_rate", "distillation_weight", "distillation_until_passed", "optimizer")
-    return {name: run[name] for name in chosen}
+    return {name: run[name] for name in chosen if name in run}
 
 
 def _head_width(model: PreTrainedModel) -> int:
