@@ -36,6 +36,8 @@ class HealingArguments:
     rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "of rates"})
     trainable: str = field(default="full", metadata={"help": "of rates: full or lora"})
     optimizer: str = field(default="adamw", metadata={"help": "adamw, muon or sgd"})
+    until_passed: bool = field(default=False, metadata={"help": "of rates: distil until the teacher is passed"})
+    length: int = field(default=100, metadata={"help": "of joints: steps of healing"})
     joint: str = field(default="least_squares", metadata={"help": f"of rates: one of {', '.join(JOINTS)}"})
     shares: list[float] = field(default_factory=lambda: [0.5], metadata={"help": "of rates: of the loss, distilled"})
     joints: list[str] = field(default_factory=lambda: list(JOINTS), metadata={"help": "of joints: those compared"})
@@ -77,21 +79,23 @@ def rates(family: Family, path: str, args: HealingArguments) -> None:
         ends = []
         for rate in args.rates:
             model = copy.deepcopy(begun)
-            settings = {"learning_rate": rate, "distillation_weight": share, "eval_steps": count} | dict(family.healing)
-            config = healing_config(count, **settings, trainable=args.trainable, optimizer=args.optimizer)
+            settings = {"learning_rate": rate, "distillation_weight": share, "trainable": args.trainable}
+            settings |= {"optimizer": args.optimizer, "distillation_until_passed": args.until_passed}
+            every = max(1, count // 10) if args.until_passed else count
+            config = healing_config(count, eval_steps=every, **settings, **family.healing)
             options = {"teacher": family.anchors[1] if share else None, "validation": family.validation}
-            (_, before), (_, after) = train_stitches(model, family.train, config, **options).validation
+            (_, before), *_, (_, after) = train_stitches(model, family.train, config, **options).validation
             ends.append(f"{rate:g} {after:.4f} (kept: {measured(family, model)})")
         print(f"{path}: {before:.4f}; {count} steps, {share:.0%} distilled: {', '.join(ends)}", flush=True)
 
 
 def joints(family: Family, path: str, args: HealingArguments) -> None:
-    """Each kind of joint, healed for 100 steps under each seed."""
+    """Each kind of joint, healed under each seed."""
     for joint in args.joints:
         begun, ends = start(family, path, joint), []
         for seed in args.seeds:
-            model, settings = copy.deepcopy(begun), {"seed": seed, "eval_steps": 25} | dict(family.healing)
-            config = healing_config(100, **settings, optimizer=args.optimizer)
+            model, settings = copy.deepcopy(begun), {"seed": seed, "eval_steps": max(1, args.length // 4)}
+            config = healing_config(args.length, optimizer=args.optimizer, **settings, **family.healing)
             heal(model, family.train, teacher=family.anchors[1], validation=family.validation, config=config)
             ends.append(measured(family, model))
         print(f"{path}, {joint}: start {measured(family, begun)}, healed {', '.join(ends)}", flush=True)

@@ -30,6 +30,7 @@ class HeldOut:
         model: the prepared model.
         objective: the loss of the held-out examples, not distilled.
         every: steps between measurements.
+        to_pass: the loss below which the model has passed its teacher.
 
     Attributes:
         history: (step, loss in nats per label) of every measurement.
@@ -40,8 +41,11 @@ class HeldOut:
             `finish`, of what is kept.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, objective: Objective, every: int):
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, objective: Objective, every: int, to_pass: float = -math.inf
+    ):
         self.accelerator, self.model, self.objective, self.every = accelerator, model, objective, max(1, every)
+        self.to_pass = to_pass
         self.loader = accelerator.prepare_data_loader(objective.batches(accelerator.num_processes)[0])
         self.history: list[tuple[int, float]] = []
         self.best_step = self.kept_step = 0

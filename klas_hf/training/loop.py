@@ -123,11 +123,7 @@ def train_stitches(
     config = with_precision(config, process_state().device)
     objective = _objective(model, data, config, teacher)
     held_objective = None if validation is None else held_objective_of(model, validation, config)
-    passed = -math.inf
-    if config.distillation_until_passed and objective.teacher is not None:
-        if validation is None:
-            raise ValueError("got distillation_until_passed and no validation; expected held-out examples")
-        passed = held_out_loss(objective.teacher, validation, config) - PASSED
+    to_pass = _loss_to_pass(objective, validation, config)
     parallel = DistributedDataParallelKwargs(find_unused_parameters=objective.may_skip_parameters)
     accelerator = Accelerator(kwargs_handlers=[parallel])
     multiple = accelerator.num_processes * config.gradient_accumulation_steps
@@ -149,13 +145,13 @@ def train_stitches(
         held = None
         if held_objective is not None:
             every = max(1, total // 10) if config.eval_steps is None else config.eval_steps
-            held = HeldOut(accelerator, prepared, held_objective, every)
+            held = HeldOut(accelerator, prepared, held_objective, every, to_pass)
         progress = checkpoints.load(resumed, prepared, optimizer.optimizer, held) if resumed else Progress()
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         warmup = math.ceil(total * config.warmup_ratio)
         schedule = get_cosine_schedule_with_warmup(optimizer.optimizer, warmup, total, last_epoch=progress.step - 1)
-        run = _Run(accelerator, prepared, optimizer, schedule, config, objective, held, passed)
+        run = _Run(accelerator, prepared, optimizer, schedule, config, objective, held)
         steps = _steps(loader, order, config.gradient_accumulation_steps, steps_per_epoch, progress.step, total)
         try:
             progress = run.train(steps, progress, total, checkpoints)
@@ -186,7 +182,7 @@ def _record(
         "first_loss": result.losses[0],
         "last_loss": result.losses[-1],
     }
-    if config.distillation_until_passed:
+    if config.distillation_until_passed and objective.teacher is not None:
         made["passed_teacher"] = objective.has_passed
     if result.kept is not None:
         made |= dict(zip(("kept_step", "validation_loss"), result.kept, strict=True))
@@ -227,6 +223,18 @@ def held_out_loss(model: PreTrainedModel, validation: Any, config: TrainingConfi
     return sum(examples) / max(labels, 1)
 
 
+def _loss_to_pass(objective: Objective, validation: Any, config: TrainingConfig) -> float:
+    """The held-out loss below which nothing more is distilled; −∞ where that goes on to the end."""
+    if objective.teacher is None or not config.distillation_until_passed:
+        return -math.inf
+    if validation is None:
+        raise ValueError(
+            "got distillation_until_passed and no validation; expected held-out examples, on which the model and its "
+            "teacher are compared: validation=examples"
+        )
+    return held_out_loss(objective.teacher, validation, config) - PASSED
+
+
 class _Run:
     """The state that the steps of one run share."""
 
@@ -239,10 +247,9 @@ class _Run:
         config: TrainingConfig,
         objective: Objective,
         held: HeldOut | None,
-        passed: float,
     ):
         self.accelerator, self.model, self.optimizer, self.schedule = accelerator, model, optimizer, schedule
-        self.config, self.objective, self.held, self.passed = config, objective, held, passed
+        self.config, self.objective, self.held = config, objective, held
 
     def train(
         self, steps: Iterator[list[dict[str, Tensor]]], progress: Progress, total: int, checkpoints: Checkpoints
@@ -265,7 +272,7 @@ class _Run:
         """Measure on held-out examples, and leave a teacher that does worse."""
         if self.held is not None:
             self.held.look(step, total)
-            self.objective.has_passed = self.held.best < self.passed
+            self.objective.has_passed = self.held.best < self.held.to_pass
 
     def _step(self, batches: list[dict[str, Tensor]], seed: int) -> float:
         # Reseeding at each step makes dropout independent of what ran before: a resumed run draws the same.
