@@ -51,6 +51,7 @@ def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
         model: a language model, or one of `config.num_labels` classes.
     """
     head = model.get_output_embeddings()
-    classes = model.config.num_labels if head is None else None
+    labels = model.config.num_labels
+    classes = (labels, labels + 1) if head is None else ()  # Mask2Former tells a class that is none too
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
-    return {layer.weight for layer in layers if layer is not head and len(layer.weight) != classes}
+    return {layer.weight for layer in layers if layer is not head and len(layer.weight) not in classes}

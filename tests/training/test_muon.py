@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from image_examples import ToyImages, interrupted_after, tiny_resnet, tiny_vit, toy_supernet
+from tiny_dense import tiny_dense
 from tiny_models import tiny_model, token_ids
 from torch import nn
 from torch.optim import AdamW, Muon
@@ -45,6 +46,12 @@ def test_of_an_image_model_neither_patches_nor_classes() -> None:
     assert found and all("attention" in name or "dense" in name or "mlp" in name for name in found)
     assert not any("embeddings" in name or "classifier" in name for name in found)
     assert not names_of_hidden(tiny_resnet())
+
+
+def test_of_a_dense_model_no_head() -> None:
+    found = names_of_hidden(tiny_dense("mask2former", "swin"))
+    assert any("encoder.swin" in name for name in found) and any("decoder" in name for name in found)
+    assert not any("class_predictor" in name or name.endswith("bias_table") for name in found)
 
 
 def test_of_a_stitched_model_its_stitch_too() -> None:
