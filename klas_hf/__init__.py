@@ -82,6 +82,7 @@ if TYPE_CHECKING:
         heal_best,
         healing_config,
         recalibrate_batch_norm,
+        remember_answers,
         train_stitches,
     )
 
@@ -153,6 +154,7 @@ _PLACES = {
         "heal_best",
         "healing_config",
         "recalibrate_batch_norm",
+        "remember_answers",
         "train_stitches",
     ),
 }

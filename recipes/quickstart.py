@@ -50,6 +50,7 @@ from klas_hf import (
     heal,
     healing_config,
     plot_curves,
+    remember_answers,
     score_stitches,
     search_paths,
     train_probes,
@@ -193,10 +194,11 @@ class Quickstart:
         made = {"anchors": [fingerprint(self.small), fingerprint(self.large)], "training": asdict(self.healing)}
         evaluation = {"rows": self.rows, "seed": self.args.seed, "tokens": LENGTH}
         paths = {"anchors": [Path.parse(text) for text in ANCHORS], **chosen}
-        by_rule = {
-            rule: evaluate_stitches(of_rule, self.make, self.measure, rule=rule, **made, **evaluation)
-            for rule, of_rule in paths.items()
-        }
+        with remember_answers(self.large):  # which sees the same batches for every model
+            by_rule = {
+                rule: evaluate_stitches(of_rule, self.make, self.measure, rule=rule, **made, **evaluation)
+                for rule, of_rule in paths.items()
+            }
         self.clock.lap("healing")
         return by_rule
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from klas_hf.training.contest import Contest, heal_best
     from klas_hf.training.healing import HealingResult, heal, healing_config
     from klas_hf.training.loop import TrainingResult, train_stitches
+    from klas_hf.training.teachers import remember_answers
 
 _MODULE_OF = {
     "Augmentation": "config",
@@ -23,6 +24,7 @@ _MODULE_OF = {
     "heal_best": "contest",
     "healing_config": "healing",
     "recalibrate_batch_norm": "batch_norm",
+    "remember_answers": "teachers",
     "train_stitches": "loop",
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "heal_best",
     "healing_config",
     "recalibrate_batch_norm",
+    "remember_answers",
     "train_stitches",
 ]
 

@@ -15,6 +15,7 @@ from klas_hf.stitching.assembly import assemble_best
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.healing import HealingResult, heal, healing_config, steps_of
 from klas_hf.training.held_out import is_less
+from klas_hf.training.teachers import remember_answers
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,21 @@ def heal_best(
     config = config or healing_config()
     steps = steps_of(config, data)
     named, known = found.contenders(budget, contenders), True
-    while len(healed) < len(named):
-        path = named[number := len(healed)]
-        given = {"joint": found.joint(path, steps=steps)} | assembly
-        model = assemble_best(anchors, found, budget, path, **given)
-        healed[path] = heal(
-            model, data, teacher=teacher, validation=validation, config=config,
-            output_dir=None if output_dir is None else Folder(output_dir) / f"contender-{number}",
-        )  # fmt: skip
-        if not number and teacher is not None and not healed[path].distillation_weight:
-            named, known = found.contenders(budget, contenders, known=False), False
-        done, careful = healed.values(), known and model.main_input_name == "pixel_values"
-        examples = [one.training.examples for one in done] if careful else ()
-        if best_contender([one.end for one in done], examples) == number:
-            kept = path, model
+    with remember_answers(teacher):
+        while len(healed) < len(named):
+            path = named[number := len(healed)]
+            given = {"joint": found.joint(path, steps=steps)} | assembly
+            model = assemble_best(anchors, found, budget, path, **given)
+            healed[path] = heal(
+                model, data, teacher=teacher, validation=validation, config=config,
+                output_dir=None if output_dir is None else Folder(output_dir) / f"contender-{number}",
+            )  # fmt: skip
+            if not number and teacher is not None and not healed[path].distillation_weight:
+                named, known = found.contenders(budget, contenders, known=False), False
+            done, careful = healed.values(), known and model.main_input_name == "pixel_values"
+            examples = [one.training.examples for one in done] if careful else ()
+            if best_contender([one.end for one in done], examples) == number:
+                kept = path, model
     assert kept is not None
     path, model = kept
     model.config.search["contenders"] = [

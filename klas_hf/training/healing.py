@@ -21,6 +21,7 @@ from klas_hf.errors import TrainingDiverged
 from klas_hf.training.checkpoints import Checkpoints
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.loop import TrainingResult, held_objective_of, held_out_loss, train_stitches
+from klas_hf.training.teachers import remember_answers
 
 DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # that may be tried
@@ -85,7 +86,8 @@ def heal(
             then, Muon takes AdamW's place where everything learns (LOG.md); where short runs do better than the
             teacher, runs on the labels alone are tried too, which go on once they are ahead; once the whole run is
             ahead of it by .1 nats, the labels alone teach. A `distillation_weight` in the settings stays as it is.
-            None: the labels alone.
+            None: the labels alone; by Muon likewise where the model itself does no better than chance. What the teacher
+            has answered is remembered meanwhile (`remember_answers`).
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
         rates: learning rates that may be tried, ascending, in runs of a tenth of the steps: the three about 0.09 /
@@ -112,28 +114,32 @@ def heal(
         ('LlamaForCausalLM', 4)
     """
     config = config or healing_config()
-    choose = teacher is not None and not config.distillation_weight
-    if choose:
+    choose = not config.distillation_weight
+    if choose and teacher is not None:
         config = replace(config, distillation_weight=DISTILLATION_WEIGHT, distillation_until_passed=True)
     train, held = (data, validation) if validation is not None else _split(data)
     objective = held_objective_of(model, held, config)
     objective.batches(1)  # which refuses what makes no sense, before anything runs
     start = _Start(model)
     tried: dict[float, float] = {}
-    if (begun := _begun(output_dir)) is not None:
-        config = replace(config, **begun)
-    elif len(rates) > 1:
-        bar, chance = -math.inf, LEARNT * objective.chance()
-        if teacher is not None and choose and (bar := held_out_loss(teacher, held, config)) >= chance:
-            muon = config.trainable == "full" and config.optimizer == "adamw"
-            config = replace(config, distillation_weight=0.0, optimizer="muon" if muon else config.optimizer)
-            bar = -math.inf
-        config, tried = _sweep(model, train, held, teacher, config, rates, (bar, chance), start)
-    elif rates:
-        config = replace(config, learning_rate=rates[0])
-    run = partial(train_stitches, model, train, teacher=teacher, validation=held, output_dir=output_dir)
-    lower = [rate for rate in rates if rate < config.learning_rate]
-    result, config = _whole(run, config, lower, tried, start, output_dir)
+    with remember_answers(teacher):
+        if (begun := _begun(output_dir)) is not None:
+            config = replace(config, **begun)
+        elif len(rates) > 1:
+            bar, chance = -math.inf, LEARNT * objective.chance()
+            if choose:
+                knows = held_out_loss(model if teacher is None else teacher, held, config)
+                if knows >= chance:
+                    muon = config.trainable == "full" and config.optimizer == "adamw"
+                    config = replace(config, distillation_weight=0.0, optimizer="muon" if muon else config.optimizer)
+                elif teacher is not None:
+                    bar = knows
+            config, tried = _sweep(model, train, held, teacher, config, rates, (bar, chance), start)
+        elif rates:
+            config = replace(config, learning_rate=rates[0])
+        run = partial(train_stitches, model, train, teacher=teacher, validation=held, output_dir=output_dir)
+        lower = [rate for rate in rates if rate < config.learning_rate]
+        result, config = _whole(run, config, lower, tried, start, output_dir)
     assert result.kept is not None
     before, after = result.validation[0][1], result.kept[1]
     return HealingResult(result, config.learning_rate, config.distillation_weight, tried, before, after)

@@ -19,6 +19,7 @@ from klas_hf.training.config import TrainingConfig
 from klas_hf.training.data import EpochOrder
 from klas_hf.training.losses import hard_distillation_sum, soft_distillation_sum
 from klas_hf.training.paths import path_sampler, takes
+from klas_hf.training.teachers import ask
 
 # The older name warns where there is the newer one.
 _IS_NEW = hasattr(PreTrainedModel, "activation_checkpointing_enable")
@@ -125,7 +126,7 @@ class Objective(ABC):
         if self.teacher is None or self.has_passed:
             return loss
         with torch.no_grad():
-            teacher_logits = self.labelled(self.teacher(**self._teachers(inputs)), batch).float()
+            teacher_logits = self.labelled(ask(self.teacher, self._teachers(inputs)), batch).float()
         if config.distillation == "hard":
             distance = hard_distillation_sum(logits, teacher_logits)
         else:
@@ -148,7 +149,7 @@ class Objective(ABC):
         autocast = torch.autocast(device, torch.bfloat16, enabled=fast)
         # Of fillers alone statistics must not be taken; other processes wait for this one's forward all the same.
         with autocast, nullcontext() if batch["labels"].numel() else evaluating(model):
-            output = model(**inputs, **self._options(seed))
+            output = ask(model, inputs | self._options(seed))
             return output, self.labelled(output, batch).float()
 
     @contextmanager

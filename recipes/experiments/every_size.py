@@ -42,7 +42,7 @@ from klas_hf.selection.pruning import (
 from klas_hf.selection.rivals import esta_stitches, min_kl_stitches, random_stitches
 from klas_hf.selection.search import search_paths
 from klas_hf.selection.snnet import snnet_stitches
-from klas_hf.training import TrainingConfig, heal, healing_config
+from klas_hf.training import TrainingConfig, heal, healing_config, remember_answers
 from klas_hf.training.contest import best_contender
 from klas_hf.training.healing import RATES, HealingResult
 
@@ -180,11 +180,12 @@ class EverySize:
     def run(self, length: int) -> None:
         """Make, heal and measure whatever any rule chose, and both anchors, under every seed."""
         for seed in self.settings.seeds:
-            for of_bucket in self.chosen(length, seed):
-                for rule, choice in of_bucket.items():
-                    for steps in sorted({0, length}):  # its start too, which functional KL is of
-                        self.row(rule, choice, steps, seed)
-            small, large = self.anchor_rows(length, seed)
+            with remember_answers(self.large):  # of the batches of this seed
+                for of_bucket in self.chosen(length, seed):
+                    for rule, choice in of_bucket.items():
+                        for steps in sorted({0, length}):  # its start too, which functional KL is of
+                            self.row(rule, choice, steps, seed)
+                small, large = self.anchor_rows(length, seed)
             metric = self.family.metric
             self.say(
                 f"  {length} steps, seed {seed}: {len(self.rows)} rows; anchors' {metric} {small.metrics[metric]:.4f} "

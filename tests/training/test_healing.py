@@ -59,6 +59,15 @@ def test_nothing_is_distilled_from_a_teacher_that_does_no_better_than_chance() -
     assert model.config.training["settings"]["optimizer"] == "muon"
 
 
+def test_without_a_teacher_muon_is_for_models_that_do_no_better_than_chance() -> None:
+    model = pruned()[0]
+    for optimizer, rates in (("muon", RATES), ("adamw", RATES), ("adamw", (1e-3,))):
+        before = evaluate(model, one_batch(HELD)).metrics["loss"]
+        assert (before < 0.9 * np.log(32)) == (optimizer == "adamw")
+        heal(model, TRAIN, validation=HELD, config=replace(QUICK, max_steps=60), rates=rates)
+        assert model.config.training["settings"]["optimizer"] == optimizer
+
+
 @pytest.mark.parametrize("given", [{"trainable": "lora"}, {"optimizer": "sgd"}])
 def test_muon_takes_the_place_of_adamw_alone_where_everything_learns(given: dict[str, str]) -> None:
     model, dearest = pruned()  # which knows nothing of the data
@@ -181,9 +190,9 @@ def test_short_runs_at_chance_say_nothing_of_rates(
     monkeypatch.setattr(
         "klas_hf.training.healing.held_out_loss", lambda model, held, config: short[config.learning_rate]
     )
-    assert heal(tiny_model(hidden_size=128), TRAIN, config=QUICK, rates=tuple(short)).learning_rate == pytest.approx(
-        whole
-    )
+    config = replace(QUICK, learning_rate=min(short))  # at which the start is looked at
+    result = heal(tiny_model(hidden_size=128), TRAIN, config=config, rates=tuple(short))
+    assert result.learning_rate == pytest.approx(whole)
 
 
 def others_foretell(labels: list[int], classes: int) -> float:
