@@ -1,7 +1,7 @@
-"""Training a supernet, against SN-Net's loop: our own short transcription of its method (Pan et al., CVPR 2023).
+"""Training: a supernet against SN-Net's loop, and healing by a teacher that remembers against one that does not.
 
-Each step draws a stitch, runs the front of one anchor, the stitching layer and the rear of the other, and updates all
-weights that the loss depends on.
+SN-Net's loop is our own short transcription of its method (Pan et al., CVPR 2023): each step draws a stitch, runs the
+front of one anchor, the stitching layer and the rear of the other, and updates all weights that the loss depends on.
 """
 
 import random
@@ -13,9 +13,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.measuring import Figure, in_turns
-from benchmarks.models import CLASSES, classifier, vit
+from benchmarks.models import CLASSES, classifier, llamas, sequences, vit
 from benchmarks.options import Options
-from klas_hf import StitchedSupernet, TrainingConfig, train_stitches
+from klas_hf import (
+    StitchedModel,
+    StitchedSupernet,
+    TrainingConfig,
+    heal,
+    healing_config,
+    remember_answers,
+    train_stitches,
+)
+from klas_hf.training.teachers import LIMIT
 
 
 class Images:
@@ -53,6 +62,11 @@ class Stitched(nn.Module):
 
 
 def figures(options: Options) -> Iterator[Figure]:
+    yield _supernet(options)
+    yield _healed(options)
+
+
+def _supernet(options: Options) -> Figure:
     steps, batch_size = (2, 2) if options.quick else (8, 4)
     configs = [vit(options, width=192), vit(options)]
     blocks = configs[0].num_hidden_layers
@@ -69,7 +83,31 @@ def figures(options: Options) -> Iterator[Figure]:
         lambda: train_stitches(supernet, data, config),
         lambda: _sn_net(plain, data, steps, batch_size),
     )
-    yield Figure(f"{steps} steps on a supernet of two ViTs", ours, "SN-Net's loop", theirs, "s", 1.05)
+    return Figure(f"{steps} steps on a supernet of two ViTs", ours, "SN-Net's loop", theirs, "s", 1.05)
+
+
+def _healed(options: Options) -> Figure:
+    """Two halves of a Llama, healed one after the other with their sweeps of rates."""
+    _, large = llamas(options, 8)
+    batches = sequences(options, 16)
+    rows = [row for batch in batches for row in batch["input_ids"].tolist()]
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    steps = 4 if options.quick else 10
+    # A share that is given: nothing but the rate is looked for.
+    config = healing_config(steps, per_device_batch_size=2, eval_steps=steps, distillation_weight=0.5)
+    blocks = large.config.num_hidden_layers
+    paths = [f"0[:{start}] 0[{start + blocks // 2}:]" for start in (1, 2)]
+
+    def heal_both(limit: int) -> None:
+        with remember_answers(large, limit=limit):
+            for path in paths:
+                model = StitchedModel.from_path([large], path, joint="identity")
+                heal(
+                    model, examples[2:], teacher=large, validation=examples[:2], config=config, rates=(1e-5, 3e-5, 1e-4)
+                )
+
+    ours, theirs = in_turns(min(2, options.repeats), lambda: heal_both(LIMIT), lambda: heal_both(0))
+    return Figure("two halves of a Llama healed, each with its sweep", ours, "a teacher that forgets", theirs, "s", 0.8)
 
 
 def _sn_net(model: Stitched, data: Images, steps: int, batch_size: int) -> None:
