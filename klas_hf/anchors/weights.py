@@ -132,16 +132,21 @@ def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
     digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
+def is_shared_out(model: nn.Module) -> bool:
+    """Whether each of several processes holds a part of a model's weights."""
+    if process_state().num_processes == 1:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter.data, DTensor) for parameter in model.parameters())
+
+
 def check_whole_here(model: nn.Module) -> None:
     """Raise ValueError for a model of which each of several processes holds a part.
 
     Each reads its own share of the batches, and all would wait for each other's parts at forwards that only some run.
     """
-    if process_state().num_processes == 1:
-        return
-    from torch.distributed.tensor import DTensor
-
-    if any(isinstance(parameter.data, DTensor) for parameter in model.parameters()):
+    if is_shared_out(model):
         raise ValueError(
             f"got {type(model).__name__.removeprefix('FSDP')} with weights that several processes share out; expected "
             "whole ones in each, as each reads its own batches. Load it by its id or folder, or gather the weights: "

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
+from klas_hf.anchors.weights import is_shared_out
+
 LIMIT = 2**30  # bytes of main memory
 
 
@@ -20,8 +22,9 @@ def remember_answers(teacher: PreTrainedModel | None, limit: int = LIMIT) -> Ite
     """Meanwhile a teacher that training asks of a batch again does not run again.
 
     Its features are kept in main memory and its head runs on them anew, so the numbers are the same to the last bit.
-    `heal` and `heal_best` do this by themselves; around several of them nothing is forgotten in between. Pixels on
-    another device than the CPU are not remembered: they would have to be copied off it to tell whether they are new.
+    `heal` and `heal_best` do this by themselves; around several of them nothing is forgotten in between. Not remembered
+    are pixels on another device than the CPU, which would have to be copied off it to tell whether they are new, and
+    what a model answers whose weights several processes share out.
 
     Args:
         teacher: the model, whose weights stay as they are; None does nothing.
@@ -33,7 +36,8 @@ def remember_answers(teacher: PreTrainedModel | None, limit: int = LIMIT) -> Ite
         ...         model = StitchedModel.from_path([source, target], path, calibration=batches)
         ...         result = heal(model, examples, teacher=target, config=healing_config(4, per_device_batch_size=2))
     """
-    if teacher is None or teacher in _MEMORIES:
+    # Of a model that processes share out all must run at once, and not each what it does not remember.
+    if teacher is None or teacher in _MEMORIES or is_shared_out(teacher):
         yield
         return
     _MEMORIES[teacher] = _Memory(limit)

@@ -10,8 +10,18 @@ from accelerate_choice import choose
 from tiny_models import tiny_model, token_ids
 from torch.distributed.fsdp import fully_shard
 
-from klas_hf import FunctionalScoring, SearchConfig, StitchedModel, Usage, evaluate, score_stitches, search_paths
+from klas_hf import (
+    FunctionalScoring,
+    SearchConfig,
+    StitchedModel,
+    Usage,
+    evaluate,
+    remember_answers,
+    score_stitches,
+    search_paths,
+)
 from klas_hf.processes import process_state
+from klas_hf.training.teachers import ask
 
 
 def main() -> None:
@@ -36,7 +46,13 @@ def main() -> None:
     labelled = [batch | {"labels": batch["input_ids"]} for batch in data]
     others = {"scores": scores.values.tolist(), "loss": evaluate(model, labelled).metrics["loss"], "refused": []}
     if configured == "fsdp2":
-        fully_shard(anchors[1])
+        expected = anchors[1](**data[state.process_index]).logits
+        for part in (*anchors[1].model.layers, anchors[1]):
+            fully_shard(part)
+        with remember_answers(anchors[1]), torch.no_grad():
+            for number in (0, state.process_index):  # one process asks again what the other has not asked yet
+                answer = ask(anchors[1], data[number]).logits
+        torch.testing.assert_close(answer, expected)
         for use in (lambda: score_stitches(*anchors, data, functional=scoring), lambda: evaluate(anchors[1], labelled)):
             try:
                 use()
