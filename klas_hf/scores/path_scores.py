@@ -98,16 +98,18 @@ class PathScores:
             raise ValueError(f"got path {path}, which was not scored; expected one of the {len(self)} in paths")
         return self._places[path]
 
-    def joint(self, path: Path, *, steps: int = 0) -> str:
+    def joint(self, path: Path, *, steps: int = 0, known: bool = True) -> str:
         """What the joints of a path are to be: "least_squares" layers, or "merged" into the blocks before.
 
         Args:
             steps: that the path is to be healed for: then it is "identity", where slices can follow each other as they
                 are and the divergence is at most .05 nats, or .05 for each 100 steps up to 400, since that little is
                 repaired sooner than what least squares do to the weights, and a layer costs something.
+            known: whether the dearest anchor knows the data that it is healed on; else its states are nothing to fit
+                joints to, and what can follow as it is does so at any divergence.
         """
         place = self.place(path)
-        near = self.divergence[place] <= UNTOUCHED * min(max(1, steps / 100), 4)
+        near = not known or self.divergence[place] <= UNTOUCHED * min(max(1, steps / 100), 4)
         return "identity" if steps and near and self.seamless[place] else self.joints[place]
 
     def share(self, path: Path) -> float:

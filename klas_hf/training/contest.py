@@ -13,7 +13,7 @@ from klas_hf.paths import Path
 from klas_hf.scores.path_scores import PathScores
 from klas_hf.stitching.assembly import assemble_best
 from klas_hf.training.config import TrainingConfig
-from klas_hf.training.healing import HealingResult, heal, healing_config, steps_of
+from klas_hf.training.healing import HealingResult, heal, healing_config, knows_nothing, split, steps_of
 from klas_hf.training.held_out import is_less
 from klas_hf.training.teachers import remember_answers
 
@@ -55,11 +55,12 @@ def heal_best(
 ) -> Contest:
     """Make and heal the best paths within a budget, and keep the one that does best on held-out examples.
 
-    Each is joined as `PathScores.joint(path, steps=…)` says, unless `assembly` does, and healed as by `heal`, with
-    the same settings and for all of its steps: to give up half-way what is behind loses winners and saves little
-    (LOG.md). Where the teacher does not know these data, so that the first learns from the labels alone, paths between
-    other ends contend however far they start. Where it knows them and they are images, the first stays unless another's
-    held-out loss is less by more than a standard error, since few images tell little of which is right more often.
+    Each is joined as `PathScores.joint(path, steps=…, known=…)` says, unless `assembly` does, and healed as by `heal`,
+    with the same settings and for all of its steps: to give up half-way what is behind loses winners and saves little
+    (LOG.md). Where the teacher does no better than chance, paths are joined as they are where they can be; where it
+    does not know these data, so that the first learns from the labels alone, paths between other ends contend however
+    far they start. Where it knows them and they are images, the first stays unless another's held-out loss is less by
+    more than a standard error, since few images tell little of which is right more often.
 
     Args:
         anchors: those that were searched, in that order: Hub ids, folders or models.
@@ -88,15 +89,17 @@ def heal_best(
     healed: dict[Path, HealingResult] = {}
     kept: tuple[Path, StitchedModel] | None = None
     config = config or healing_config()
-    steps = steps_of(config, data)
+    train, held = (data, validation) if validation is not None else split(data)
+    steps = steps_of(config, train)
     named, known = found.contenders(budget, contenders), True
     with remember_answers(teacher):
+        informed = teacher is None or not knows_nothing(teacher, held, config)
         while len(healed) < len(named):
             path = named[number := len(healed)]
-            given = {"joint": found.joint(path, steps=steps)} | assembly
+            given = {"joint": found.joint(path, steps=steps, known=informed)} | assembly
             model = assemble_best(anchors, found, budget, path, **given)
             healed[path] = heal(
-                model, data, teacher=teacher, validation=validation, config=config,
+                model, train, teacher=teacher, validation=held, config=config,
                 output_dir=None if output_dir is None else Folder(output_dir) / f"contender-{number}",
             )  # fmt: skip
             if not number and teacher is not None and not healed[path].distillation_weight:

@@ -117,24 +117,21 @@ def heal(
     choose = not config.distillation_weight
     if choose and teacher is not None:
         config = replace(config, distillation_weight=DISTILLATION_WEIGHT, distillation_until_passed=True)
-    train, held = (data, validation) if validation is not None else _split(data)
-    objective = held_objective_of(model, held, config)
-    objective.batches(1)  # which refuses what makes no sense, before anything runs
+    train, held = (data, validation) if validation is not None else split(data)
+    held_objective_of(model, held, config).batches(1)  # which refuses what makes no sense, before anything runs
     start = _Start(model)
     tried: dict[float, float] = {}
     with remember_answers(teacher):
         if (begun := _begun(output_dir)) is not None:
             config = replace(config, **begun)
         elif len(rates) > 1:
-            bar, chance = -math.inf, LEARNT * objective.chance()
-            if choose:
-                knows = held_out_loss(model if teacher is None else teacher, held, config)
-                if knows >= chance:
-                    muon = config.trainable == "full" and config.optimizer == "adamw"
-                    config = replace(config, distillation_weight=0.0, optimizer="muon" if muon else config.optimizer)
-                elif teacher is not None:
-                    bar = knows
-            config, tried = _sweep(model, train, held, teacher, config, rates, (bar, chance), start)
+            bar = -math.inf
+            if choose and knows_nothing(model if teacher is None else teacher, held, config):
+                muon = config.trainable == "full" and config.optimizer == "adamw"
+                config = replace(config, distillation_weight=0.0, optimizer="muon" if muon else config.optimizer)
+            elif choose and teacher is not None:
+                bar = held_out_loss(teacher, held, config)
+            config, tried = _sweep(model, train, held, teacher, config, rates, bar, start)
         elif rates:
             config = replace(config, learning_rate=rates[0])
         run = partial(train_stitches, model, train, teacher=teacher, validation=held, output_dir=output_dir)
@@ -168,6 +165,16 @@ def healing_config(steps: int = 300, **changes: Any) -> TrainingConfig:
     return TrainingConfig(**settings | changes)
 
 
+def knows_nothing(model: PreTrainedModel, held: Any, config: TrainingConfig) -> bool:
+    """Whether a model does no better on held-out examples than who knows only how often each label occurs."""
+    return held_out_loss(model, held, config) >= _chance(model, held, config)
+
+
+def _chance(model: PreTrainedModel, held: Any, config: TrainingConfig) -> float:
+    """The held-out loss that is no better than chance, in nats per label."""
+    return LEARNT * held_objective_of(model, held, config).chance()
+
+
 def steps_of(config: TrainingConfig, data: Any) -> int:
     """Steps of a run as settings have it; where they count epochs, of one."""
     return max(1, len(data) // config.per_device_batch_size) if config.max_steps is None else config.max_steps
@@ -175,16 +182,16 @@ def steps_of(config: TrainingConfig, data: Any) -> int:
 
 def _sweep(
     model: PreTrainedModel, train: Any, held: Any, teacher: PreTrainedModel | None, config: TrainingConfig,
-    rates: Sequence[float], limits: tuple[float, float], start: "_Start",
+    rates: Sequence[float], bar: float, start: "_Start",
 ) -> tuple[TrainingConfig, dict[float, float]]:  # fmt: skip
     """The settings of the whole run, with its rate and share of distillation, and held-out losses of short runs.
 
     Three rates are tried, higher ones while they get better and lower ones while all diverge, the model put back after
-    each. A run that does better than the first of `limits`, the teacher's own loss, is done on the labels alone too,
-    until these are ahead. Runs at or above the second, the loss by chance, count only where all are, and then the rate
-    is lowered: what first brings a model that is far off nearer may kill it before its end.
+    each. A run that does better than `bar`, the teacher's own loss, is done on the labels alone too, until these are
+    ahead. Runs that do no better than chance count only where none does, and then the rate is lowered: what first
+    brings a model that is far off nearer may kill it before its end.
     """
-    bar, chance = limits
+    chance = _chance(model, held, config)
     total = steps_of(config, train)
     steps = max(2, round(total * SWEEP_SHARE))  # the first of which is at a rate of 0
     found: dict[float, float] = {}
@@ -306,7 +313,7 @@ def _head_width(model: PreTrainedModel) -> int:
     return int(weights[-1].shape[1])
 
 
-def _split(data: Any) -> tuple[Any, Any]:
+def split(data: Any) -> tuple[Any, Any]:
     """Data without every tenth example, and these."""
     held = list(range(HELD_OUT - 1, len(data), HELD_OUT))
     if not held:

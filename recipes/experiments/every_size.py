@@ -44,7 +44,7 @@ from klas_hf.selection.search import search_paths
 from klas_hf.selection.snnet import snnet_stitches
 from klas_hf.training import TrainingConfig, heal, healing_config, remember_answers
 from klas_hf.training.contest import best_contender
-from klas_hf.training.healing import RATES, HealingResult
+from klas_hf.training.healing import RATES, HealingResult, knows_nothing
 
 OURS, ANCHORS = "search", "anchors"
 UNHEALED = "search, by score alone"
@@ -306,7 +306,12 @@ class EverySize:
         if not within:
             return []
         paths = found.contenders(Budget(macs=max(within)), self.settings.contenders, known=known)
-        return [self._choice(path, found.joint(path, steps=length)) for path in paths]
+        return [self._choice(path, found.joint(path, steps=length, known=self._informed)) for path in paths]
+
+    @cached_property
+    def _informed(self) -> bool:
+        """Whether the dear anchor knows the family's data."""
+        return not knows_nothing(self.large, self.family.validation, self._config(1, self.settings.seeds[0]))
 
     def _choice(self, path: Path, joint: str) -> Choice:
         return Choice(path, joint, self.costs.of(path, identity=joint in ("merged", "identity")).macs)

@@ -128,6 +128,8 @@ def test_little_that_is_cut_is_left_as_it_is_where_healing_follows(
     )  # fmt: skip
     for one in (scores, PathScores.load(scores.save(tmp_path / "paths.safetensors"))):
         assert (one.joint(paths[0]), one.joint(paths[0], steps=steps)) == (joint, healed)
+        assert one.joint(paths[0], steps=steps, known=False) == ("identity" if one.seamless[0] else joint)
+        assert one.joint(paths[0], known=False) == joint
         assert one.joint(paths[1], steps=steps) == "least_squares"
 
 

@@ -35,9 +35,11 @@ def test_the_model_is_the_best_of_those_healed_alone(setting) -> None:
     anchors, found = setting
     done = contest(setting)
     assert tuple(done.contenders) == found.contenders("70%", known=False) and len(done.contenders) == 4
+    assert any(found.joint(path, steps=8) != found.joint(path, steps=8, known=False) for path in done.contenders)
     ends = {}
     for path, healing in done.contenders.items():
-        alone = StitchedModel.from_path(anchors, path, calibration=CALIBRATION, joint=found.joint(path, steps=8))
+        joint = found.joint(path, steps=8, known=False)
+        alone = StitchedModel.from_path(anchors, path, calibration=CALIBRATION, joint=joint)
         result = heal(alone, TRAIN, teacher=anchors[1], validation=HELD, config=CONFIG)
         assert healing.training.validation == result.training.validation and healing.tried == result.tried
         ends[path] = result.end, alone.state_dict()
