@@ -107,7 +107,7 @@ def _healed(options: Options) -> Figure:
                 )
 
     ours, theirs = in_turns(min(2, options.repeats), lambda: heal_both(LIMIT), lambda: heal_both(0))
-    return Figure("two halves of a Llama healed, each with its sweep", ours, "a teacher that forgets", theirs, "s", 0.8)
+    return Figure("two halves of a Llama healed, each with its sweep", ours, "a teacher that forgets", theirs, "s", 1.0)
 
 
 def _sn_net(model: Stitched, data: Images, steps: int, batch_size: int) -> None:

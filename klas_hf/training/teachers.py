@@ -30,6 +30,9 @@ def remember_answers(teacher: PreTrainedModel | None, limit: int = LIMIT) -> Ite
         teacher: the model, whose weights stay as they are; None does nothing.
         limit: bytes of features that are kept; those of further batches are not.
 
+    Returns:
+        A context, after which all is forgotten.
+
     Example:
         >>> with remember_answers(target):
         ...     for path in ("1[:2] 1[3:]", "0[:2] 1[3:]"):
