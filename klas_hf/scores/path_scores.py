@@ -24,7 +24,7 @@ NEAR = 1.25  # times the least divergence: beyond it one path in ten heals bette
 FAR = 3  # times the least divergence: between other ends, what healed best lay within 2.4 times it (LOG.md)
 # Nats up to which the same path, joined as it is, heals better in 100 steps than with merged joints, in 31 of 40 pairs
 # of Llamas, ViTs and Swins (of ResNets' layers the mean says so, but 8 of 15 pairs alone). In 300 steps 17 of 18 pairs
-# of Llamas did, which start at up to .165 nats, and in 1,000 that one by .012 (LOG.md).
+# of Llamas did, which start at up to .165 nats, and in 1,000 six of eight, at up to .46 (LOG.md).
 UNTOUCHED = 0.05
 KINDS = ("anchor", "pruned", "stitch", "mixed", "repeated")
 
@@ -103,13 +103,13 @@ class PathScores:
 
         Args:
             steps: that the path is to be healed for: then it is "identity", where slices can follow each other as they
-                are and the divergence is at most .05 nats, or .05 for each 100 steps up to 400, since that little is
-                repaired sooner than what least squares do to the weights, and a layer costs something.
+                are and the divergence is at most .05 nats, or .05 for each 100 steps, since that little is repaired
+                sooner than what least squares do to the weights, and a layer costs something.
             known: whether the dearest anchor knows the data that it is healed on; else its states are nothing to fit
                 joints to, and what can follow as it is does so at any divergence.
         """
         place = self.place(path)
-        near = not known or self.divergence[place] <= UNTOUCHED * min(max(1, steps / 100), 4)
+        near = not known or self.divergence[place] <= UNTOUCHED * max(1, steps / 100)
         return "identity" if steps and near and self.seamless[place] else self.joints[place]
 
     def share(self, path: Path) -> float:
