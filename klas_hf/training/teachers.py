@@ -34,10 +34,11 @@ def remember_answers(teacher: PreTrainedModel | None, limit: int = LIMIT) -> Ite
         A context, after which all is forgotten.
 
     Example:
+        >>> config = healing_config(4, per_device_batch_size=2)
         >>> with remember_answers(target):
         ...     for path in ("1[:2] 1[3:]", "0[:2] 1[3:]"):
         ...         model = StitchedModel.from_path([source, target], path, calibration=batches)
-        ...         result = heal(model, examples, teacher=target, config=healing_config(4, per_device_batch_size=2))
+        ...         result = heal(model, examples, teacher=target, validation=examples, config=config)
     """
     # Of a model that processes share out all must run at once, and not each what it does not remember.
     if teacher is None or teacher in _MEMORIES or is_shared_out(teacher):
