@@ -87,7 +87,7 @@ def heal(
             teacher, runs on the labels alone are tried too, which go on once they are ahead; once the whole run is
             ahead of it by .1 nats, the labels alone teach. A `distillation_weight` in the settings stays as it is.
             None: the labels alone; by Muon likewise where the model itself does no better than chance. What the teacher
-            has answered is remembered meanwhile (`remember_answers`).
+            has answered is remembered meanwhile (`remember_answers`, up to 1 GiB).
         validation: held-out examples of the same form; None holds out every tenth of the data.
         config: settings; None takes `healing_config()`. Its `learning_rate` is not used unless `rates` is empty.
         rates: learning rates that may be tried, ascending, in runs of a tenth of the steps: the three about 0.09 /
@@ -125,13 +125,15 @@ def heal(
         if (begun := _begun(output_dir)) is not None:
             config = replace(config, **begun)
         elif len(rates) > 1:
-            bar = -math.inf
-            if choose and knows_nothing(model if teacher is None else teacher, held, config):
-                muon = config.trainable == "full" and config.optimizer == "adamw"
-                config = replace(config, distillation_weight=0.0, optimizer="muon" if muon else config.optimizer)
-            elif choose and teacher is not None:
-                bar = held_out_loss(teacher, held, config)
-            config, tried = _sweep(model, train, held, teacher, config, rates, bar, start)
+            bar, chance = -math.inf, _chance(model, held, config)
+            if choose:
+                judged = held_out_loss(model if teacher is None else teacher, held, config)
+                if judged >= chance:
+                    muon = config.trainable == "full" and config.optimizer == "adamw"
+                    config = replace(config, distillation_weight=0.0, optimizer="muon" if muon else config.optimizer)
+                elif teacher is not None:
+                    bar = judged
+            config, tried = _sweep(model, train, held, teacher, config, rates, (bar, chance), start)
         elif rates:
             config = replace(config, learning_rate=rates[0])
         run = partial(train_stitches, model, train, teacher=teacher, validation=held, output_dir=output_dir)
@@ -182,16 +184,16 @@ def steps_of(config: TrainingConfig, data: Any) -> int:
 
 def _sweep(
     model: PreTrainedModel, train: Any, held: Any, teacher: PreTrainedModel | None, config: TrainingConfig,
-    rates: Sequence[float], bar: float, start: "_Start",
+    rates: Sequence[float], limits: tuple[float, float], start: "_Start",
 ) -> tuple[TrainingConfig, dict[float, float]]:  # fmt: skip
     """The settings of the whole run, with its rate and share of distillation, and held-out losses of short runs.
 
     Three rates are tried, higher ones while they get better and lower ones while all diverge, the model put back after
-    each. A run that does better than `bar`, the teacher's own loss, is done on the labels alone too, until these are
-    ahead. Runs that do no better than chance count only where none does, and then the rate is lowered: what first
-    brings a model that is far off nearer may kill it before its end.
+    each. A run that does better than the first of `limits`, the teacher's own loss, is done on the labels alone too,
+    until these are ahead. Runs at or above the second, the loss by chance, count only where all are, and then the rate
+    is lowered: what first brings a model that is far off nearer may kill it before its end.
     """
-    chance = _chance(model, held, config)
+    bar, chance = limits
     total = steps_of(config, train)
     steps = max(2, round(total * SWEEP_SHARE))  # the first of which is at a rate of 0
     found: dict[float, float] = {}
