@@ -13,8 +13,9 @@ from klas_hf.paths import Path
 from klas_hf.scores.path_scores import PathScores
 from klas_hf.stitching.assembly import assemble_best
 from klas_hf.training.config import TrainingConfig
-from klas_hf.training.healing import HealingResult, heal, healing_config, knows_nothing, split, steps_of
+from klas_hf.training.healing import HealingResult, heal, healing_config, knows_nothing, split
 from klas_hf.training.held_out import is_less
+from klas_hf.training.rates import steps_of
 from klas_hf.training.teachers import remember_answers
 
 

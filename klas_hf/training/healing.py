@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -21,17 +20,11 @@ from klas_hf.errors import TrainingDiverged
 from klas_hf.training.checkpoints import Checkpoints
 from klas_hf.training.config import TrainingConfig
 from klas_hf.training.loop import TrainingResult, held_objective_of, held_out_loss, train_stitches
+from klas_hf.training.rates import RATES, RateSweep, Start
 from klas_hf.training.teachers import remember_answers
 
 DISTILLATION_WEIGHT = 0.5  # share of the loss, where the settings give none
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # that may be tried
-MIDDLE = 0.09  # over the head's width: the middle of the rates tried (Adam's go with 1 / width, arXiv 2203.03466)
-SWEEP_SHARE = 0.1  # of the steps, that each rate is tried for
-# What a whole run of 100 steps gains on such a short one for each e-fold of the rate, as a share of the loss (LOG.md).
-# It goes with the root of the steps, up to twice that; of LoRA, where rates that are too high break less, it is half.
-GAIN = 0.015
 LEARNT = 0.95  # of the loss by chance: what a high rate has killed ends within some hundredths of it
-CAUTION = 3  # what the rate found is divided by where no short run has learnt anything
 HELD_OUT = 10  # every tenth example, where no validation examples are given
 
 
@@ -119,7 +112,7 @@ def heal(
         config = replace(config, distillation_weight=DISTILLATION_WEIGHT, distillation_until_passed=True)
     train, held = (data, validation) if validation is not None else split(data)
     held_objective_of(model, held, config).batches(1)  # which refuses what makes no sense, before anything runs
-    start = _Start(model)
+    start = Start(model)
     tried: dict[float, float] = {}
     with remember_answers(teacher):
         if (begun := _begun(output_dir)) is not None:
@@ -133,7 +126,8 @@ def heal(
                     config = replace(config, distillation_weight=0.0, optimizer="muon" if muon else config.optimizer)
                 elif teacher is not None:
                     bar = judged
-            config, tried = _sweep(model, train, held, teacher, config, rates, (bar, chance), start)
+            sweep = RateSweep(model, train, held, teacher, config, start, bar=bar, chance=chance)
+            config, tried = sweep.best_of(rates), sweep.losses
         elif rates:
             config = replace(config, learning_rate=rates[0])
         run = partial(train_stitches, model, train, teacher=teacher, validation=held, output_dir=output_dir)
@@ -177,79 +171,9 @@ def _chance(model: PreTrainedModel, held: Any, config: TrainingConfig) -> float:
     return LEARNT * held_objective_of(model, held, config).chance()
 
 
-def steps_of(config: TrainingConfig, data: Any) -> int:
-    """Steps of a run as settings have it; where they count epochs, of one."""
-    return max(1, len(data) // config.per_device_batch_size) if config.max_steps is None else config.max_steps
-
-
-def _sweep(
-    model: PreTrainedModel, train: Any, held: Any, teacher: PreTrainedModel | None, config: TrainingConfig,
-    rates: Sequence[float], limits: tuple[float, float], start: "_Start",
-) -> tuple[TrainingConfig, dict[float, float]]:  # fmt: skip
-    """The settings of the whole run, with its rate and share of distillation, and held-out losses of short runs.
-
-    Three rates are tried, higher ones while they get better and lower ones while all diverge, the model put back after
-    each. A run that does better than the first of `limits`, the teacher's own loss, is done on the labels alone too,
-    until these are ahead. Runs at or above the second, the loss by chance, count only where all are, and then the rate
-    is lowered: what first brings a model that is far off nearer may kill it before its end.
-    """
-    bar, chance = limits
-    total = steps_of(config, train)
-    steps = max(2, round(total * SWEEP_SHARE))  # the first of which is at a rate of 0
-    found: dict[float, float] = {}
-    diverged: dict[float, TrainingDiverged] = {}
-
-    def run(rate: float) -> float:
-        nonlocal config, bar
-        if once(rate, config) < bar:
-            both, alone = found[rate], replace(config, distillation_weight=0.0)
-            if once(rate, alone) < both:
-                config, bar = alone, -math.inf
-            else:
-                found[rate] = both
-                diverged.pop(rate, None)
-        return found[rate]
-
-    def once(rate: float, config: TrainingConfig) -> float:
-        trial = replace(config, learning_rate=rate, max_steps=steps, save_steps=10**9, distillation_until_passed=False)
-        diverged.pop(rate, None)
-        try:
-            train_stitches(model, train, trial, teacher=teacher)
-            found[rate] = held_out_loss(model, held, trial)
-            if not math.isfinite(found[rate]):  # in the last step, whose loss nobody saw
-                raise TrainingDiverged(f"got a held-out loss of {found[rate]} at a rate of {rate:g}; lower the rates")
-        except TrainingDiverged as error:
-            found[rate], diverged[rate] = math.inf, error
-        start.put_back()
-        return found[rate]
-
-    lora = config.trainable == "lora"
-    middle = MIDDLE / _head_width(model) * (10 if lora else 1)
-
-    def foretold() -> dict[float, float]:
-        gain = GAIN * (0.5 if lora else 1) * min(math.sqrt(total / 100), 2) * min(found.values())
-        learnt = [rate for rate in found if found[rate] < chance] or [rate for rate in found if rate not in diverged]
-        return {rate: found[rate] - gain * math.log(rate) for rate in learnt}
-
-    place = min(range(len(rates)), key=lambda place: abs(math.log(rates[place] / middle)))
-    low, high = max(0, place - 1), min(len(rates) - 1, place + 1)
-    for rate in rates[low : high + 1]:
-        run(rate)
-    while high + 1 < len(rates) and rates[high] not in diverged and _best_of(foretold()) == rates[high]:
-        high += 1
-        run(rates[high])
-    while low and len(diverged) == len(found):
-        low -= 1
-        run(rates[low])
-    if len(diverged) == len(found):
-        raise diverged[min(diverged)]
-    lower = 1 if min(found.values()) < chance else CAUTION
-    return replace(config, learning_rate=max(rates[0], _vertex(foretold()) / lower)), found
-
-
 def _whole(
     run: Callable[[TrainingConfig], TrainingResult], config: TrainingConfig, lower: list[float],
-    tried: dict[float, float], start: "_Start", output_dir: str | Path | None,
+    tried: dict[float, float], start: Start, output_dir: str | Path | None,
 ) -> tuple[TrainingResult, TrainingConfig]:  # fmt: skip
     """The whole run, at the next of the lower rates where it was no better than the start, and its settings."""
     while True:
@@ -268,36 +192,6 @@ def _whole(
         config = replace(config, learning_rate=lower.pop())
 
 
-def _best_of(losses: Mapping[float, float]) -> float:
-    return min(losses, key=losses.__getitem__)
-
-
-def _vertex(losses: Mapping[float, float]) -> float:
-    """The rate of least loss, by a parabola in its logarithm through the best one and those beside it."""
-    rates, best = sorted(losses), _best_of(losses)
-    first = min(max(0, rates.index(best) - 1), max(0, len(rates) - 3))
-    beside = rates[first : first + 3]
-    if len(beside) < 3:
-        return best
-    logs = np.log(beside)
-    curvature, slope, _ = np.polyfit(logs, [losses[rate] for rate in beside], 2)
-    return float(np.exp(np.clip(-slope / (2 * curvature), logs[0], logs[-1]))) if curvature > 0 else best
-
-
-class _Start:
-    """What a model was, to be put back."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        self.record = getattr(model.config, "training", None)
-
-    def put_back(self) -> None:
-        self.model.load_state_dict(self.state)
-        if hasattr(self.model.config, "training"):
-            self.model.config.training = self.record
-
-
 def _begun(folder: str | Path | None) -> dict[str, Any] | None:
     """What was chosen for a run that was interrupted, and is not looked for again."""
     latest = None if folder is None else Checkpoints(folder, {}).newest()
@@ -306,13 +200,6 @@ def _begun(folder: str | Path | None) -> dict[str, Any] | None:
     run = json.loads((latest / "state.json").read_text())["run"]
     chosen = ("learning_rate", "distillation_weight", "distillation_until_passed", "optimizer")
     return {name: run[name] for name in chosen if name in run}
-
-
-def _head_width(model: PreTrainedModel) -> int:
-    """Features that a language model's head, or a classifier's, reads."""
-    head = model.get_output_embeddings()
-    weights = [head.weight] if head is not None else [one for one in model.parameters() if one.ndim > 1]
-    return int(weights[-1].shape[1])
 
 
 def split(data: Any) -> tuple[Any, Any]:

@@ -44,7 +44,8 @@ from klas_hf.selection.search import search_paths
 from klas_hf.selection.snnet import snnet_stitches
 from klas_hf.training import TrainingConfig, heal, healing_config, remember_answers
 from klas_hf.training.contest import best_contender
-from klas_hf.training.healing import RATES, HealingResult, knows_nothing
+from klas_hf.training.healing import HealingResult, knows_nothing
+from klas_hf.training.rates import RATES
 
 OURS, ANCHORS = "search", "anchors"
 UNHEALED = "search, by score alone"

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path as Folder
 from typing import Any
@@ -17,8 +18,8 @@ from training_examples import QUICK, counting, one_batch, pruned
 
 from klas_hf import StitchedModel, TrainingConfig, TrainingDiverged, evaluate, heal, healing_config, train_stitches
 from klas_hf.data.images import ImageSet, map_labels
-from klas_hf.training.healing import RATES
 from klas_hf.training.loop import TrainingResult, held_objective_of
+from klas_hf.training.rates import RATES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
 TRAIN, HELD = counting(48, 1), counting(16, 2)
@@ -96,13 +97,25 @@ def test_of_a_teacher_that_knows_less_than_a_short_run_teaches_the_labels_are_tr
     assert settings["learning_rate"] == result.learning_rate
 
 
+def run_instead(
+    monkeypatch: pytest.MonkeyPatch, train: Callable[..., TrainingResult], loss: Callable[[float], float]
+) -> None:
+    """Train by a function, and take held-out losses from one of the rate."""
+    for module in ("healing", "rates"):
+        monkeypatch.setattr(f"klas_hf.training.{module}.train_stitches", train)
+        monkeypatch.setattr(
+            f"klas_hf.training.{module}.held_out_loss", lambda model, held, config: loss(config.learning_rate)
+        )
+
+
 def test_held_out_examples_that_make_no_sense_are_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def ran(*_: Any, **__: Any) -> None:
         raise AssertionError("trained before the examples were looked at")
 
-    monkeypatch.setattr("klas_hf.training.healing.train_stitches", ran)
+    for module in ("healing", "rates"):
+        monkeypatch.setattr(f"klas_hf.training.{module}.train_stitches", ran)
     held = [{"input_ids": [1, 10**6, 3], "labels": [1, 2, 3]}]
     with pytest.raises(ValueError, match="got the token id 1000000 for a model with a vocabulary of"):
         heal(pruned()[0], TRAIN, validation=held, config=QUICK)
@@ -160,10 +173,7 @@ def test_long_runs_are_at_higher_rates_than_short_ones(
         end = (1, loss(config.learning_rate))
         return TrainingResult(1, (), 0.0, 1, ((0, 9.0), end), end)
 
-    monkeypatch.setattr("klas_hf.training.healing.train_stitches", train)
-    monkeypatch.setattr(
-        "klas_hf.training.healing.held_out_loss", lambda model, held, config: loss(config.learning_rate)
-    )
+    run_instead(monkeypatch, train, loss)
     config = replace(QUICK, max_steps=steps, trainable=trainable)
     result = heal(tiny_model(hidden_size=128), TRAIN, config=config)
     assert [run.max_steps for run in runs] == [round(steps / 10)] * len(result.tried) + [steps]
@@ -186,10 +196,7 @@ def test_short_runs_at_chance_say_nothing_of_rates(
     def train(model: Any, data: Any, config: TrainingConfig, **_: Any) -> TrainingResult:
         return TrainingResult(1, (), 0.0, 1, ((0, 9.0), (1, 1.0)), (1, 1.0))
 
-    monkeypatch.setattr("klas_hf.training.healing.train_stitches", train)
-    monkeypatch.setattr(
-        "klas_hf.training.healing.held_out_loss", lambda model, held, config: short[config.learning_rate]
-    )
+    run_instead(monkeypatch, train, short.__getitem__)
     config = replace(QUICK, learning_rate=min(short))  # at which the start is looked at
     result = heal(tiny_model(hidden_size=128), TRAIN, config=config, rates=tuple(short))
     assert result.learning_rate == pytest.approx(whole)
@@ -224,7 +231,7 @@ def test_chance_is_what_the_other_labels_foretell() -> None:
 def test_lower_rates_follow_where_a_whole_run_is_no_better_than_the_start(
     checkpoints: bool, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("klas_hf.training.healing.MIDDLE", 16 * 3)  # so that the first rates do harm
+    monkeypatch.setattr("klas_hf.training.rates.MIDDLE", 16 * 3)  # so that the first rates do harm
     model = tiny_model(seed=2)
     train_stitches(model, TRAIN, replace(QUICK, max_steps=60), validation=HELD)
     config, folder = replace(QUICK, max_steps=20), tmp_path if checkpoints else None
