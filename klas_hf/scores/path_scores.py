@@ -1,10 +1,11 @@
 """What a search found: functional KL and cost of paths of every kind, the best of every size."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 NEAR = 1.25  # times the least divergence: beyond it one path in ten heals better, and by little (LOG.md)
 FAR = 3  # times the least divergence: between other ends, what healed best lay within 2.4 times it (LOG.md)
+LONG = 400  # steps of healing, from which on the last block of an anchor is worth more than its start says (LOG.md)
 # Nats up to which the same path, joined as it is, heals better in 100 steps than with merged joints, in 31 of 40 pairs
 # of Llamas, ViTs and Swins (of ResNets' layers the mean says so, but 8 of 15 pairs alone). In 300 steps 17 of 18 pairs
 # of Llamas did, which start at up to .165 nats, and in 1,000 six of eight, at up to .46 (LOG.md).
@@ -148,8 +150,8 @@ class PathScores:
         return self.contenders(budget, 1)[0]
 
     def contenders(
-        self, budget: Budget | Cost | str | float, count: int = 4, *, known: bool = True
-    ) -> tuple[Path, ...]:  # fmt: skip
+        self, budget: Budget | Cost | str | float, count: int = 4, *, steps: int = 0, known: bool = True
+    ) -> tuple[Path, ...]:
         """The best path within a budget, and others that may be better than it once they are healed.
 
         How much a path gains by healing depends on the anchors that it begins and ends with, which its start does not
@@ -162,6 +164,9 @@ class PathScores:
         Args:
             budget: see `Budget.of`.
             count: paths at most. The dearest anchor, where the budget allows it, contends alone.
+            steps: that each is to be healed for. The more, the less a start says: what is between other ends may be
+                3 · √(steps / 100) times as far then, 6 times at most, and from 400 steps on to have the last block of
+                an anchor and to be without it are other ends, too.
             known: whether the dearest anchor knows the data that paths are to learn. Where it does not, to be far from
                 it says little: the best between other ends contends then, however far it starts.
 
@@ -185,18 +190,28 @@ class PathScores:
         best = ranked[0]
         if not best.joints and self.costs[self.place(best)] == self.dearest:
             return (best,)
-        own, dearest = ends_of(best, self.depths), self.paths[self._dearest].slices[0].anchor
-        least = self.divergence[self.place(best)]
-        reach = [path for path in ranked if self.divergence[self.place(path)] <= FAR * least]
-        simpler = sorted(reach if known else ranked, key=lambda path: kind_of(path) == "mixed")
-        ends = {one: path for path in reversed(simpler) if (one := ends_of(path, self.depths)) not in (None, own)}
-        others = sorted(ends, key=lambda found: (found[1] != dearest, ranked.index(ends[found])))
+        least, dearest = self.divergence[self.place(best)], self.paths[self._dearest].slices[0].anchor
         first = (best, *[path for path in ranked if not path.joints and path != best][:1])
-        apart = [ends[found] for found in others if ends[found] not in first]
-        near = [path for path in reach if self.divergence[self.place(path)] <= NEAR * least]
-        alike = [path for path in near if ends_of(path, self.depths) == own]
-        in_turn = zip_longest([path for path in alike if path not in first], apart)
-        return (*first, *(path for pair in in_turn for path in pair if path is not None))[:count]
+        reach = FAR * min(max(1, math.sqrt(steps / 100)), 2) * least if known else math.inf
+        between = self._between([path for path in ranked if self.divergence[self.place(path)] <= reach], steps >= LONG)
+        own = ends_of(best, self.depths, steps >= LONG)
+        others = [ends for ends, path in between.items() if ends != own and path not in first]
+        others.sort(key=lambda ends: (ends[1] != dearest, ranked.index(between[ends])))
+        near = [path for path in ranked if self.divergence[self.place(path)] <= NEAR * least and path not in first]
+        alike = [path for path in near if ends_of(path, self.depths) == ends_of(best, self.depths)]
+        in_turn = chain.from_iterable(zip_longest(alike, map(between.get, others)))
+        return tuple(dict.fromkeys(path for path in (*first, *in_turn) if path is not None))[:count]
+
+    def _between(self, ranked: Sequence[Path], tails: bool) -> dict[tuple[int, ...], Path]:
+        """The best path between any two ends, a mixture where there is none simpler, and none that its anchor beats."""
+        found: dict[tuple[int, ...], Path] = {}
+        whole: set[int] = set()
+        for path in sorted(ranked, key=lambda path: kind_of(path) == "mixed"):
+            whole |= {path.slices[0].anchor} if not path.joints else set()
+            ends = ends_of(path, self.depths, tails)
+            if ends is not None and not (kind_of(path) == "pruned" and path.slices[0].anchor in whole):
+                found.setdefault(ends, path)
+        return found
 
     def plot(self, path: str | File | None = None, *, over: str | None = None) -> "Figure":
         """Divergence over cost: kinds of paths by colour, the best of every size, the line between the anchors.
@@ -284,11 +299,19 @@ def kind_of(path: Path) -> str:
     return "stitch" if path.stitch is not None else "mixed"
 
 
-def ends_of(path: Path, depths: Sequence[int]) -> tuple[int, int] | None:
-    """The anchors that a path begins and ends with; None where it has only the head of the one that it ends with."""
+def ends_of(path: Path, depths: Sequence[int], tails: bool = False) -> tuple[int, ...] | None:
+    """The anchors that a path begins and ends with; None where it has only the head of the one that it ends with.
+
+    Args:
+        path: through anchors of so many blocks as `depths` says.
+        tails: whether to have the last block of an anchor and to be without it are other ends: a third number, 1 or 0.
+    """
     bounds = path.bounds(depths)
     blocks = [anchor for anchor, start, stop in bounds if stop > start]
-    return (blocks[0], blocks[-1]) if blocks[-1] == bounds[-1][0] else None
+    last, start, stop = bounds[-1]
+    if blocks[-1] != last:
+        return None
+    return (blocks[0], last, int(stop > start)) if tails else (blocks[0], last)
 
 
 def as_scores(found: Mapping[Path, tuple[float, float]], costs: Sequence[Cost], **about: Any) -> PathScores:

@@ -219,18 +219,19 @@ class _Search:
         """What is measured on all items: of every bucket the best that no cheaper path beats by far.
 
         The best of each number of joints first: screening, which fits them to few rows, flatters many joints. And the
-        best of one joint between any two anchors, however far behind, for they gain unequally as they are healed, and
-        what has a stitch and more joints besides gains least; but for those that a cheaper one beats, or nearly does
-        and they end with another than the dearest anchor, from which they are to learn.
+        best of one joint between any two anchors, with the last block and without it, however far behind, for they gain
+        unequally as they are healed, and what has a stitch and more joints besides gains least; but for those that a
+        cheaper one beats, or nearly does and they end with another than the dearest anchor, from which they are to
+        learn.
         """
         front = self._front()
         found: list[tuple[int, Path]] = []  # with their rank: what comes first if not all can be measured
-        best: dict[tuple[int, int], float] = {}  # of paths between the same anchors, up to this bucket
+        best: dict[tuple[int, ...], float] = {}  # of paths between the same ends, up to this bucket
         for of_one in self._screened():
             near = [path for path in of_one if self._excess(front, path) <= NEAR]
             first = list({path.joints: path for path in reversed(near)}.values())
             found += enumerate(sorted(near, key=lambda path: path not in first)[: max(self.config.beam, len(first))])
-            ends = {ends_of(path, self.plan.moves.depths): path for path in reversed(of_one) if path.joints == 1}
+            ends = {ends_of(path, self.plan.moves.depths, True): path for path in reversed(of_one) if path.joints == 1}
             for between, path in ends.items():
                 own = self.known[path, self.plan.few][0]
                 bar = 1 if between and between[1] == self.plan.reference else BETTER

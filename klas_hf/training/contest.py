@@ -92,7 +92,7 @@ def heal_best(
     config = config or healing_config()
     train, held = (data, validation) if validation is not None else split(data)
     steps = steps_of(config, train)
-    named, known = found.contenders(budget, contenders), True
+    named, known = found.contenders(budget, contenders, steps=steps), True
     with remember_answers(teacher):
         informed = teacher is None or not knows_nothing(teacher, held, config)
         while len(healed) < len(named):
@@ -104,7 +104,7 @@ def heal_best(
                 output_dir=None if output_dir is None else Folder(output_dir) / f"contender-{number}",
             )  # fmt: skip
             if not number and teacher is not None and not healed[path].distillation_weight:
-                named, known = found.contenders(budget, contenders, known=False), False
+                named, known = found.contenders(budget, contenders, steps=steps, known=False), False
             done, careful = healed.values(), known and model.main_input_name == "pixel_values"
             examples = [one.training.examples for one in done] if careful else ()
             if best_contender([one.end for one in done], examples) == number:

@@ -306,7 +306,7 @@ class EverySize:
         within = [cost.macs for cost in found.costs if cost.macs <= most and cost.macs < self.dearest]
         if not within:
             return []
-        paths = found.contenders(Budget(macs=max(within)), self.settings.contenders, known=known)
+        paths = found.contenders(Budget(macs=max(within)), self.settings.contenders, steps=length, known=known)
         return [self._choice(path, found.joint(path, steps=length, known=self._informed)) for path in paths]
 
     @cached_property

@@ -1,6 +1,6 @@
 """Scores of paths: the best within a budget, the Pareto front, who contends, and how their joints are to be made."""
 
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -59,17 +59,19 @@ ENDS = {
     "0[:2] 1[5:]": (0, 1), "0[:3] 1[6:]": None,
     "1[:1] 1[2:]": (1, 1), "1[:1] 1[2:3] 1[4:]": (1, 1), "1[:1] 1[2:3] 1[4:5] 1[6:]": (1, 1),
     "1[:2] 0[1:2] 1[4:]": (1, 1), "1[:3] 0[1:]": (1, 0),
+    "1[:4] 1[6:]": (1, 1), "0[:1] 1[2:4] 1[6:]": (0, 1),
 }  # of anchors of 4 and of 6 blocks: path → the anchors that it begins and ends with  # fmt: skip
+TAILLESS = ("0[:1] 0[2:3] 0[4:]", "0[:3] 0[4:]", "1[:1] 1[2:3] 1[4:5] 1[6:]", "1[:4] 1[6:]", "0[:1] 1[2:4] 1[6:]")
 MEASURED = st.lists(
     st.tuples(st.sampled_from(sorted(ENDS)), st.floats(0.01, 5), st.integers(1, 99)), min_size=1,
     unique_by=lambda one: one[0],
 )  # fmt: skip
 
 
-@given(MEASURED, st.integers(1, 8), st.booleans())
-@settings(max_examples=100, deadline=None)
-def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_anchors(
-    measured: list[tuple[str, float, int]], count: int, known: bool
+@given(MEASURED, st.integers(1, 8), st.booleans(), st.sampled_from([0, 100, 225, 399, 400, 1000]))
+@settings(max_examples=200, deadline=None)
+def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_ends(
+    measured: list[tuple[str, float, int]], count: int, known: bool, steps: int
 ) -> None:
     paths, whole = [Path.parse(text) for text, _, _ in measured], Path.parse("1[:]")
     values, costs = [value for _, value, _ in measured] + [0.0], [Cost(m, m) for _, _, m in measured] + [Cost(100, 100)]
@@ -78,29 +80,45 @@ def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_anch
     )
     far = {path: scores.divergence[scores.place(path)] for path in paths}
     ranked = sorted(paths, key=lambda path: (far[path], scores.share(path)))
-    best, found, every = ranked[0], *(scores.contenders(Cost(99, 99), one, known=known) for one in (count, 99))
+    options: dict[str, Any] = {"known": known, "steps": steps}
+    best, found, every = ranked[0], *(scores.contenders(Cost(99, 99), one, **options) for one in (count, 99))
     assert found[0] == best == scores.best(Cost(99, 99)) and found == every[:count] and len(set(every)) == len(every)
     assert scores.contenders(1.0, count) == (whole,)
-    # By hand: whoever is first between its ends, a mixture after all others, at most three times as far (however far,
-    # if the dearest anchor does not know the data); between the best's ends, a quarter farther.
+    # By hand: whoever is first between its ends, a mixture after all others, at most three times as far, or six in long
+    # healings (however far, if the dearest anchor does not know the data); between the best's, a quarter farther. In
+    # long healings to have no last block is an end too, but for what is cut from an anchor that is nearer as a whole.
+    times = {0: 3, 100: 3, 225: 4.5, 399: 3 * 3.99**0.5, 400: 6, 1000: 6}[steps] if known else np.inf
+    ends = {path: ENDS[str(path)] for path in ranked}
+    if steps >= 400:
+        ends = {path: both and (*both, str(path) in TAILLESS) for path, both in ends.items()}
     anchor = [path for path in ranked if not path.joints and path != best][:1]
+    small = Path.parse("0[:]")
     others: list[Path] = []
     near: list[Path] = []
     for path in ranked[1:]:
-        reach = [one for one in ranked if not known or far[one] <= 3 * far[best]]
-        alike = [one for one in reach if ENDS[str(one)] == ENDS[str(path)] not in (None, ENDS[str(best)])]
-        if alike and path == min(alike, key=lambda one: kind_of(one) == "mixed"):
+        reach = [one for one in ranked if far[one] <= times * far[best]]
+        alike = [one for one in reach if ends[one] == ends[path] not in (None, ends[best])]
+        of_small = str(path) in ("0[:2] 0[3:]", "0[:1] 0[2:3] 0[4:]", "0[:3] 0[4:]")
+        beaten = of_small and small in reach and ranked.index(small) < ranked.index(path)
+        if alike and path == min(alike, key=lambda one: kind_of(one) == "mixed") and not beaten:
             others.append(path)
         if ENDS[str(path)] == ENDS[str(best)] and far[path] <= 1.25 * far[best]:
             near.append(path)
     others.sort(key=lambda path: ENDS[str(path)][1] == 0)  # stable: those that end with the dearest anchor first
     assert set(every) == {best, *anchor, *others, *near} and every[1 : 1 + len(anchor)] == tuple(anchor)
     others, near = ([path for path in of_one if path not in anchor] for of_one in (others, near))
-    assert [path for path in every if path in others] == others and [path for path in every if path in near] == near
-    if others and near:
-        assert every[1 + len(anchor) :][:2] == (near[0], others[0])
+    first = list(dict.fromkeys(path for pair in zip_longest(near, others) for path in pair if path is not None))
+    assert list(every[1 + len(anchor) :]) == first
     with pytest.raises(ValueError, match="count=0"):
         scores.contenders(1.0, 0)
+
+
+def test_an_anchor_takes_no_others_turn() -> None:
+    texts = ("1[:1] 1[2:]", "1[:2] 1[3:]", "1[:3] 1[4:]", "0[:]", "1[:3] 0[3:]", "1[:]")
+    costs = tuple(Cost(macs, macs) for macs in (80, 80, 80, 40, 60, 100))
+    values = np.array([1.0, 1.1, 1.2, 2.0, 2.5, 0.0])
+    scores = PathScores(tuple(map(Path.parse, texts)), values, values, costs, ("a", "b"), 2.0, depths=(4, 6))
+    assert [str(path) for path in scores.contenders("90%")] == [texts[0], "0[:]", texts[1], "1[:3] 0[3:]"]
 
 
 @pytest.mark.parametrize(
