@@ -12,7 +12,7 @@ sys.path.insert(0, str(Folder(__file__).parents[2] / "recipes"))
 
 import healing as recipe
 from experiments import healing_study
-from experiments.healing_study import METHODS, HealingStudy, joints, match, seen
+from experiments.healing_study import DEFAULT, METHODS, HealingStudy, joints, match, seen
 
 from klas_hf import Path, StitchedModel, evaluate, heal, healing_config
 from klas_hf.anchors.loading import load_anchors
@@ -32,13 +32,14 @@ def test_every_method_is_healed_once_and_stands_in_the_report(
     text = study(tmp_path).run()
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()[1:]]
     kinds = {(row["path"], row["rule"], row["seed"], (row["training"] or {}).get("trainable")) for row in rows}
-    assert len(rows) == len(kinds) == (1 + len(METHODS) + 3) + (1 + 3 + 3)  # no state of the small one is matched
+    assert len(rows) == len(kinds) == (1 + len(METHODS) + 4) + (1 + 4 + 4)  # no state of the small one is matched
     for row in rows:
-        if row["rule"] == "labels" and row["training"]["trainable"] == "full":
+        if row["rule"] in ("labels", DEFAULT) and row["training"]["trainable"] == "full":
             anchors, path = family().anchors, row["path"]
             model = StitchedModel.from_path(anchors, path, calibration=family().fitting)
             config = healing_config(2, eval_steps=1, per_device_batch_size=8)
-            done = heal(model, family().train, validation=family().validation, config=config)
+            teacher = family().anchors[1] if row["rule"] == DEFAULT else None
+            done = heal(model, family().train, teacher=teacher, validation=family().validation, config=config)
             assert row["details"]["learning_rate"] == done.learning_rate
             assert row["metrics"]["loss"] == pytest.approx(evaluate(model, family().test).metrics["loss"], rel=1e-5)
     monkeypatch.setattr(healing_study, "heal", None)
