@@ -166,7 +166,7 @@ class PathScores:
             count: paths at most. The dearest anchor, where the budget allows it, contends alone.
             steps: that each is to be healed for. The more, the less a start says: what is between other ends may be
                 3 · √(steps / 100) times as far then, 6 times at most, and from 400 steps on to have the last block of
-                an anchor and to be without it are other ends, too.
+                an anchor and to be without it are other ends, too, those with it first.
             known: whether the dearest anchor knows the data that paths are to learn. Where it does not, to be far from
                 it says little: the best between other ends contends then, however far it starts.
 
@@ -196,7 +196,7 @@ class PathScores:
         between = self._between([path for path in ranked if self.divergence[self.place(path)] <= reach], steps >= LONG)
         own = ends_of(best, self.depths, steps >= LONG)
         others = [ends for ends, path in between.items() if ends != own and path not in first]
-        others.sort(key=lambda ends: (ends[1] != dearest, ranked.index(between[ends])))
+        others.sort(key=lambda ends: (0 in ends[2:], ends[1] != dearest, ranked.index(between[ends])))
         near = [path for path in ranked if self.divergence[self.place(path)] <= NEAR * least and path not in first]
         alike = [path for path in near if ends_of(path, self.depths) == ends_of(best, self.depths)]
         in_turn = chain.from_iterable(zip_longest(alike, map(between.get, others)))

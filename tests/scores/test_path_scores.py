@@ -105,6 +105,7 @@ def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_ends
         if ENDS[str(path)] == ENDS[str(best)] and far[path] <= 1.25 * far[best]:
             near.append(path)
     others.sort(key=lambda path: ENDS[str(path)][1] == 0)  # stable: those that end with the dearest anchor first
+    others.sort(key=lambda path: steps >= 400 and str(path) in TAILLESS)  # and before that, those that have their end
     assert set(every) == {best, *anchor, *others, *near} and every[1 : 1 + len(anchor)] == tuple(anchor)
     others, near = ([path for path in of_one if path not in anchor] for of_one in (others, near))
     first = list(dict.fromkeys(path for pair in zip_longest(near, others) for path in pair if path is not None))
