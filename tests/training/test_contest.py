@@ -11,7 +11,8 @@ from scipy.stats import ttest_rel
 from tiny_models import tiny_model, token_ids
 from training_examples import QUICK, counting, one_batch
 
-from klas_hf import PathScores, StitchedModel, evaluate, heal, heal_best, search_paths
+from klas_hf import HealingResult, PathScores, StitchedModel, TrainingConfig, evaluate, heal, heal_best, search_paths
+from klas_hf.training import TrainingResult
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")
 CONFIG = replace(QUICK, max_steps=8, eval_steps=2)
@@ -91,6 +92,20 @@ def test_what_starts_far_contends_where_the_teacher_does_not_know_the_data(setti
     near, all_of_them = found.contenders("70%"), found.contenders("70%", known=False)
     assert tuple(done.contenders) == (near if knows else all_of_them) and near != all_of_them
     assert bool(done.contenders[near[0]].distillation_weight) == knows
+
+
+def test_more_contend_where_healing_is_long(setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def healed(model: Any, *_: Any, config: TrainingConfig, **__: Any) -> HealingResult:
+        done = TrainingResult(config.max_steps or 0, (), 0.0, 1, ((0, 2.0), (1, 1.0)), (1, 1.0))
+        return HealingResult(done, 1e-3, 0.5, {}, 2.0, 1.0)
+
+    monkeypatch.setattr("klas_hf.training.contest.heal", healed)
+    named = {}
+    for steps in (8, 1000):
+        done = contest(setting, config=replace(CONFIG, max_steps=steps), contenders=9)
+        named[steps] = list(done.contenders)
+        assert named[steps] == list(setting[1].contenders("70%", 9, steps=steps))
+    assert set(named[8]) < set(named[1000])
 
 
 def test_one_contender_is_the_best_path(setting) -> None:
