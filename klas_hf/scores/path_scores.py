@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path as File
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
@@ -29,6 +29,14 @@ LONG = 400  # steps of healing, from which on the last block of an anchor is wor
 # of Llamas did, which start at up to .165 nats, and in 1,000 six of eight, at up to .46 (LOG.md).
 UNTOUCHED = 0.05
 KINDS = ("anchor", "pruned", "stitch", "mixed", "repeated")
+
+
+class Ends(NamedTuple):
+    """The anchors that a path begins and ends with, and whether it has the last block of the latter."""
+
+    first: int
+    last: int
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -193,22 +201,23 @@ class PathScores:
         least, dearest = self.divergence[self.place(best)], self.paths[self._dearest].slices[0].anchor
         first = (best, *[path for path in ranked if not path.joints and path != best][:1])
         reach = FAR * min(max(1, math.sqrt(steps / 100)), 2) * least if known else math.inf
-        between = self._between([path for path in ranked if self.divergence[self.place(path)] <= reach], steps >= LONG)
-        own = ends_of(best, self.depths, steps >= LONG)
+        tails = steps >= LONG
+        between = self._between([path for path in ranked if self.divergence[self.place(path)] <= reach], tails)
+        own = ends_of(best, self.depths, tails=tails)
         others = [ends for ends, path in between.items() if ends != own and path not in first]
-        others.sort(key=lambda ends: (0 in ends[2:], ends[1] != dearest, ranked.index(between[ends])))
+        others.sort(key=lambda ends: (not ends.whole, ends.last != dearest, ranked.index(between[ends])))
         near = [path for path in ranked if self.divergence[self.place(path)] <= NEAR * least and path not in first]
         alike = [path for path in near if ends_of(path, self.depths) == ends_of(best, self.depths)]
         in_turn = chain.from_iterable(zip_longest(alike, map(between.get, others)))
         return tuple(dict.fromkeys(path for path in (*first, *in_turn) if path is not None))[:count]
 
-    def _between(self, ranked: Sequence[Path], tails: bool) -> dict[tuple[int, ...], Path]:
+    def _between(self, ranked: Sequence[Path], tails: bool) -> dict[Ends, Path]:
         """The best path between any two ends, a mixture where there is none simpler, and none that its anchor beats."""
-        found: dict[tuple[int, ...], Path] = {}
+        found: dict[Ends, Path] = {}
         whole: set[int] = set()
         for path in sorted(ranked, key=lambda path: kind_of(path) == "mixed"):
             whole |= {path.slices[0].anchor} if not path.joints else set()
-            ends = ends_of(path, self.depths, tails)
+            ends = ends_of(path, self.depths, tails=tails)
             if ends is not None and not (kind_of(path) == "pruned" and path.slices[0].anchor in whole):
                 found.setdefault(ends, path)
         return found
@@ -299,19 +308,15 @@ def kind_of(path: Path) -> str:
     return "stitch" if path.stitch is not None else "mixed"
 
 
-def ends_of(path: Path, depths: Sequence[int], tails: bool = False) -> tuple[int, ...] | None:
-    """The anchors that a path begins and ends with; None where it has only the head of the one that it ends with.
+def ends_of(path: Path, depths: Sequence[int], *, tails: bool = False) -> Ends | None:
+    """Where a path through anchors of so many blocks begins and ends; without tails, as if it had the last block.
 
-    Args:
-        path: through anchors of so many blocks as `depths` says.
-        tails: whether to have the last block of an anchor and to be without it are other ends: a third number, 1 or 0.
+    None where it has no block of the anchor that it ends with, only its head.
     """
     bounds = path.bounds(depths)
     blocks = [anchor for anchor, start, stop in bounds if stop > start]
     last, start, stop = bounds[-1]
-    if blocks[-1] != last:
-        return None
-    return (blocks[0], last, int(stop > start)) if tails else (blocks[0], last)
+    return Ends(blocks[0], last, stop > start or not tails) if blocks[-1] == last else None
 
 
 def as_scores(found: Mapping[Path, tuple[float, float]], costs: Sequence[Cost], **about: Any) -> PathScores:

@@ -21,7 +21,7 @@ from klas_hf.costs.usage import Usage
 from klas_hf.paths import Path
 from klas_hf.processes import process_state
 from klas_hf.rows import ResultRow, RowFile, library_versions
-from klas_hf.scores.path_scores import PathScores, as_scores, ends_of
+from klas_hf.scores.path_scores import Ends, PathScores, as_scores, ends_of
 from klas_hf.scores.paths import PathScore, PathScorer
 from klas_hf.selection.plan import GROUP, SearchConfig, SearchPlan
 
@@ -226,15 +226,16 @@ class _Search:
         """
         front = self._front()
         found: list[tuple[int, Path]] = []  # with their rank: what comes first if not all can be measured
-        best: dict[tuple[int, ...], float] = {}  # of paths between the same ends, up to this bucket
+        best: dict[Ends, float] = {}  # of paths between the same ends, up to this bucket
         for of_one in self._screened():
             near = [path for path in of_one if self._excess(front, path) <= NEAR]
             first = list({path.joints: path for path in reversed(near)}.values())
             found += enumerate(sorted(near, key=lambda path: path not in first)[: max(self.config.beam, len(first))])
-            ends = {ends_of(path, self.plan.moves.depths, True): path for path in reversed(of_one) if path.joints == 1}
+            single, depths = [path for path in of_one if path.joints == 1], self.plan.moves.depths
+            ends = {ends_of(path, depths, tails=True): path for path in reversed(single)}
             for between, path in ends.items():
                 own = self.known[path, self.plan.few][0]
-                bar = 1 if between and between[1] == self.plan.reference else BETTER
+                bar = 1 if between and between.last == self.plan.reference else BETTER
                 if between is not None and own < bar * best.get(between, math.inf):
                     best[between] = own
                     found.append((0, path))

@@ -218,7 +218,7 @@ def test_the_best_between_any_two_ends_is_measured_in_full_however_far_behind() 
     found = search_paths(anchors(), data(), SearchConfig(buckets=2, beam=1), tokens=12)
     depths = tuple(one.config.num_hidden_layers for one in anchors())
     assert found.depths == depths
-    ends = {ends_of(path, depths, True) for path in found.paths if path.joints}
+    ends = {ends_of(path, depths, tails=True) for path in found.paths if path.joints}
     assert ends >= {(0, 1, 1), (1, 0, 1), (1, 1, 1), (1, 1, 0)}
 
 
