@@ -173,8 +173,9 @@ class PathScores:
             budget: see `Budget.of`.
             count: paths at most. The dearest anchor, where the budget allows it, contends alone.
             steps: that each is to be healed for. The more, the less a start says: what is between other ends may be
-                3 · √(steps / 100) times as far then, 6 times at most, and from 400 steps on to have the last block of
-                an anchor and to be without it are other ends, too, those with it first.
+                3 · √(steps / 100) times as far then, 6 times at most; and from 400 steps on to have the last block of
+                an anchor and to be without it are other ends, too, those with it first, and of what lies within a
+                quarter of the best between its ends the dearest contends.
             known: whether the dearest anchor knows the data that paths are to learn. Where it does not, to be far from
                 it says little: the best between other ends contends then, however far it starts.
 
@@ -198,29 +199,41 @@ class PathScores:
         best = ranked[0]
         if not best.joints and self.costs[self.place(best)] == self.dearest:
             return (best,)
-        least, dearest = self.divergence[self.place(best)], self.paths[self._dearest].slices[0].anchor
+        dearest = self.paths[self._dearest].slices[0].anchor
         first = (best, *[path for path in ranked if not path.joints and path != best][:1])
-        reach = FAR * min(max(1, math.sqrt(steps / 100)), 2) * least if known else math.inf
-        tails = steps >= LONG
-        between = self._between([path for path in ranked if self.divergence[self.place(path)] <= reach], tails)
-        own = ends_of(best, self.depths, tails=tails)
+        reach = FAR * min(max(1, math.sqrt(steps / 100)), 2)
+        long = steps >= LONG
+        between = self._between(self._within(reach, ranked) if known else ranked, long)
+        own = ends_of(best, self.depths, tails=long)
         others = [ends for ends, path in between.items() if ends != own and path not in first]
         others.sort(key=lambda ends: (not ends.whole, ends.last != dearest, ranked.index(between[ends])))
-        near = [path for path in ranked if self.divergence[self.place(path)] <= NEAR * least and path not in first]
+        near = [path for path in self._within(NEAR, ranked) if path not in first]
         alike = [path for path in near if ends_of(path, self.depths) == ends_of(best, self.depths)]
         in_turn = chain.from_iterable(zip_longest(alike, map(between.get, others)))
         return tuple(dict.fromkeys(path for path in (*first, *in_turn) if path is not None))[:count]
 
-    def _between(self, ranked: Sequence[Path], tails: bool) -> dict[Ends, Path]:
-        """The best path between any two ends, a mixture where there is none simpler, and none that its anchor beats."""
-        found: dict[Ends, Path] = {}
+    def _between(self, ranked: Sequence[Path], long: bool) -> dict[Ends, Path]:
+        """The best path between any two ends, a mixture where there is none simpler, and none that its anchor beats.
+
+        Where healing is long, the dearest of those that are nearly as near: then loss follows cost more than the start.
+        """
+        between: dict[Ends, list[Path]] = {}
         whole: set[int] = set()
-        for path in sorted(ranked, key=lambda path: kind_of(path) == "mixed"):
+        for path in ranked:
             whole |= {path.slices[0].anchor} if not path.joints else set()
-            ends = ends_of(path, self.depths, tails=tails)
-            if ends is not None and not (kind_of(path) == "pruned" and path.slices[0].anchor in whole):
-                found.setdefault(ends, path)
+            beaten = kind_of(path) == "pruned" and path.slices[0].anchor in whole
+            if (ends := ends_of(path, self.depths, tails=long)) is not None and not beaten:
+                between.setdefault(ends, []).append(path)
+        found = {}
+        for ends, paths in between.items():
+            simple = [path for path in paths if kind_of(path) != "mixed"] or paths
+            found[ends] = max(self._within(NEAR, simple), key=self.share) if long else simple[0]
         return found
+
+    def _within(self, times: float, ranked: Sequence[Path]) -> list[Path]:
+        """The paths that start at most so many times as far as the first."""
+        bar = times * self.divergence[self.place(ranked[0])]
+        return [path for path in ranked if self.divergence[self.place(path)] <= bar]
 
     def plot(self, path: str | File | None = None, *, over: str | None = None) -> "Figure":
         """Divergence over cost: kinds of paths by colour, the best of every size, the line between the anchors.

@@ -222,7 +222,7 @@ class _Search:
         best of one joint between any two anchors, with the last block and without it, however far behind, for they gain
         unequally as they are healed, and what has a stitch and more joints besides gains least; but for those that a
         cheaper one beats, or nearly does and they end with another than the dearest anchor, from which they are to
-        learn.
+        learn. Where nothing of a bucket is near the best, for those that a cheaper one beats by far.
         """
         front = self._front()
         found: list[tuple[int, Path]] = []  # with their rank: what comes first if not all can be measured
@@ -235,9 +235,9 @@ class _Search:
             ends = {ends_of(path, depths, tails=True): path for path in reversed(single)}
             for between, path in ends.items():
                 own = self.known[path, self.plan.few][0]
-                bar = 1 if between and between.last == self.plan.reference else BETTER
+                bar = (1 if near else NEAR) if between and between.last == self.plan.reference else BETTER
                 if between is not None and own < bar * best.get(between, math.inf):
-                    best[between] = own
+                    best[between] = min(own, best.get(between, math.inf))
                     found.append((0, path))
         return list(dict.fromkeys(path for _, path in sorted(found, key=lambda pair: pair[0])))
 

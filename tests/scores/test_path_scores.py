@@ -100,7 +100,11 @@ def test_contenders_are_an_anchor_what_lies_near_and_the_best_between_other_ends
         alike = [one for one in reach if ends[one] == ends[path] not in (None, ends[best])]
         of_small = str(path) in ("0[:2] 0[3:]", "0[:1] 0[2:3] 0[4:]", "0[:3] 0[4:]")
         beaten = of_small and small in reach and ranked.index(small) < ranked.index(path)
-        if alike and path == min(alike, key=lambda one: kind_of(one) == "mixed") and not beaten:
+        simple = [one for one in alike if kind_of(one) != "mixed"] or alike
+        if steps >= 400 and simple:  # the dearest of what is nearly as near
+            simple = [one for one in simple if far[one] <= 1.25 * far[simple[0]]]
+            simple.sort(key=scores.share, reverse=True)
+        if simple[:1] == [path] and not beaten:
             others.append(path)
         if ENDS[str(path)] == ENDS[str(best)] and far[path] <= 1.25 * far[best]:
             near.append(path)
