@@ -1,5 +1,6 @@
 """The search over paths: what it finds against every path measured, what it spends, and how it goes on."""
 
+import zlib
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path as FilePath
@@ -28,6 +29,7 @@ from klas_hf.data.images import ImageBatches, ImageSet, map_labels
 from klas_hf.evaluation import evaluate_divergence
 from klas_hf.rows import read_rows
 from klas_hf.scores.path_scores import ends_of, kind_of
+from klas_hf.scores.paths import PathScore
 from klas_hf.selection import search
 from klas_hf.selection.moves import Moves
 from klas_hf.stitching.assembly import assemble_best
@@ -220,6 +222,36 @@ def test_the_best_between_any_two_ends_is_measured_in_full_however_far_behind() 
     assert found.depths == depths
     ends = {ends_of(path, depths, tails=True) for path in found.paths if path.joints}
     assert ends >= {(0, 1, 1), (1, 0, 1), (1, 1, 1), (1, 1, 0)}
+
+
+def test_the_best_of_a_size_is_measured_beside_a_cheaper_one_where_both_are_far_behind(
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(_: Any, paths: list[Path], *__: Any) -> list[PathScore]:
+        far = [1 + zlib.crc32(str(path).encode()) % 1000 / 2000 if 1 in path.anchors else 0.1 for path in paths]
+        return [PathScore(one, 0.01, 12) for one in far]
+
+    monkeypatch.setattr(search.PathScorer, "score", score)
+    config = SearchConfig(forwards=WIDE, cheapest=0.05)
+    found = search_paths(anchors(), data(), config, tokens=12, output=tmp_path / "search.jsonl")
+    depths, small = found.depths, found.costs[found.place(Path.parse("0[:]"))].macs
+    rows = [row for row in read_rows(tmp_path / "search.jsonl") if row.setting["batches"] and row.joints == 1]
+    low, dearest = 0.05 * found.dearest.macs, found.dearest.macs
+    least: dict[Any, float] = {}
+    farther = 0
+    for start, stop in pairwise(low + n / 20 * (dearest - low) for n in range(21)):
+        best: dict[Any, Any] = {}
+        for row in sorted(rows, key=lambda row: (row.metrics["divergence"], row.path)):
+            ends = ends_of(Path.parse(row.path), depths, tails=True)
+            if start <= row.macs < stop and ends is not None and ends.last == 1:
+                best.setdefault(ends, row)
+        for ends, row in best.items():
+            own = row.metrics["divergence"]
+            if start > small and own < search.NEAR * least.get(ends, np.inf):
+                assert Path.parse(row.path) in found.paths
+                farther += own > least.get(ends, np.inf)
+            least[ends] = min(own, least.get(ends, np.inf))
+    assert farther
 
 
 @pytest.mark.parametrize(
