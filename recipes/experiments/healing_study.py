@@ -1,9 +1,9 @@
 """Which healing is best: what is learnt from, what learns, how long; every method with the same steps and sweep.
 
     labels, distilled, both     cross-entropy, soft distillation from the dear anchor, half of each
+    by default                  what `heal` chooses by itself: half of each, and labels where the dear anchor is passed
     states, then both           the head's inputs are matched to the dear anchor's first (arXiv 2603.12433, 2505.20142)
     joints, then both           what each joint gives is matched to the dear anchor's state there first
-    by default                  what `heal` chooses by itself: half of each, and labels where the dear anchor is passed
 
 Matching spends `WARMUP` of the steps.
 """
@@ -36,10 +36,10 @@ from klas_hf.training.images import ImageObjective
 from klas_hf.training.language import LanguageObjective
 from klas_hf.training.trainables import is_stitching
 
-WEIGHTS = {"labels": 0.0, "distilled": 1.0, "both": 0.5}  # share of the loss that is distillation
+# Share of the loss that is distillation; labels have no teacher, and beside one `heal` chooses where none is given.
+WEIGHTS = {"labels": 0.0, "distilled": 1.0, "both": 0.5, "by default": 0.0}
 MATCHED = {"states, then both": "head", "joints, then both": "joints"}
-DEFAULT = "by default"
-METHODS = (*WEIGHTS, *MATCHED, DEFAULT)
+METHODS = (*WEIGHTS, *MATCHED)
 WARMUP = 0.3  # share of the steps
 
 
@@ -108,7 +108,7 @@ class HealingStudy:
 
     def _healed(self, model: PreTrainedModel, path: Path, method: str, config: TrainingConfig) -> float:
         """Heal a model in place; the rate that was chosen."""
-        weight, length = WEIGHTS.get(method, 0.0 if method == DEFAULT else 0.5), config.max_steps or 0
+        weight, length = WEIGHTS.get(method, 0.5), config.max_steps or 0
         if method in MATCHED:
             matched = round(WARMUP * length)
             like = self.row(path, "both", config.trainable, length, config.seed)  # its rate serves the matching too
@@ -124,7 +124,7 @@ class HealingStudy:
             )
             config = healing_config(**asdict(config) | {"steps": length - matched, "max_steps": length - matched})
         config = healing_config(**asdict(config) | {"steps": config.max_steps, "distillation_weight": weight})
-        teacher = self.large if weight or method == DEFAULT else None
+        teacher = None if method == "labels" else self.large
         done = heal(model, self.family.train, teacher=teacher, validation=self.family.validation, config=config)
         return done.learning_rate
 
@@ -155,7 +155,7 @@ class HealingStudy:
 
 def applies(method: str, trainable: str, path: Path) -> bool:
     """Whether a method is compared: the matching trains all of a model, and states as wide as the large anchor's."""
-    return method not in MATCHED or (trainable == "full" and path.slices[-1].anchor == 1)
+    return method in WEIGHTS or (trainable == "full" and path.slices[-1].anchor == 1)
 
 
 def match(

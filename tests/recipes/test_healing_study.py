@@ -12,7 +12,7 @@ sys.path.insert(0, str(Folder(__file__).parents[2] / "recipes"))
 
 import healing as recipe
 from experiments import healing_study
-from experiments.healing_study import DEFAULT, METHODS, HealingStudy, joints, match, seen
+from experiments.healing_study import METHODS, HealingStudy, joints, match, seen
 
 from klas_hf import Path, StitchedModel, evaluate, heal, healing_config
 from klas_hf.anchors.loading import load_anchors
@@ -34,11 +34,11 @@ def test_every_method_is_healed_once_and_stands_in_the_report(
     kinds = {(row["path"], row["rule"], row["seed"], (row["training"] or {}).get("trainable")) for row in rows}
     assert len(rows) == len(kinds) == (1 + len(METHODS) + 4) + (1 + 4 + 4)  # no state of the small one is matched
     for row in rows:
-        if row["rule"] in ("labels", DEFAULT) and row["training"]["trainable"] == "full":
+        if row["rule"] in ("labels", "by default") and row["training"]["trainable"] == "full":
             anchors, path = family().anchors, row["path"]
             model = StitchedModel.from_path(anchors, path, calibration=family().fitting)
             config = healing_config(2, eval_steps=1, per_device_batch_size=8)
-            teacher = family().anchors[1] if row["rule"] == DEFAULT else None
+            teacher = family().anchors[1] if row["rule"] == "by default" else None
             done = heal(model, family().train, teacher=teacher, validation=family().validation, config=config)
             assert row["details"]["learning_rate"] == done.learning_rate
             assert row["metrics"]["loss"] == pytest.approx(evaluate(model, family().test).metrics["loss"], rel=1e-5)
