@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from math import hypot, isnan
 from statistics import fmean
 
@@ -35,6 +36,7 @@ class Advantage:
         of_seeds: its standard error over seeds, paired where both have the same; 0 of one seed.
         items: the difference on each test image or sequence.
         weights: of these.
+        equal: whether the rival costs as much, within 2 %, under every seed.
     """
 
     rival: str
@@ -42,6 +44,7 @@ class Advantage:
     of_seeds: float
     items: NDArray[np.float64]
     weights: NDArray[np.float64]
+    equal: bool
 
     @property
     def error(self) -> float:
@@ -60,7 +63,8 @@ class Advantage:
         """Over a rival at several costs, on the same test items."""
         of_seeds = hypot(*(one.of_seeds for one in each)) / len(each)
         items = np.mean([one.items for one in each], axis=0)
-        return cls(each[0].rival, fmean(one.by for one in each), of_seeds, items, each[0].weights)
+        equal = all(one.equal for one in each)
+        return cls(each[0].rival, fmean(one.by for one in each), of_seeds, items, each[0].weights, equal)
 
 
 class Outcome:
@@ -124,15 +128,18 @@ class Outcome:
     def _advantage(self, rule: str, ours: Rows, rows: Rows) -> Advantage:
         weights = np.array(self.anchors[0][0].details["items"]["weights"])
         if [row.measurement for row in rows] == [row.measurement for row in ours]:
-            return Advantage(rule, 0.0, 0.0, np.zeros(len(weights)), weights)
+            return Advantage(rule, 0.0, 0.0, np.zeros(len(weights)), weights, equal=True)
         values, others = self.values(ours), self.values(rows)
         if [row.seed for row in ours] == [row.seed for row in rows]:  # which sees the same batches in one order
             _, error = mean_and_error([a - b for a, b in zip(values, others, strict=True)])
+            pairs = list(zip(ours, rows, strict=True))
         else:
             error = hypot(*(mean_and_error(each)[1] for each in (values, others)))
+            pairs = list(product(ours, rows))
         items, of_items = (np.mean([row.details["items"]["quality"] for row in each], axis=0) for each in (ours, rows))
         by, of_seeds = self.sign * (fmean(values) - fmean(others)), 0.0 if isnan(error) else error
-        return Advantage(rule, by, of_seeds, self.sign * (items - of_items), weights)
+        equal = all(abs(one.macs - other.macs) <= EQUAL * one.macs for one, other in pairs)
+        return Advantage(rule, by, of_seeds, self.sign * (items - of_items), weights, equal)
 
     @cached_property
     def models(self) -> list[tuple[int, float, float]]:
@@ -221,16 +228,25 @@ def offers(outcome: Outcome) -> str:
 
 
 def totals(outcome: Outcome) -> str:
-    """A row per rival: mean advantage of ours over the buckets, and in how many it is not behind by over one error."""
+    """A row per rival: mean advantage of ours over the buckets, and in how many it is not behind by over one error.
+
+    And the mean over those buckets alone in which the rival has a path as dear as ours.
+    """
     by_rival: dict[str, list[Advantage]] = {}
     for bucket, of_bucket in enumerate(outcome.rows):
         for one in outcome.advantages(bucket) if of_bucket else []:
             by_rival.setdefault(one.rival, []).append(one)
-    lines = [["rival", "buckets", "ours better by, mean", "ours better in", "no worse within one error in"]]
-    for mean, each in sorted(((Advantage.mean(each), each) for each in by_rival.values()), key=lambda pair: pair[0].by):
-        told = f"{mean.by:+.4f} ± {mean.error:.4f}"
+    lines = [
+        ["rival", "buckets", "ours better by, mean", "ours better in", "no worse within one error in"]
+        + ["of equal cost", "ours better by there"]
+    ]
+    for rival, each in sorted(by_rival.items(), key=lambda pair: fmean(one.by for one in pair[1])):
         within = sum(one.by >= -one.error for one in each)
-        lines.append([mean.rival, str(len(each)), told, str(sum(one.by > 0 for one in each)), str(within)])
+        alike = [one for one in each if one.equal]
+        lines.append(
+            [rival, str(len(each)), _mean(each), str(sum(one.by > 0 for one in each)), str(within)]
+            + [str(len(alike)), _mean(alike) if alike else "–"]
+        )
     return markdown_table(lines)
 
 
@@ -283,6 +299,11 @@ def _about(study: EverySize) -> str:
         f"path of it (± {EQUAL:.0%}), else at the nearest one in the bucket."
     )
     return text + "".join(f"\n\n{rule} chooses nothing here: {why}." for rule, why in study.absent.items())
+
+
+def _mean(each: Sequence[Advantage]) -> str:
+    mean = Advantage.mean(each)
+    return f"{mean.by:+.4f} ± {mean.error:.4f}"
 
 
 def _treated(outcome: Outcome) -> str:

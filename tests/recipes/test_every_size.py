@@ -22,7 +22,7 @@ import every_size as recipe  # noqa: E402
 from experiments import every_size  # noqa: E402
 from experiments.beside import quantised  # noqa: E402
 from experiments.every_size import EverySize, Family, StudySettings  # noqa: E402
-from experiments.every_size_report import Outcome, report  # noqa: E402
+from experiments.every_size_report import Outcome, report, totals  # noqa: E402
 from families import FamilyArguments, family_of  # noqa: E402
 
 from klas_hf import Path, PathSelection, SearchConfig, StitchedModel, evaluate, heal, healing_config, measure_costs  # noqa: E402
@@ -204,7 +204,7 @@ def test_every_model_is_made_once_and_measured_as_by_hand(done) -> None:
 def test_the_report_says_what_the_rows_say(done) -> None:
     study, text = done
     assert (study.output / "report.md").read_text() == text and (study.output / "curve-3.png").exists()
-    qualities, offers, totals = tables(text.split("## 3 steps")[1])
+    qualities, offers, summed = tables(text.split("## 3 steps")[1])
     chosen = [study.chosen(3, seed) for seed in (0, 1)]
     edges = [share * study.dearest for share in (0.2, 0.2 + 0.8 / 3, 0.2 + 1.6 / 3, 1.0)]
     assert qualities[0][1:] == [
@@ -244,18 +244,38 @@ def test_the_report_says_what_the_rows_say(done) -> None:
         for rule, one in better.items():
             same = str(chosen[0][bucket][rule]) == str(chosen[0][bucket]["search"])
             seeds = 0.0 if same else sem([a - b for a, b in zip(values, of(rule, bucket), strict=True)])
-            advantages.setdefault(rule, []).append((one, seeds, items[rule] - items["search"]))
+            costs = [[one[bucket][name].macs for name in ("search", rule)] for one in chosen]
+            equal = all(0.98 * of_ours <= other <= 1.02 * of_ours for of_ours, other in costs)
+            advantages.setdefault(rule, []).append((one, seeds, items[rule] - items["search"], equal))
         by, shown = map(float, re.match(r"(\S+)(?: ± (\S+))?", cells[6]).groups(default="0"))
-        _, seeds, apart = advantages[cells[5]][-1]
+        _, seeds, apart, _ = advantages[cells[5]][-1]
         assert (by, shown) == pytest.approx((better[cells[5]], hypot(seeds, sem(apart))), abs=6e-5)
-    for rule, count, mean, ahead, within in totals[1:]:
-        each, over_seeds, apart = zip(*advantages[rule], strict=True)
+    for rule, count, mean, ahead, within, as_dear, of_these in summed[1:]:
+        each, over_seeds, apart, equal = zip(*advantages[rule], strict=True)
         errors = map(hypot, over_seeds, map(sem, apart))
         assert (int(count), int(ahead)) == (len(each), sum(one > 0 for one in each))
         assert int(within) == sum(one >= -error for one, error in zip(each, errors, strict=True))
         error = hypot(hypot(*over_seeds) / len(each), sem(np.mean(apart, axis=0)))
         assert [*map(float, mean.split(" ± "))] == pytest.approx([fmean(each), error], abs=6e-5)
-    assert {line[0] for line in totals[1:]} == advantages.keys()
+        assert int(as_dear) == sum(equal)
+        if any(equal):
+            told = fmean(one for one, alike in zip(each, equal, strict=True) if alike)
+            assert float(of_these.split(" ± ")[0]) == pytest.approx(told, abs=6e-5)
+        else:
+            assert of_these == "–"
+    assert {line[0] for line in summed[1:]} == advantages.keys()
+
+
+@pytest.mark.parametrize(("times", "equal"), [(0.97, False), (0.985, True), (1.015, True), (1.03, False)])
+def test_costs_are_equal_within_two_percent(done, times: float, equal: bool) -> None:
+    """The mean over sizes at which a rival costs as much is over none, or over this one."""
+    outcome = Outcome(done[0], 3)
+    of_bucket = outcome.rows[-1]
+    ours = of_bucket["search"][0].macs
+    of_bucket["klas"] = [replace(row, macs=round(times * ours)) for row in of_bucket["random"]]
+    outcome.rows = [{}, {}, of_bucket]
+    (line,) = (line for line in tables(totals(outcome) + "\n")[0] if line[0] == "klas")
+    assert line[5:] == (["1", line[2]] if equal else ["0", "–"])
 
 
 @pytest.mark.parametrize("better", [-0.1, 1e-12, 0.0, 0.1])
