@@ -41,7 +41,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, trainable:
     two = launch(tmp_path / "two", 2, trainable, 2, accumulation)
     assert (one["processes"], two["processes"]) == (1, 2)
     assert len(one["losses"]) == 6
-    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-4)  # sums in another order
     np.testing.assert_allclose(two["validation"], one["validation"], rtol=1e-4)
     assert len(one["examples"]) == 9 and two["kept"] == pytest.approx(one["kept"], rel=1e-4)
     np.testing.assert_allclose(two["examples"], one["examples"], rtol=1e-3)
