@@ -100,7 +100,7 @@ class HeldOut:
         with evaluating(self.model):
             for number, batch in enumerate(self.loader):
                 # The same draws whenever it is measured, and none of the training's.
-                losses.append(self.objective.example_losses(self.model, batch, (0, number, 0)).float().cpu())
+                losses.append(self.objective.example_losses(self.model, batch, (0, number, 0)).cpu())
                 labels += int(self.objective.count(batch))
         everyone = gather_object([(torch.cat(losses).tolist(), labels)])
         return tuple(loss for some, _ in everyone for loss in some), sum(count for _, count in everyone)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats, `(labels,)`, with class numbers `(labels,)` or probabilities `(labels, classes)`."""
-    return F.cross_entropy(logits, targets, reduction="none")
+    soft = targets.is_floating_point()
+    return F.cross_entropy(logits, targets.to(logits.dtype) if soft else targets, reduction="none")
 
 
 def soft_distillation_sum(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -126,7 +126,7 @@ class Objective(ABC):
         if self.teacher is None or self.has_passed:
             return loss
         with torch.no_grad():
-            teacher_logits = self.labelled(ask(self.teacher, self._teachers(inputs)), batch).float()
+            teacher_logits = self.labelled(ask(self.teacher, self._teachers(inputs)), batch).to(logits.dtype)
         if config.distillation == "hard":
             distance = hard_distillation_sum(logits, teacher_logits)
         else:
@@ -149,8 +149,9 @@ class Objective(ABC):
         autocast = torch.autocast(device, torch.bfloat16, enabled=fast)
         # Of fillers alone statistics must not be taken; other processes wait for this one's forward all the same.
         with autocast, nullcontext() if batch["labels"].numel() else evaluating(model):
-            output = ask(model, inputs | self._options(seed))
-            return output, self.labelled(output, batch).float()
+            output = ask(model, _as_precise(inputs, self.model.dtype) | self._options(seed))
+            logits = self.labelled(output, batch)
+            return output, logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @contextmanager
     def while_training(self, device: torch.device) -> Iterator[None]:
@@ -229,6 +230,16 @@ def on_device(teacher: PreTrainedModel | None, device: torch.device) -> Iterator
     finally:
         if home != device:
             teacher.to(home)
+
+
+def _as_precise(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Inputs whose floats are of no lesser precision than `dtype`."""
+    return {
+        name: value.to(torch.promote_types(value.dtype, dtype))
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
 
 
 @contextmanager

@@ -54,11 +54,12 @@ def made_trainable(model: PreTrainedModel, config: TrainingConfig) -> Iterator[n
     prepared: nn.Module = model
     try:
         if config.mixed_precision == "no":
-            model.float()
+            for _, tensor in _tensors(model):
+                tensor.data = _at_least_fp32(tensor)
         prepared = _prepared(model, config)
         for parameter in prepared.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+                parameter.data = _at_least_fp32(parameter)
         prepared.train()
         if config.trainable == "backbone":  # a head that is frozen keeps its statistics too
             for name, layer in model.named_modules():
@@ -183,6 +184,11 @@ def _takes_lora(module: nn.Module) -> bool:
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not _UNDECAYED.fullmatch(name.split(".")[-1])
+
+
+def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.data.to(wide) if tensor.is_floating_point() else tensor.data
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -93,6 +93,21 @@ def test_soft_distillation(weight: float) -> None:
     assert found == pytest.approx(float((1 - weight) * hard + weight * distance), rel=1e-4)
 
 
+def test_images_train_in_float64_where_the_model_is() -> None:
+    """Whatever pixels, soft labels and teacher are in."""
+    model, teacher, data = tiny_vit().double(), tiny_vit(seed=5), ToyImages(6, floats=True)
+    other, targets = copy.deepcopy(model), torch.tensor(data.labels)
+    log_q = other(pixel_values=data.images.double()).logits.log_softmax(-1)
+    p = torch.distributions.Categorical(logits=teacher(pixel_values=data.images).logits.double().detach())
+    distance = torch.distributions.kl_divergence(p, torch.distributions.Categorical(logits=log_q)).mean()
+    (0.75 * F.cross_entropy(log_q, targets, label_smoothing=0.375) + 0.25 * distance).backward()
+    smoothed = {"augmentation": Augmentation(label_smoothing=0.375), "distillation_weight": 0.25}
+    plain = {"optimizer": "sgd", "learning_rate": 0.5, "warmup_ratio": 0.0, "max_grad_norm": 1e9}
+    train_stitches(model, data, replace(QUICK, max_steps=1, **smoothed, **plain), teacher=teacher)
+    for found, given in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(found, given - 0.5 * given.grad, atol=1e-12, rtol=1e-10)
+
+
 def test_images_of_some_of_the_classes_are_told_apart_among_these() -> None:
     """Among all, a model that knows no more than which classes occur would do better than most."""
     toys, ids = ToyImages(12), [1, 4, 6]
