@@ -9,47 +9,26 @@ from pathlib import Path as Folder
 from statistics import fmean, stdev
 from typing import Any
 
+import every_size as recipe
 import numpy as np
 import pytest
 import torch
+from experiments import every_size
+from experiments.beside import quantised
+from experiments.every_size import EverySize, Family, StudySettings
+from experiments.every_size_report import Outcome, report, totals
 from scipy.stats import sem, spearmanr
-from tiny_models import save_with_tokenizer, tiny_model, token_ids
+from tiny_study import family
 
-RECIPES = Folder(__file__).parents[2] / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import every_size as recipe  # noqa: E402
-from experiments import every_size  # noqa: E402
-from experiments.beside import quantised  # noqa: E402
-from experiments.every_size import EverySize, Family, StudySettings  # noqa: E402
-from experiments.every_size_report import Outcome, report, totals  # noqa: E402
-from families import FamilyArguments, family_of  # noqa: E402
-
-from klas_hf import Path, PathSelection, SearchConfig, StitchedModel, evaluate, heal, healing_config, measure_costs  # noqa: E402
-from klas_hf.budgets import Budget  # noqa: E402
-from klas_hf.data.text import TextBatches, text_examples  # noqa: E402
-from klas_hf.evaluation import evaluate_divergence  # noqa: E402
+from klas_hf import Path, PathSelection, SearchConfig, StitchedModel, evaluate, heal, healing_config, measure_costs
+from klas_hf.budgets import Budget
+from klas_hf.evaluation import evaluate_divergence
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*do not determine", "ignore:.*rows per")]
 SETTINGS = StudySettings(
     lengths=(3,), seeds=(0, 1), buckets=3, search=SearchConfig(joints=2, forwards=4000), contenders=2,
     rivals=("search, by score alone", "klas", "random", "shortgpt", "replaceme", "linear patch"),
 )  # fmt: skip
-
-
-def sequences(count: int, seed: int) -> list[list[int]]:
-    """Sequences that count upwards, so that there is something to learn."""
-    return [[1, *row] for row in (3 + (token_ids(count, 1, seed=seed) + torch.arange(9)) % 29).tolist()]
-
-
-def family() -> Family:
-    train, held, scored, test = (sequences(count, seed) for seed, count in enumerate((32, 12, 16, 16)))
-    wide = {"hidden_size": 32, "intermediate_size": 64}  # what can be quantised
-    anchors = tiny_model(seed=1), tiny_model(large=True, num_hidden_layers=6, seed=2, **wide)
-    return Family(
-        "tiny", anchors, text_examples(train), text_examples(held), TextBatches(train, 16), TextBatches(scored, 8),
-        TextBatches(test, 16), tokens=10, healing={"per_device_batch_size": 8},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -329,32 +308,6 @@ def test_quantised_anchors_stand_beside(done) -> None:
     assert abs(found["int4"]["quality"] - plain) > 5 * abs(found["int8"]["quality"] - plain) > 0
 
 
-def test_quantised_weights_have_few_values_near_what_they_were() -> None:
-    pytest.importorskip("torchao")
-    model, seen = family().anchors[1], []
-    layers = {name: one for name, one in model.named_modules() if "proj" in name}
-
-    def look(small: torch.nn.Module) -> float:
-        seen.append({name: small.get_submodule(name).weight.dequantize() for name in layers})
-        for name, parameter in small.named_parameters():
-            assert "proj" in name or torch.equal(parameter, model.get_parameter(name))
-        return 0.0
-
-    found = quantised(model, look)
-    inside, every = sum(one.weight.numel() for one in layers.values()), model.num_parameters()
-    for of_bits, (name, bits) in zip(seen, (("int8", 8), ("int4", 4)), strict=True):
-        size = 2 * (every - inside)
-        for layer, new in of_bits.items():
-            old = layers[layer].weight.detach()
-            groups = (old, new) if bits == 8 else (old.reshape(-1, 32), new.reshape(-1, 32))
-            step = groups[0].abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)
-            assert ((groups[0] - groups[1]).abs() <= 1.01 * step).all()
-            assert (groups[0] - groups[1]).abs().mean() < 0.3 * step.mean()
-            assert all(len(row.unique()) <= 2**bits for row in groups[1])
-            size += old.numel() * bits // 8 + 2 * len(step)
-        assert found[name]["bytes"] == pytest.approx(size / (2 * every))
-
-
 def test_functional_kl_is_compared_with_quality_over_every_model(done) -> None:
     study, text = done
     models: list[dict[tuple[str, str], tuple[float, float]]] = []
@@ -395,69 +348,6 @@ def test_the_recipe_runs_and_goes_on_without_repeating_work(tmp_path: Folder, mo
     monkeypatch.setattr(every_size, "heal", None)
     recipe.main()
     assert {path: path.read_bytes() for path in written} == written
-
-
-def test_stories_are_parted_between_healing_choosing_and_measuring(tmp_path: Folder) -> None:
-    model = save_with_tokenizer(tiny_model(large=True), tmp_path / "llama")
-    for name, count in (("train.txt", 40), ("test.txt", 20)):
-        ids = token_ids(count, 200, seed=count).tolist()
-        (tmp_path / name).write_text("\n".join(" ".join(f"word{one}" for one in story) for story in ids))
-    data = [str(tmp_path / "train.txt"), str(tmp_path / "test.txt")]
-    found = family_of(
-        FamilyArguments(
-            family="stories", anchors=[str(model)], data=data, cache_dir=str(tmp_path / "cache"), anchor_steps=1
-        )
-    )
-    assert [one.config.hidden_size for one in found.anchors] == [48, tiny_model(large=True).config.hidden_size]
-    assert found.tokens == 128 and found.metric == "loss"
-
-    def parted(batches: TextBatches) -> set[tuple[int, ...]]:
-        return {
-            tuple(row[mask.bool()].tolist())
-            for batch in batches
-            for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        }
-
-    train = {tuple(one["input_ids"]) for one in found.train}
-    held = {tuple(one["input_ids"]) for one in found.validation}
-    assert parted(found.fitting) <= train and held <= parted(found.scored) and parted(found.test)
-    assert not train & parted(found.scored) and not (train | parted(found.scored)) & parted(found.test)
-
-
-def test_mirrored_digits_are_the_same_ones_turned_round_for_the_same_anchors(tmp_path: Folder) -> None:
-    own, new = (
-        family_of(FamilyArguments(family="vit", cache_dir=str(tmp_path), anchor_steps=1, mirrored=mirrored))
-        for mirrored in (False, True)
-    )
-    assert (own.name, new.name) == ("vit", "vit-new")
-    for one, other in zip(own.anchors, new.anchors, strict=True):
-        assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
-    for part in ("train", "validation"):
-        for place in (0, 5):
-            (plain, label), (turned, same) = getattr(own, part)[place], getattr(new, part)[place]
-            assert label == same and torch.equal(plain, turned.flip(-1)) and not torch.equal(plain, turned)
-    for plain, turned in zip(own.test, new.test, strict=True):
-        assert torch.equal(plain["pixel_values"], turned["pixel_values"].flip(-1))
-        assert torch.equal(plain["labels"], turned["labels"])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"family": "bert"}, "family='bert'"),
-        ({"family": "stories", "data": ["a", "b"]}, "anchors=None for the family stories; expected 1"),
-        ({"data": ["a", "b", "c"]}, "for the family quickstart; expected 0 or 2"),
-        ({"family": "images", "anchors": ["a"], "data": ["b"]}, "expected 2"),
-        ({"mirrored": True}, "mirrored for the family quickstart"),
-        ({"rivals": ["klass"]}, "klass"),
-        ({"seeds": [0, 0]}, "each once"),
-        ({"buckets": 0}, "at least 1 bucket"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused(options: dict, message: str) -> None:
-    arguments = recipe.EverySizeArguments if {"rivals", "seeds", "buckets"} & set(options) else FamilyArguments
-    with pytest.raises(ValueError, match=message):
-        arguments(**options)
 
 
 def test_rows_of_other_data_are_not_taken_for_these(done) -> None:

@@ -1,18 +1,14 @@
 """The comparison of healings: each method trains as it says, with the same steps, and rows are made once."""
 
 import json
-import sys
 from pathlib import Path as Folder
 
+import healing as recipe
 import pytest
 import torch
-from test_every_size import family, sequences
-
-sys.path.insert(0, str(Folder(__file__).parents[2] / "recipes"))
-
-import healing as recipe
 from experiments import healing_study
 from experiments.healing_study import METHODS, HealingStudy, joints, match, seen
+from tiny_study import family, sequences
 
 from klas_hf import Path, StitchedModel, evaluate, heal, healing_config
 from klas_hf.anchors.loading import load_anchors
