@@ -12,11 +12,14 @@ import pytest
 import torch
 from tiny_models import tiny_model, token_ids
 
-from klas_hf import ResultRow, RowFile, TrainingConfig, train_stitches
+from klas_hf import ResultRow, RowFile, TrainingConfig, files, train_stitches
 from klas_hf.cli import main
 from klas_hf.files import claim
 
-HOLDS = "import sys, time; from klas_hf.files import claim; held = claim(sys.argv[1]); print('held', flush=True)\n"
+# The module alone: klas_hf would bring torch, which takes seconds to import.
+HOLDS = f"""import sys, time; sys.path.append({str(Path(files.__file__).parent)!r})
+from files import claim; held = claim(sys.argv[1]); print('held', flush=True)
+"""
 
 
 @contextmanager
