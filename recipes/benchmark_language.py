@@ -102,7 +102,7 @@ def main() -> None:
     (args,) = parse_options(BenchmarkArguments, description=__doc__.split("\n")[0])
     anchor_steps = None
     if args.smoke:
-        args.seeds, args.budgets, args.limit, args.steps, args.contenders = args.seeds[:1], ["60%"], 8, 2, 1
+        args.seeds, args.budgets, args.limit, args.steps, args.contenders = args.seeds[:1], ["60%"], 4, 2, 1
         anchor_steps = 3
     output = Path(args.output_dir)
     with input_read(args):

@@ -3,6 +3,7 @@
 import ast
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from numbers import Integral
 from pathlib import Path
 
@@ -126,13 +127,18 @@ def python_documentation() -> list[str]:
 
     Some 2 MB in 650 texts, a little different from version to version. Tests and installed packages are left out.
     """
+    return list(_python_documentation())
+
+
+@cache
+def _python_documentation() -> tuple[str, ...]:
     from pydoc_data.topics import topics
 
     library = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
     files = (path for path in sorted(library.rglob("*.py")) if not skipped & set(path.relative_to(library).parts))
     docstrings = ("\n\n".join(_docstrings(path)) for path in files)
-    return [topics[name] for name in sorted(topics)] + [text for text in docstrings if text]
+    return (*(topics[name] for name in sorted(topics)), *(text for text in docstrings if text))
 
 
 def _docstrings(path: Path) -> Iterator[str]:
