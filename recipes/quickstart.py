@@ -91,7 +91,9 @@ class QuickstartArguments:
     large_steps: int = field(default=1200, metadata={"help": "optimiser steps of the large anchor's training"})
     steps: int = field(default=100, metadata={"help": "optimiser steps of healing per model, after its rate is found"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
-    smoke: bool = field(default=False, metadata={"help": "barely trained anchors, hardly healed: seconds, no result"})
+    smoke: bool = field(
+        default=False, metadata={"help": "little text, barely trained anchors, hardly healed: no result"}
+    )
 
 
 def main() -> None:
@@ -137,7 +139,7 @@ class Quickstart:
     def prepare(self) -> None:
         """Text, tokenizer and both anchors."""
         self.say("\n[1/5] Anchors: two Llamas trained on Python's own documentation")
-        train_texts, test_texts = held_out(python_documentation())
+        train_texts, test_texts = held_out(python_documentation()[:: 9 if self.args.smoke else 1])
         megabytes, held = (sum(map(len, texts)) / 1e6 for texts in (train_texts, test_texts))
         self.say(f"  {megabytes:.1f} MB of it to train on, {held:.1f} MB held out")
         self.small, self.large, self.tokenizer = anchors(self.args, train_texts, self.state)

@@ -174,8 +174,8 @@ class PathScores:
             count: paths at most. The dearest anchor, where the budget allows it, contends alone.
             steps: that each is to be healed for. The more, the less a start says: what is between other ends may be
                 3 · √(steps / 100) times as far then, 6 times at most; and from 400 steps on to have the last block of
-                an anchor and to be without it are other ends, too, those with it first, and of what lies within a
-                quarter of the best between its ends the dearest contends.
+                an anchor and to be without it are other ends, too, those with it first (of the dearest anchor however
+                far they start), and of what lies within a quarter of the best between its ends the dearest contends.
             known: whether the dearest anchor knows the data that paths are to learn. Where it does not, to be far from
                 it says little: the best between other ends contends then, however far it starts.
 
@@ -203,7 +203,12 @@ class PathScores:
         first = (best, *[path for path in ranked if not path.joints and path != best][:1])
         reach = FAR * min(max(1, math.sqrt(steps / 100)), 2)
         long = steps >= LONG
-        between = self._between(self._within(reach, ranked) if known else ranked, long)
+        reached = self._within(reach, ranked) if known else ranked
+        if long:
+            tailless = Ends(dearest, dearest, whole=False)
+            cut = [path for path in ranked if ends_of(path, self.depths, tails=True) == tailless]
+            reached = list(dict.fromkeys([*reached, *cut]))
+        between = self._between(reached, long)
         own = ends_of(best, self.depths, tails=long)
         others = [ends for ends, path in between.items() if ends != own and path not in first]
         others.sort(key=lambda ends: (not ends.whole, ends.last != dearest, ranked.index(between[ends])))
