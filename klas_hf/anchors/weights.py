@@ -158,11 +158,14 @@ def check_whole_here(model: nn.Module) -> None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode, and every module back as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(training for _, training in modes):
+        model.eval()
     try:
         yield
     finally:
         for module, training in modes:
-            module.train(training)  # LeViT forgets here the attention biases that it keeps while evaluating
+            if module.training != training:  # mostly of the whole model alone, which takes its modules with it
+                module.train(training)  # LeViT forgets here the attention biases that it keeps while evaluating
         for module, training in modes:
-            module.training = training
+            if module.training != training:
+                module.training = training

@@ -85,7 +85,7 @@ class HubServer:
         self.url, self.storage = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -3,25 +3,20 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from launching import RECIPES, launch
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "digits.py"
 PICTURES = ("curve.png", "curve.svg", "probes.png", "anchors.png")
 
 
 def run(folder: Path, *options: str) -> None:
     places = ["--output_dir", str(folder / "out"), "--cache_dir", str(folder / "cache")]
-    argv, sys.argv = sys.argv, ["digits.py", "--smoke", *places, *options]
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    finally:
-        sys.argv = argv
+    launch("digits.py", "--smoke", *places, *options)
 
 
 def rows(file: Path) -> list[dict]:
@@ -65,7 +60,7 @@ def test_two_processes(tmp_path: Path) -> None:
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     places = ["--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
     options = ["--smoke", "--rules", "snnet", *places]
-    command = ["torch.distributed.run", "--nproc_per_node", "2", *rendezvous, str(RECIPE), *options]
+    command = ["torch.distributed.run", "--nproc_per_node", "2", *rendezvous, str(RECIPES / "digits.py"), *options]
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)
     }  # fmt: skip

@@ -1,6 +1,5 @@
 """The image recipes' settings files, and the recipes as launched on small anchors and images."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import yaml
 from experiments.image_comparison import ComparisonSettings
+from launching import RECIPES, launch
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
@@ -16,7 +16,6 @@ from klas_hf import TrainingConfig
 from klas_hf.data.image_data import ImageDataArguments, class_labels, load_task
 from klas_hf.options import input_read, parse_options
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 CLASSES = ("circle", "square", "stripe")
 
 
@@ -80,39 +79,35 @@ def save_anchor(folder: Path, width: int, names: tuple[str, ...] = CLASSES) -> s
     return str(folder)
 
 
-def run(recipe: str, *options: str) -> str:
-    command = [sys.executable, str(RECIPES / recipe), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_imagenet_recipe_runs_and_resumes(images: Path, anchors: list[str], tmp_path: Path) -> None:
+def test_imagenet_recipe_runs_and_resumes(images: Path, anchors: list[str], tmp_path: Path, capsys) -> None:
     options = [
         "--data", str(images), "--anchors", *anchors, "--test_split", "val", "--output_dir", str(tmp_path / "out"),
         "--rules", "klas", "random", "every", "--max_steps", "3", "--probe_epochs", "2", "--validation_share", "0.3",
         "--buckets", "3", "--calibration_images", "20",
     ]  # fmt: skip
-    first = run("imagenet.py", *options)
+    launch("imagenet.py", *options)
+    first = capsys.readouterr().out
     assert "6 corrupt ones left out" in first
     assert "has the largest area" in first
     for name in ("report.md", "stitches.md", "rows.jsonl", "curve.png", "probes.png", "heatmap-0-1.png", "anchors.png"):
         assert (tmp_path / "out" / name).stat().st_size > 0
     rows = (tmp_path / "out" / "rows.jsonl").read_text()
-    second = run("imagenet.py", *options)
+    launch("imagenet.py", *options)
+    second = capsys.readouterr().out
     assert (tmp_path / "out" / "rows.jsonl").read_text() == rows  # nothing was measured again
     assert second[second.index("## Anchors") :] == first[first.index("## Anchors") :]
 
 
 @pytest.mark.slow
-def test_cifar_recipe_gives_anchors_of_other_classes_a_new_head(images: Path, tmp_path: Path) -> None:
+def test_cifar_recipe_gives_anchors_of_other_classes_a_new_head(images: Path, tmp_path: Path, capsys) -> None:
     others = tuple(f"other{n}" for n in range(5))
     anchors = [save_anchor(tmp_path / name, width, others) for name, width in (("small", 8), ("large", 16))]
-    printed = run(
+    launch(
         "cifar100.py", "--data", str(images), "--anchors", *anchors, "--test_split", "val", "--smoke",
         "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--validation_share", "0.3",
     )  # fmt: skip
+    printed = capsys.readouterr().out
     assert "small: a new head" in printed and "large: a new head" in printed
     saved = ResNetForImageClassification.from_pretrained(tmp_path / "cache" / "small")
     assert list(saved.config.id2label.values()) == list(CLASSES)
@@ -153,29 +148,24 @@ def test_bad_options_are_refused_before_anything_is_read(changes: dict, message:
         ImageDataArguments(**{"data": "nowhere", "anchors": ["a", "b"]} | changes)
 
 
-def refused(recipe: str, *options: str) -> str:
-    """The one line that a recipe writes about options whose data or anchors are not there."""
-    done = subprocess.run(
-        [sys.executable, str(RECIPES / recipe), *options], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith(f"{recipe}: error: "))
-    return line
+@pytest.mark.parametrize("recipe", ["imagenet.py", "cifar100.py", "score_study.py"])
+def test_a_typo_in_a_path_ends_in_one_line(
+    recipe: str, images: Path, anchors: list[str], tmp_path: Path, capsys
+) -> None:
+    def refused(*options: str) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            launch(recipe, *options)
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{recipe}: error: "))
+        return line
 
-
-@pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(name, marks=pytest.mark.slow) for name in ("imagenet.py", "cifar100.py", "score_study.py")],
-)
-def test_a_typo_in_a_path_ends_in_one_line(recipe: str, images: Path, anchors: list[str], tmp_path: Path) -> None:
     given = ["--output_dir", str(tmp_path / "out")]
     given += ["--families", "mobilenet", "--image_size", "16"] if recipe == "score_study.py" else []
     good = ["--data", str(images), "--anchors", *anchors]
-    assert "no-such-data" in refused(recipe, "--data", "./no-such-data", *good[2:], *given)
-    assert "no-such-anchor" in refused(recipe, *good[:3], "./no-such-anchor", anchors[1], *given)
+    assert "no-such-data" in refused("--data", "./no-such-data", *good[2:], *given)
+    assert "no-such-anchor" in refused(*good[:3], "./no-such-anchor", anchors[1], *given)
     labels = ["--test_split", "val", "--labels", str(tmp_path / "no.yaml")]
     if recipe == "imagenet.py":
-        assert "no.yaml" in refused(recipe, *good, *given, *labels)
+        assert "no.yaml" in refused(*good, *given, *labels)
 
 
 def test_options_are_named_as_on_the_command_line(images: Path, anchors: list[str], tmp_path: Path, capsys) -> None:

@@ -3,23 +3,17 @@
 import json
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
+from launching import RECIPES, launch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 from voc_folder import SIDE, write_voc
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "share_kan.py"
 
 
 def run(folder: Path, *options: str) -> None:
     places = ["--output_dir", str(folder / "out"), "--cache_dir", str(folder / "cache")]
-    argv, sys.argv = sys.argv, ["share_kan.py", "--smoke", *places, *options]
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    finally:
-        sys.argv = argv
+    launch("share_kan.py", "--smoke", *places, *options)
 
 
 @pytest.mark.slow
@@ -52,7 +46,7 @@ def test_images_with_any_number_of_labels_are_measured_by_mean_average_precision
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
     ResNetForImageClassification(ResNetConfig(**sizes | labels)).save_pretrained(tmp_path / "backbone")
     ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path / "backbone")
-    options = ["--config", str(RECIPE.with_name("share_kan_voc2007.yaml")), "--hidden", "16"]
+    options = ["--config", str(RECIPES / "share_kan_voc2007.yaml"), "--hidden", "16"]
     places = ["--data", str(tmp_path / "voc"), "--backbone", str(tmp_path / "backbone"), "--image_size", str(SIDE)]
     run(tmp_path, *options, *places)
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()[1:]]
@@ -63,8 +57,8 @@ def test_images_with_any_number_of_labels_are_measured_by_mean_average_precision
 
 @pytest.mark.parametrize("name", ["share_kan_voc2007", "share_kan_coco"])
 def test_the_files_for_others_data_parse(name: str) -> None:
-    module = runpy.run_path(str(RECIPE))
-    argv = ["--config", str(RECIPE.with_name(f"{name}.yaml")), "--data", "somewhere"]
+    module = runpy.run_path(str(RECIPES / "share_kan.py"))
+    argv = ["--config", str(RECIPES / f"{name}.yaml"), "--data", "somewhere"]
     (args,) = module["parse_options"](module["ShareKANArguments"], argv=argv)
     assert args.multi_label and args.backbone == "microsoft/resnet-50" and args.data == "somewhere"
     assert args.codebooks[-1] == 65536

@@ -3,16 +3,14 @@
 import csv
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
+from launching import launch
 from tiny_models import tiny_model
 
 from klas_hf.data.text import train_tokenizer
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "truthfulqa.py"
 COLUMNS = ["Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source"]
 
 
@@ -35,11 +33,7 @@ def arguments(tmp_path: Path) -> list[str]:
 
 
 def run(arguments: list[str], *more: str) -> None:
-    argv, sys.argv = sys.argv, ["truthfulqa.py", *arguments, *more]
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    finally:
-        sys.argv = argv
+    launch("truthfulqa.py", *arguments, *more)
 
 
 SHORT = ["--max_new_tokens", "4", "--sizes", "1", "--max_steps", "2", "--gradient_accumulation_steps", "1"]
