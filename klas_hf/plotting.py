@@ -92,7 +92,8 @@ def lines(
         log_x: a logarithmic axis.
         x_names: what stands at 0, 1, … in place of the numbers.
     """
-    figure = _figure(width=6.4, height=4.2)
+    beside = len(series) > 5  # anywhere else the legend would cover points
+    figure = _figure(width=8.4 if beside else 6.4, height=4.2)
     axes = figure.subplots()
     for index, one in enumerate(series):
         axes.errorbar(
@@ -119,7 +120,7 @@ def lines(
     if x_names is not None:
         axes.set_xticks(range(len(x_names)), x_names)
     axes.grid(alpha=0.3)
-    axes.legend()
+    (figure.legend(loc="outside right upper") if beside else axes.legend())
     return _write(figure, path)
 
 

@@ -78,3 +78,12 @@ def test_pictures_of_many_classes_have_a_colour_for_each_that_is_in_them() -> No
     shown = figure.axes[0].images[0].get_array()
     assert len(np.unique(np.asarray(shown).reshape(-1, 3), axis=0)) == 30
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"class {number}" for number in mask.flat]
+
+
+def test_a_long_legend_lies_beside_the_points() -> None:
+    corners = [plotting.Series(str(n), [0, 1, 0, 1], [0, 0, 1, 1]) for n in range(7)]
+    figure = plotting.lines(corners, "x", "y", "title")
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert len(legend.get_texts()) == 7
+    assert not axes.get_window_extent().overlaps(legend.get_window_extent())

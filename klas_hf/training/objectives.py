@@ -1,8 +1,9 @@
 """What training makes smaller: the loss of a kind of data, distilled or not; text and images differ here alone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ class Objective(ABC):
         autocast = torch.autocast(device, torch.bfloat16, enabled=fast)
         # Of fillers alone statistics must not be taken; other processes wait for this one's forward all the same.
         with autocast, nullcontext() if batch["labels"].numel() else evaluating(model):
-            output = ask(model, _as_precise(inputs, self.model.dtype) | self._options(seed))
+            precise = _cast(inputs, partial(torch.promote_types, self.model.dtype))
+            output = ask(model, precise | self._options(seed))
             logits = self.labelled(output, batch)
             return output, logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -190,11 +192,7 @@ class Objective(ABC):
         """The inputs without labels, with floats in the teacher's dtype."""
         assert self.teacher is not None
         dtype = self.teacher.dtype
-        return {
-            name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-            for name, value in inputs.items()
-            if not name.endswith("labels")
-        }
+        return _cast({name: one for name, one in inputs.items() if not name.endswith("labels")}, lambda _: dtype)
 
     def _check_teacher(self, teacher: PreTrainedModel) -> None:
         given, expected = self.classes(teacher), self.classes(self.model)
@@ -232,12 +230,10 @@ def on_device(teacher: PreTrainedModel | None, device: torch.device) -> Iterator
             teacher.to(home)
 
 
-def _as_precise(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Inputs whose floats are of no lesser precision than `dtype`."""
+def _cast(inputs: Mapping[str, Any], to: Callable[[torch.dtype], torch.dtype]) -> dict[str, Any]:
+    """Inputs with each float tensor in the dtype that `to` makes of its own."""
     return {
-        name: value.to(torch.promote_types(value.dtype, dtype))
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
+        name: value.to(to(value.dtype)) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
 
