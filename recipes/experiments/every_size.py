@@ -232,6 +232,12 @@ class EverySize:
         )  # fmt: skip
         return row
 
+    def score(self, path: Path) -> float:
+        """Functional KL of a path as the search scores it: its joints at least squares, merged where they can be."""
+        merged = self.settings.search.merged and self.costs.mergeable(path)
+        row = self.row("score", self._choice(path, "merged" if merged else "least_squares"), 0, self.settings.seeds[0])
+        return row.metrics["divergence"]
+
     def training(self, length: int, seed: int) -> dict[str, Any] | None:
         """How a model is healed, as rows say it; None: it is not."""
         if not length:

@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import product
 from math import hypot, isnan
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,18 @@ class Advantage:
         items = np.mean([one.items for one in each], axis=0)
         equal = all(one.equal for one in each)
         return cls(each[0].rival, fmean(one.by for one in each), of_seeds, items, each[0].weights, equal)
+
+
+class Foretold(NamedTuple):
+    """A model's bucket, functional KL of its start and of its path as the search scores it, and its mean quality.
+
+    A loss counts negatively.
+    """
+
+    bucket: int
+    start: float
+    score: float
+    quality: float
 
 
 class Outcome:
@@ -142,8 +155,8 @@ class Outcome:
         return Advantage(rule, by, of_seeds, self.sign * (items - of_items), weights, equal)
 
     @cached_property
-    def models(self) -> list[tuple[int, float, float]]:
-        """Bucket, functional KL at the start and mean quality (a loss counts negatively) of every model once."""
+    def models(self) -> list[Foretold]:
+        """Every model once."""
         found: dict[tuple[int, str, str], Rows] = {}
         for bucket, of_bucket in enumerate(self.rows):
             for rows in of_bucket.values():
@@ -152,20 +165,25 @@ class Outcome:
                         found.setdefault((bucket, str(row.path), row.setting["joint"]), []).append(row)
         starts = {(row.path, row.setting["joint"]): row for row in self.study.rows if "divergence" in row.metrics}
         return [
-            (bucket, starts[path, joint].metrics["divergence"], self.sign * fmean(self.values(_once(rows))))
+            Foretold(
+                bucket, starts[path, joint].metrics["divergence"], self.study.score(Path.parse(path)),
+                self.sign * fmean(self.values(_once(rows))),
+            )
             for (bucket, path, joint), rows in found.items()
-        ]
+        ]  # fmt: skip
 
     @property
-    def spearman(self) -> float:
-        """Of functional KL at the start with the loss of quality, over models of every kind and size; 1 is best."""
-        distinct = sorted({(divergence, quality) for _, divergence, quality in self.models})
-        return spearman([one for one, _ in distinct], [-quality for _, quality in distinct])
+    def spearman(self) -> tuple[float, float]:
+        """Of functional KL, of the start and of the score, with the loss of quality over all models; 1 is best."""
+        distinct = sorted({one[1:] for one in self.models})
+        starts, scores, qualities = zip(*distinct, strict=True)
+        lost = [-quality for quality in qualities]
+        return spearman(starts, lost), spearman(scores, lost)
 
     @property
     def regrets(self) -> list[float]:
         """By bucket, how far the model of least functional KL lies below the best one, in the metric's unit."""
-        bucket, divergence, quality = (np.array(column) for column in zip(*self.models, strict=True))
+        bucket, divergence, _, quality = (np.array(column) for column in zip(*self.models, strict=True))
         picked, best = (quality[lowest_per_bucket(one, bucket)] for one in (divergence, -quality))
         return [float(one) for one in best - picked]
 
@@ -255,9 +273,11 @@ def foretold(outcome: Outcome) -> str:
     if len(outcome.models) < 3:
         return f"{len(outcome.models)} models: too few to correlate with functional KL."
     regrets, count = outcome.regrets, len({one[1:] for one in outcome.models})
+    start, score = outcome.spearman
     return (
-        f"Functional KL of the start against quality here: Spearman {outcome.spearman:.3f} over {count} models of "
-        f"every kind; regret per bucket {fmean(regrets):.4f} in the mean, {max(regrets):.4f} at most."
+        f"Functional KL of the start against quality here: Spearman {start:.3f} over {count} models of every kind; "
+        f"regret per bucket {fmean(regrets):.4f} in the mean, {max(regrets):.4f} at most. As the search scores these "
+        f"paths, with joints at least squares however they were joined: Spearman {score:.3f}."
     )
 
 

@@ -310,7 +310,8 @@ def test_quantised_anchors_stand_beside(done) -> None:
 
 def test_functional_kl_is_compared_with_quality_over_every_model(done) -> None:
     study, text = done
-    models: list[dict[tuple[str, str], tuple[float, float]]] = []
+    models: list[dict[tuple[str, str], tuple[float, float, float]]] = []
+    scored = study._found["search"]
     chosen = [study.chosen(3, seed) for seed in (0, 1)]
     for bucket in range(3):
         there: dict[tuple[str, str], set[int]] = {}
@@ -322,14 +323,21 @@ def test_functional_kl_is_compared_with_quality_over_every_model(done) -> None:
             healed = losses(study, path, joint, 3)
             loss = fmean(healed[seed] for seed in seeds)
             if Path.parse(path).joints:
-                found[path, joint] = losses(study, path, joint, 0, "divergence")[0], loss
+                merged = "merged" if study.costs.mergeable(path) else "least_squares"
+                start, score = (losses(study, path, one, 0, "divergence")[0] for one in (joint, merged))
+                found[path, joint] = start, loss, score
+                if Path.parse(path) in scored.paths:
+                    assert score == pytest.approx(scored.divergence[scored.place(Path.parse(path))], rel=1e-4)
         models.append(found)
     every = list({pair for of_bucket in models for pair in of_bucket.values()})
-    regrets = [min(of_bucket.values())[1] - min(loss for _, loss in of_bucket.values()) for of_bucket in models]
+    regrets = [min(of_bucket.values())[1] - min(loss for _, loss, _ in of_bucket.values()) for of_bucket in models]
     shown = re.search(
-        r"Spearman (\S+) over (\d+) .*bucket (\S+) in the mean, (\S+) at most", text.split("## 3 steps")[1]
+        r"Spearman (\S+) over (\d+) .*bucket (\S+) in the mean, (\S+) at most.*joined: Spearman (\S+)\.",
+        text.split("## 3 steps")[1],
     )
-    assert float(shown[1]) == pytest.approx(spearmanr(*zip(*every, strict=True)).statistic, abs=6e-4)
+    starts, healed, scores = zip(*every, strict=True)
+    for told, foretold in ((shown[1], starts), (shown[5], scores)):
+        assert float(told) == pytest.approx(spearmanr(foretold, healed).statistic, abs=6e-4)
     assert int(shown[2]) == len(every)
     assert [float(shown[3]), float(shown[4])] == pytest.approx([fmean(regrets), max(regrets)], abs=6e-5)
 
@@ -344,7 +352,7 @@ def test_the_recipe_runs_and_goes_on_without_repeating_work(tmp_path: Folder, mo
     written = {path: path.read_bytes() for path in out.iterdir() if path.suffix in (".jsonl", ".md", ".safetensors")}
     assert {path.name for path in written} >= {"rows.jsonl", "search.jsonl", "report.md", "scores.safetensors"}
     rules = {json.loads(line)["rule"] for line in written[out / "rows.jsonl"].splitlines()[1:]}
-    assert {"search", "klas", "random", "shortgpt", "anchors"} == {one for one in rules if "contender" not in one}
+    assert {"search", "klas", "random", "shortgpt", "anchors", "score"} == {one for one in rules if "contender" not in one}
     monkeypatch.setattr(every_size, "heal", None)
     recipe.main()
     assert {path: path.read_bytes() for path in written} == written
